@@ -1,0 +1,375 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// waitFor waits until condition holds, and fails the test if it does not within 15 s.
+func waitFor(t *testing.T, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(15 * time.Second)
+	for !condition() {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited in vain for %s", what)
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// testLogger writes to t's log, until the test is over.
+func testLogger(t *testing.T, name string) hclog.Logger {
+	t.Helper()
+	w := &testWriter{t: t}
+	t.Cleanup(w.stop)
+	return hclog.New(&hclog.LoggerOptions{Name: name, Output: w, Level: hclog.Info, TimeFormat: "05.000"})
+}
+
+type testWriter struct {
+	mu   sync.Mutex // guards done
+	t    *testing.T
+	done bool
+}
+
+func (w *testWriter) Write(p []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if !w.done {
+		w.t.Log(strings.TrimSpace(string(p)))
+	}
+	return len(p), nil
+}
+
+func (w *testWriter) stop() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.done = true
+}
+
+// testNode is a node in this process: a Store and the HTTP API on it.
+type testNode struct {
+	*Store
+	kv      *KV
+	api     *api
+	cfg     *Config
+	url     string // of its HTTP API
+	web     *httptest.Server
+	running bool
+}
+
+// stop shuts the node down gracefully.
+func (n *testNode) stop(t *testing.T) {
+	t.Helper()
+	if !n.running {
+		return
+	}
+	n.running = false
+	n.web.CloseClientConnections()
+	n.web.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Second)
+	defer cancel()
+	if err := n.Shutdown(ctx); err != nil {
+		t.Errorf("shut node %s down: %v", n.cfg.NodeID, err)
+	}
+}
+
+// testCluster is a cluster of nodes in this process. Every node reaches every other through a link of its own.
+type testCluster struct {
+	t     *testing.T
+	nodes []*testNode
+	links map[[2]int]*link2
+}
+
+// newTestNode starts a cluster of one node.
+func newTestNode(t *testing.T, store string) *testNode {
+	t.Helper()
+	return newTestCluster(t, 1, store).nodes[0]
+}
+
+// newTestCluster starts n nodes, waits until all of them are ready, and stops them when the test ends.
+func newTestCluster(t *testing.T, n int, store string) *testCluster {
+	t.Helper()
+	c := unstartedCluster(t, n, store)
+	for i := range n {
+		c.start(i)
+	}
+	for _, node := range c.nodes {
+		waitFor(t, node.cfg.NodeID+" to be ready", func() bool { return node.Ready() == nil })
+	}
+	return c
+}
+
+func unstartedCluster(t *testing.T, n int, store string) *testCluster {
+	t.Helper()
+	c := &testCluster{t: t, nodes: make([]*testNode, n), links: make(map[[2]int]*link2)}
+	addrs := make([]string, n)
+	for i := range addrs {
+		addrs[i] = freeAddr(t)
+	}
+	for i := range n {
+		cfg := mustConfig(t, map[string]string{"NODE_ID": fmt.Sprintf("node%d", i+1), "KV_STORE": store, "STATE_DIR": t.TempDir()})
+		cfg.RaftAddr = addrs[i]
+		cfg.Peers = nil
+		for j := range n {
+			addr := addrs[j]
+			if i != j {
+				l := newLink(t, addr)
+				c.links[[2]int{i, j}] = l
+				addr = l.addr
+			}
+			cfg.Peers = append(cfg.Peers, Peer{ID: fmt.Sprintf("node%d", j+1), Addr: addr})
+		}
+		c.nodes[i] = &testNode{cfg: cfg}
+	}
+	t.Cleanup(func() {
+		for _, l := range c.links {
+			l.set(linkOpen)
+		}
+		for _, node := range c.nodes {
+			node.stop(t)
+		}
+	})
+	return c
+}
+
+// start starts node i, with the state it had if its store keeps any.
+func (c *testCluster) start(i int) {
+	c.t.Helper()
+	node := c.nodes[i]
+	log := testLogger(c.t, node.cfg.NodeID)
+	machine := newKVMachine()
+	node.Store = NewStore(node.cfg, machine, log)
+	node.kv = &KV{node.Store, machine}
+	node.api = &api{cfg: node.cfg, store: node.Store, kv: node.kv, log: log}
+	if err := node.Open(); err != nil {
+		c.t.Fatalf("open: %v", err)
+	}
+	node.web = httptest.NewUnstartedServer(nil)
+	node.web.Config = newServer(node.api)
+	node.web.Start()
+	node.url = node.web.URL
+	node.running = true
+}
+
+func (c *testCluster) stop(i int) {
+	c.t.Helper()
+	c.nodes[i].stop(c.t)
+}
+
+// leader waits until the nodes that run, or those of them that are named, agree on a leader among them, and returns its
+// index.
+func (c *testCluster) leader(among ...int) int {
+	c.t.Helper()
+	if len(among) == 0 {
+		for i, node := range c.nodes {
+			if node.running {
+				among = append(among, i)
+			}
+		}
+	}
+	leader := -1
+	waitFor(c.t, "a leader", func() bool {
+		leader = -1
+		for _, i := range among {
+			if s := c.nodes[i].State(); s.State == "leader" && c.nodes[i].ready.Load() == s.Term {
+				leader = i
+			}
+		}
+		for _, i := range among {
+			if leader < 0 || c.nodes[i].Leader() != c.nodes[leader].cfg.NodeID {
+				return false
+			}
+		}
+		return true
+	})
+	return leader
+}
+
+// followers returns the indexes of the other nodes.
+func (c *testCluster) followers(leader int) (followers []int) {
+	for i := range c.nodes {
+		if i != leader {
+			followers = append(followers, i)
+		}
+	}
+	return followers
+}
+
+// cut sets all links between node i and the others, in both directions.
+func (c *testCluster) cut(i int, mode linkMode) {
+	for pair, l := range c.links {
+		if pair[0] == i || pair[1] == i {
+			l.set(mode)
+		}
+	}
+}
+
+func freeAddr(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+func mustConfig(t *testing.T, env map[string]string) *Config {
+	t.Helper()
+	cfg, err := loadConfig(func(name string) string { return env[name] }, system{
+		hostname: "test", hostIPv4: func() string { return "127.0.0.1" },
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cfg
+}
+
+type linkMode int
+
+const (
+	linkOpen linkMode = iota
+	linkCut           // refuses connections and resets those there are
+	linkHold          // passes the bytes on only once it is open again, like a network that delays
+)
+
+// link2 is one direction of calls between two nodes: a TCP proxy to addr.
+type link2 struct {
+	addr     string
+	target   string
+	listener net.Listener
+
+	mu     sync.Mutex // guards what follows
+	change *sync.Cond
+	mode   linkMode
+	closed bool
+	conns  map[net.Conn]struct{}
+}
+
+func newLink(t *testing.T, target string) *link2 {
+	t.Helper()
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := &link2{addr: listener.Addr().String(), target: target, listener: listener, conns: make(map[net.Conn]struct{})}
+	l.change = sync.NewCond(&l.mu)
+	var wg sync.WaitGroup
+	wg.Go(func() { l.accept(&wg) })
+	t.Cleanup(func() {
+		l.mu.Lock()
+		l.closed = true
+		l.mu.Unlock()
+		l.set(linkCut)
+		_ = listener.Close()
+		wg.Wait()
+	})
+	return l
+}
+
+func (l *link2) set(mode linkMode) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.mode = mode
+	if mode == linkCut {
+		for conn := range l.conns {
+			_ = conn.Close()
+		}
+	}
+	l.change.Broadcast()
+}
+
+func (l *link2) accept(wg *sync.WaitGroup) {
+	for {
+		near, err := l.listener.Accept()
+		if err != nil {
+			return
+		}
+		wg.Go(func() {
+			defer near.Close()
+			if !l.pass(near) {
+				return
+			}
+			far, err := net.Dial("tcp", l.target)
+			if err != nil || !l.pass(far) {
+				return
+			}
+			defer far.Close()
+			var both sync.WaitGroup
+			both.Go(func() { l.copy(far, near) })
+			both.Go(func() { l.copy(near, far) })
+			both.Wait()
+			l.mu.Lock()
+			delete(l.conns, near)
+			delete(l.conns, far)
+			l.mu.Unlock()
+		})
+	}
+}
+
+// pass takes note of a connection and waits while the link is held. It returns false when the link is cut.
+func (l *link2) pass(conn net.Conn) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.conns[conn] = struct{}{}
+	for l.mode == linkHold && !l.closed {
+		l.change.Wait()
+	}
+	return l.mode != linkCut && !l.closed
+}
+
+func (l *link2) copy(to, from net.Conn) {
+	defer to.Close()
+	defer from.Close()
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := from.Read(buf)
+		if n > 0 && l.pass(from) {
+			if _, err := to.Write(buf[:n]); err != nil {
+				return
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// answerTo is what an HTTP request came to.
+type answerTo struct {
+	status int
+	header http.Header
+	body   string
+}
+
+// request makes an HTTP request; headers are given as name, value, ...
+func request(t *testing.T, method, url, body string, headers ...string) answerTo {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < len(headers); i += 2 {
+		req.Header.Add(headers[i], headers[i+1])
+	}
+	response, err := http.DefaultTransport.RoundTrip(req)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, url, err)
+	}
+	defer response.Body.Close()
+	data, err := io.ReadAll(response.Body)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, url, err)
+	}
+	return answerTo{response.StatusCode, response.Header, string(data)}
+}

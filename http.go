@@ -1,0 +1,580 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+const (
+	maxKeyBytes   = 1024
+	maxHeader     = 64 << 10
+	answerTimeout = 14 * time.Second // for any answer, from the end of the request's header on
+	jsonType      = "application/json"
+)
+
+// api answers HTTP requests from a KV.
+type api struct {
+	cfg      *Config
+	kv       *KV
+	store    *Store
+	log      hclog.Logger
+	servedBy []string
+	stopping atomic.Bool // the node is about to stop, and says so to load balancers
+}
+
+// newServer returns the HTTP server, whose Handler is the api.
+func newServer(a *api) *http.Server {
+	a.servedBy = []string{a.cfg.NodeID}
+	return &http.Server{
+		Handler:           a,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       12 * time.Second,
+		WriteTimeout:      60 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          a.log.StandardLogger(&hclog.StandardLoggerOptions{ForceLevel: hclog.Debug}),
+	}
+}
+
+type handlerFunc func(a *api, w http.ResponseWriter, r *http.Request) error
+
+// route is what can be done at a path; HEAD is GET without the body.
+type route struct {
+	allow   string
+	methods map[string]handlerFunc
+}
+
+var (
+	keyRoute = route{"GET, HEAD, PUT, DELETE", map[string]handlerFunc{
+		http.MethodGet: (*api).getKey, http.MethodPut: (*api).putKey, http.MethodDelete: (*api).deleteKey,
+	}}
+	routes = map[string]route{
+		"/key":    {"GET, HEAD, POST", map[string]handlerFunc{http.MethodGet: (*api).listKeys, http.MethodPost: (*api).postKeys}},
+		"/livez":  {"GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).livez}},
+		"/readyz": {"GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).readyz}},
+		"/status": {"GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).status}},
+	}
+)
+
+const keyPrefix = "/key/"
+
+// ServeHTTP finds the route by the path as it was sent: net/http's mux would clean and redirect paths that are keys.
+func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	h := w.Header()
+	h["Raft-Served-By"] = a.servedBy
+	if leader := a.store.Leader(); leader != "" {
+		h["Raft-Leader"] = []string{leader}
+	}
+	path := r.URL.EscapedPath()
+	rt, found := routes[path]
+	if strings.HasPrefix(path, keyPrefix) {
+		rt, found = keyRoute, true
+	}
+	if !found {
+		a.writeError(w, r, &httpError{status: http.StatusNotFound, detail: "no such path; keys are under /key/"})
+		return
+	}
+	method := r.Method
+	if method == http.MethodHead {
+		method = http.MethodGet
+	}
+	handle := rt.methods[method]
+	if handle == nil {
+		h.Set("Allow", rt.allow)
+		a.writeError(w, r, &httpError{status: http.StatusMethodNotAllowed, detail: r.Method + " is not allowed here, but " + rt.allow})
+		return
+	}
+	if err := handle(a, w, r); err != nil {
+		a.writeError(w, r, err)
+	}
+}
+
+func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
+	key, err := pathKey(r)
+	if err != nil {
+		return err
+	}
+	consistency, err := a.consistency(r)
+	if err != nil {
+		return err
+	}
+	if err := refuse(r, "If-Match", "a GET changes nothing; If-None-Match is the precondition for it"); err != nil {
+		return err
+	}
+	known, err := tags(r, "If-None-Match", true)
+	if err != nil {
+		return err
+	}
+	item, err := a.kv.Get(r.Context(), key, consistency)
+	if err != nil {
+		return err
+	}
+	if consistency == Stale && !a.store.Contacted() {
+		w.Header().Set("Raft-Stale", "since-start")
+	}
+	value := item.Value
+	if item.Tag == 0 {
+		value = "null"
+	} else {
+		setTag(w, item.Tag)
+		if known != nil && known.has(item.Tag) {
+			w.WriteHeader(http.StatusNotModified)
+			return nil
+		}
+	}
+	body := make([]byte, 0, len(key)+len(value)+8)
+	body = append(appendJSONString(append(body, '{'), key), ':')
+	body = append(append(body, value...), '}')
+	writeBody(w, jsonType, body)
+	return nil
+}
+
+func (a *api) putKey(w http.ResponseWriter, r *http.Request) error {
+	key, err := pathKey(r)
+	if err != nil {
+		return err
+	}
+	condition, err := condition(r)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
+	defer cancel()
+	value, err := a.readJSON(w, r)
+	if err != nil {
+		return err
+	}
+	written, err := a.kv.Set(ctx, []Pair{{key, string(value)}}, condition)
+	if err != nil {
+		return err
+	}
+	setTag(w, written.Tag)
+	return wrote(w, written)
+}
+
+func (a *api) deleteKey(w http.ResponseWriter, r *http.Request) error {
+	key, err := pathKey(r)
+	if err != nil {
+		return err
+	}
+	condition, err := condition(r)
+	if err != nil {
+		return err
+	}
+	written, err := a.kv.Delete(r.Context(), key, condition)
+	if err != nil {
+		return err
+	}
+	return wrote(w, written)
+}
+
+func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
+	for _, name := range []string{"If-Match", "If-None-Match", "If-Unmodified-Since"} {
+		if err := refuse(r, name, "preconditions are for one key: use PUT /key/<key>"); err != nil {
+			return err
+		}
+	}
+	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
+	defer cancel()
+	object, err := a.readJSON(w, r)
+	if err != nil {
+		return err
+	}
+	pairs, err := splitObject(object)
+	if err != nil {
+		return badRequest("%v", err)
+	}
+	if len(pairs) == 0 {
+		return nil // nothing to write, so nothing for the log
+	}
+	written, err := a.kv.Set(ctx, pairs, Condition{})
+	if err != nil {
+		return err
+	}
+	return wrote(w, written)
+}
+
+func (a *api) listKeys(http.ResponseWriter, *http.Request) error {
+	return badRequest("which key? GET /key/<key> reads one")
+}
+
+func (a *api) livez(w http.ResponseWriter, _ *http.Request) error {
+	writeBody(w, "text/plain; charset=utf-8", []byte("ok\n"))
+	return nil
+}
+
+func (a *api) readyz(w http.ResponseWriter, _ *http.Request) error {
+	err := a.store.Ready()
+	if a.stopping.Load() {
+		err = errors.New("this node is shutting down")
+	}
+	if err != nil {
+		return &httpError{status: http.StatusServiceUnavailable, detail: "not ready: " + err.Error()}
+	}
+	writeBody(w, "text/plain; charset=utf-8", []byte("ok\n"))
+	return nil
+}
+
+func (a *api) status(w http.ResponseWriter, _ *http.Request) error {
+	body, err := json.Marshal(struct {
+		Status
+		Keys int `json:"keys"`
+	}{a.store.Status(), a.kv.Len()})
+	if err != nil {
+		return err
+	}
+	writeBody(w, jsonType, body)
+	return nil
+}
+
+// pathKey returns the key that a path names: all that follows /key/, decoded once.
+func pathKey(r *http.Request) (string, error) {
+	key, err := url.PathUnescape(strings.TrimPrefix(r.URL.EscapedPath(), keyPrefix))
+	if err != nil {
+		return "", badRequest("the path is not percent-encoded as it should be: %v", err)
+	}
+	if err := checkKey(key); err != nil {
+		return "", badRequest("%v", err)
+	}
+	return key, nil
+}
+
+func checkKey(key string) error {
+	switch {
+	case key == "":
+		return fmt.Errorf("a key has 1 to %d bytes, this one is empty", maxKeyBytes)
+	case len(key) > maxKeyBytes:
+		return fmt.Errorf("a key has at most %d bytes, this one has %d", maxKeyBytes, len(key))
+	case !utf8.ValidString(key):
+		return errors.New("a key must be valid UTF-8")
+	}
+	return nil
+}
+
+// consistency returns what a read asks for, or what is configured where it does not say.
+func (a *api) consistency(r *http.Request) (Consistency, error) {
+	if r.URL.RawQuery == "" {
+		return a.cfg.ReadConsistency, nil
+	}
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return "", badRequest("the query cannot be read: %v", err)
+	}
+	asked, present := query["consistency"]
+	if !present {
+		return a.cfg.ReadConsistency, nil
+	}
+	if len(asked) > 1 {
+		return "", badRequest("consistency is given %d times; give it once", len(asked))
+	}
+	consistency, err := parseConsistency(asked[0])
+	if err != nil {
+		return "", badRequest("consistency: %v", err)
+	}
+	return consistency, nil
+}
+
+// condition returns the preconditions of a write to one key.
+func condition(r *http.Request) (c Condition, err error) {
+	if err := refuse(r, "If-Unmodified-Since", "keys have no time of modification; use If-Match"); err != nil {
+		return c, err
+	}
+	if c.Match, err = tags(r, "If-Match", false); err != nil {
+		return c, err
+	}
+	c.NoneMatch, err = tags(r, "If-None-Match", true)
+	return c, err
+}
+
+func refuse(r *http.Request, header, why string) error {
+	if _, present := r.Header[header]; present {
+		return badRequest("%s cannot be used here: %s", header, why)
+	}
+	return nil
+}
+
+// tags reads a header that lists entity tags (RFC 9110, 13.1), nil when there is none. A weak tag stands for the same
+// as a strong one where weak says so, and otherwise for nothing, like any tag that this service never gave out.
+func tags(r *http.Request, header string, weak bool) (*Tags, error) {
+	values, present := r.Header[header]
+	if !present {
+		return nil, nil //nolint:nilnil // no condition is not an error
+	}
+	rest := strings.TrimSpace(strings.Join(values, ","))
+	if rest == "*" {
+		return &Tags{Any: true}, nil
+	}
+	set, count := &Tags{}, 0
+	for rest != "" {
+		isWeak := strings.HasPrefix(rest, "W/")
+		opaque, after, ok := cutTag(strings.TrimPrefix(rest, "W/"))
+		if !ok {
+			return nil, badRequest(`%s: %q is neither * nor a list of entity tags such as "17"`, header, strings.Join(values, ","))
+		}
+		count++
+		if n, err := strconv.ParseUint(opaque, 10, 64); err == nil && strconv.FormatUint(n, 10) == opaque && (weak || !isWeak) {
+			set.List = append(set.List, Tag(n))
+		}
+		rest = strings.TrimLeft(after, " \t,")
+		if rest != "" && !strings.Contains(after[:len(after)-len(rest)], ",") {
+			return nil, badRequest("%s: entity tags must be separated by commas", header)
+		}
+	}
+	if count == 0 {
+		return nil, badRequest("%s is empty", header)
+	}
+	return set, nil
+}
+
+// cutTag takes a quoted tag off the front of s.
+func cutTag(s string) (opaque, rest string, ok bool) {
+	if !strings.HasPrefix(s, `"`) {
+		return "", s, false
+	}
+	opaque, rest, ok = strings.Cut(s[1:], `"`)
+	if strings.ContainsFunc(opaque, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
+		return "", s, false
+	}
+	return opaque, rest, ok
+}
+
+// readJSON returns the body, one JSON value, without insignificant white space.
+func (a *api) readJSON(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	var body bytes.Buffer
+	body.Grow(int(min(max(r.ContentLength, 0), 64<<10)) + bytes.MinRead)
+	if _, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, a.cfg.MaxBodyBytes)); err != nil {
+		if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
+			return nil, &httpError{
+				status: http.StatusRequestEntityTooLarge,
+				detail: fmt.Sprintf("the body has more than %d bytes, the limit set by MAX_BODY_BYTES", tooLarge.Limit),
+			}
+		}
+		return nil, badRequest("the body did not arrive: %v", errors.Unwrap(err))
+	}
+	if !utf8.Valid(body.Bytes()) {
+		return nil, badRequest("the body is not valid UTF-8")
+	}
+	var compact bytes.Buffer
+	compact.Grow(body.Len())
+	if err := json.Compact(&compact, body.Bytes()); err != nil {
+		return nil, badRequest("the body is not one JSON value: %v", err)
+	}
+	return compact.Bytes(), nil
+}
+
+func setTag(w http.ResponseWriter, tag Tag) {
+	w.Header().Set("ETag", `"`+strconv.FormatUint(uint64(tag), 10)+`"`)
+}
+
+// wrote answers a successful write: 200 and no body.
+func wrote(w http.ResponseWriter, written Written) error {
+	w.Header()["Raft-Index"] = []string{strconv.FormatUint(written.Index, 10)}
+	return nil
+}
+
+func writeBody(w http.ResponseWriter, contentType string, body []byte) {
+	h := w.Header()
+	h["Content-Type"] = []string{contentType}
+	h["Content-Length"] = []string{strconv.Itoa(len(body))}
+	_, _ = w.Write(body) // an error means that nobody listens any more
+}
+
+// httpError is an error that knows its status. Its detail is for the client.
+type httpError struct {
+	status int
+	detail string
+}
+
+func (e *httpError) Error() string { return e.detail }
+
+func badRequest(format string, args ...any) error {
+	return &httpError{status: http.StatusBadRequest, detail: fmt.Sprintf(format, args...)}
+}
+
+// statusOf says how the errors of KV and Store are answered. What is not here is an internal error.
+var statusOf = []struct {
+	err    error
+	status int
+}{
+	{ErrCondition, http.StatusPreconditionFailed},
+	{ErrUnknownOutcome, http.StatusGatewayTimeout},
+	{ErrNoLeader, http.StatusServiceUnavailable},
+	{ErrNotLeader, http.StatusServiceUnavailable},
+	{ErrOverloaded, http.StatusServiceUnavailable},
+	{ErrNotInTime, http.StatusServiceUnavailable},
+	{ErrNotConfirmed, http.StatusServiceUnavailable},
+	{ErrStarting, http.StatusServiceUnavailable},
+}
+
+// problem is an error's body: application/problem+json (RFC 9457).
+type problem struct {
+	Type    string `json:"type"`
+	Title   string `json:"title"`
+	Status  int    `json:"status"`
+	Detail  string `json:"detail"`
+	Outcome string `json:"outcome,omitempty"` // of a write
+}
+
+// writeError is the one place where an error becomes an answer.
+func (a *api) writeError(w http.ResponseWriter, r *http.Request, err error) {
+	p := problem{Type: "about:blank", Status: http.StatusInternalServerError, Detail: "internal error"}
+	known := new(httpError)
+	if errors.As(err, &known) {
+		p.Status, p.Detail = known.status, known.detail
+	}
+	for _, row := range statusOf {
+		if errors.Is(err, row.err) {
+			p.Status, p.Detail = row.status, row.err.Error()
+		}
+	}
+	p.Title = http.StatusText(p.Status)
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		p.Outcome = "not-applied"
+		if p.Status == http.StatusGatewayTimeout || p.Status == http.StatusInternalServerError {
+			p.Outcome = "unknown"
+		}
+	}
+	if p.Status == http.StatusInternalServerError {
+		a.log.Error("a request failed", "method", r.Method, "error", err)
+	}
+	if p.Status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", "1")
+	}
+	body, err := json.Marshal(p)
+	if err != nil {
+		body = []byte(`{"status":500}`)
+	}
+	h := w.Header()
+	h.Set("Content-Type", "application/problem+json")
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	w.WriteHeader(p.Status)
+	_, _ = io.Copy(w, bytes.NewReader(body))
+}
+
+// appendJSONString appends s as a JSON string.
+func appendJSONString(b []byte, s string) []byte {
+	for i := range len(s) {
+		if s[i] < ' ' || s[i] == '"' || s[i] == '\\' {
+			var quoted bytes.Buffer
+			enc := json.NewEncoder(&quoted)
+			enc.SetEscapeHTML(false)
+			_ = enc.Encode(s) // a string is always encoded
+			return append(b, bytes.TrimSuffix(quoted.Bytes(), []byte("\n"))...)
+		}
+	}
+	return append(append(append(b, '"'), s...), '"')
+}
+
+// splitObject returns the members of an object, given as valid JSON without insignificant white space. encoding/json
+// would lose duplicate members, the digits of numbers and the way strings are escaped.
+func splitObject(b []byte) ([]Pair, error) {
+	if b[0] != '{' {
+		return nil, errors.New("the body must be a JSON object of keys and values")
+	}
+	var pairs []Pair
+	seen := make(map[string]bool)
+	for b = b[1:]; b[0] != '}'; b = bytes.TrimPrefix(b, []byte(",")) {
+		n := valueLen(b)
+		key, err := unquote(b[:n])
+		if err == nil {
+			err = checkKey(key)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if seen[key] {
+			return nil, errors.New("a key is given more than once; which value is meant cannot be known")
+		}
+		seen[key] = true
+		b = b[n+1:] // and the colon
+		n = valueLen(b)
+		pairs = append(pairs, Pair{key, string(b[:n])})
+		b = b[n:]
+	}
+	return pairs, nil
+}
+
+// valueLen returns the length of the JSON value at the beginning of b.
+func valueLen(b []byte) int {
+	depth, quoted := 0, false
+	for i := 0; ; i++ {
+		switch c := b[i]; {
+		case quoted && c == '\\':
+			i++
+			continue
+		case c == '"':
+			quoted = !quoted
+		case quoted:
+			continue
+		case c == '{' || c == '[':
+			depth++
+		case c == '}' || c == ']':
+			depth--
+		}
+		// A value ends with its closing quote or bracket; a number or name ends before what follows it.
+		if depth == 0 && !quoted {
+			switch {
+			case b[i] == '"' || b[i] == '}' || b[i] == ']':
+				return i + 1
+			case i+1 == len(b) || bytes.IndexByte([]byte(",:}]"), b[i+1]) >= 0:
+				return i + 1
+			}
+		}
+	}
+}
+
+// unquote decodes a JSON string. encoding/json would replace a lone surrogate, and so make one key of many.
+func unquote(quoted []byte) (string, error) {
+	if bytes.IndexByte(quoted, '\\') < 0 {
+		return string(quoted[1 : len(quoted)-1]), nil
+	}
+	for i := 0; i < len(quoted); i++ {
+		if quoted[i] != '\\' {
+			continue
+		}
+		i++
+		if quoted[i] != 'u' {
+			continue
+		}
+		high := surrogate(quoted[i+1:])
+		i += 4
+		if high == 0 {
+			continue
+		}
+		if high == 1 && bytes.HasPrefix(quoted[i+1:], []byte(`\u`)) && surrogate(quoted[i+3:]) == 2 {
+			i += 6
+			continue
+		}
+		return "", errors.New("a key holds half of a surrogate pair, so it is no text")
+	}
+	var s string
+	err := json.Unmarshal(quoted, &s)
+	return s, err
+}
+
+// surrogate says what four hexadecimal digits stand for: the first half of a surrogate pair (1), the second (2), or
+// neither (0).
+func surrogate(hex []byte) int {
+	n, err := strconv.ParseUint(string(hex[:4]), 16, 16)
+	switch {
+	case err != nil || n < 0xd800 || n > 0xdfff:
+		return 0
+	case n < 0xdc00:
+		return 1
+	default:
+		return 2
+	}
+}

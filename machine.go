@@ -1,0 +1,345 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// StateMachine is what the cluster replicates; whoever forks this service brings their own. The Store never calls two
+// of its methods at once, nor one of them while the func given to a Read runs, so a state machine needs no locks.
+type StateMachine interface {
+	// Apply executes one committed command and returns its result, which reaches the caller of Store.Apply on whichever
+	// node that was. Every node executes it, so it may depend on nothing but the state, the command and at, the leader's
+	// clock when it took the command (which steps back when a leader with a slower clock follows). It must not keep the
+	// command's bytes. An error says that the command cannot be read: the process stops, for a node that skipped it
+	// would diverge from the others.
+	Apply(command []byte, at time.Time) (result []byte, err error)
+	// Snapshot captures the state and returns quickly; the func it returns writes what was captured, while later
+	// commands are applied. Equal states must give equal bytes.
+	Snapshot() (write func(io.Writer) error)
+	// Restore reads what a snapshot's func wrote, up to io.EOF, without touching the state, and returns the func that
+	// puts it in the state's place. It alone may run while commands are read.
+	Restore(r io.Reader) (install func(), err error)
+}
+
+// replica is this node's copy of the state machine, as the raft package drives it (it is a raft.FSM).
+type replica struct {
+	mu      sync.RWMutex // guards machine: Apply and install write, Read reads
+	machine StateMachine
+	applied progress // index of the last entry whose commands machine has executed
+	// fail stops the process with a reason and does not return while it stops.
+	fail func(error)
+}
+
+// read runs f while no command is being applied.
+func (r *replica) read(f func()) {
+	r.mu.RLock()
+	defer r.mu.RUnlock()
+	f()
+}
+
+// Apply executes the commands of one log entry and returns their results as [][]byte.
+func (r *replica) Apply(entry *raft.Log) any {
+	at, commands, err := decodeEntry(entry.Data)
+	if err != nil {
+		r.fail(fmt.Errorf("log entry %d: %w", entry.Index, err))
+		return nil
+	}
+	results := make([][]byte, len(commands))
+	r.mu.Lock()
+	for i, command := range commands {
+		if results[i], err = r.machine.Apply(command, at); err != nil {
+			r.mu.Unlock()
+			r.fail(fmt.Errorf("log entry %d, command %d: %w", entry.Index, i, err))
+			return nil
+		}
+	}
+	r.mu.Unlock()
+	r.applied.advance(entry.Index)
+	return results
+}
+
+// Snapshot captures the state for raft's log compaction.
+func (r *replica) Snapshot() (raft.FSMSnapshot, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return &snapshot{index: r.applied.load(), write: r.machine.Snapshot()}, nil
+}
+
+// Restore replaces the state by that of a snapshot. Readers see the old state until all of the new one has been read
+// and its checksums have been found right.
+func (r *replica) Restore(source io.ReadCloser) error {
+	frames := &frameReader{r: bufio.NewReader(source)}
+	index, err := frames.header()
+	if err != nil {
+		return fmt.Errorf("snapshot header: %w", err)
+	}
+	install, err := r.machine.Restore(frames)
+	if err != nil {
+		return fmt.Errorf("snapshot: %w", err)
+	}
+	if err := frames.end(); err != nil {
+		return fmt.Errorf("snapshot: %w", err)
+	}
+	r.mu.Lock()
+	install()
+	r.mu.Unlock()
+	r.applied.advance(index)
+	return nil
+}
+
+type snapshot struct {
+	index uint64
+	write func(io.Writer) error
+}
+
+// Persist streams the snapshot into sink.
+func (s *snapshot) Persist(sink raft.SnapshotSink) error {
+	frames := &frameWriter{w: sink}
+	err := frames.header(s.index)
+	if err == nil {
+		buffered := bufio.NewWriterSize(frames, maxFrame)
+		err = errors.Join(s.write(buffered), buffered.Flush(), frames.end())
+	}
+	if err != nil {
+		return errors.Join(err, sink.Cancel())
+	}
+	return sink.Close()
+}
+
+// Release has nothing to release: the captured state belongs to the garbage collector.
+func (s *snapshot) Release() {}
+
+// progress is an index that only grows and that can be waited for. Its zero value is ready.
+type progress struct {
+	mu    sync.Mutex // guards both
+	index uint64
+	moved chan struct{} // closed when index grows; nil while nobody waits
+}
+
+func (p *progress) load() uint64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.index
+}
+
+func (p *progress) advance(index uint64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.index = max(p.index, index)
+	if p.moved != nil {
+		close(p.moved)
+		p.moved = nil
+	}
+}
+
+// wait returns once the index is at least want, or with ctx's error.
+func (p *progress) wait(ctx context.Context, want uint64) error {
+	for {
+		p.mu.Lock()
+		if p.index >= want {
+			p.mu.Unlock()
+			return nil
+		}
+		if p.moved == nil {
+			p.moved = make(chan struct{})
+		}
+		moved := p.moved
+		p.mu.Unlock()
+		select {
+		case <-moved:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+}
+
+// The format of a log entry, on disk and between nodes: a version byte, the CRC-32C of all that follows it, the
+// leader's clock in microseconds since 1970, and then each command behind its length as a uvarint.
+const (
+	entryVersion = 1
+	entryHeader  = 1 + 4 + 8
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func encodeEntry(at time.Time, commands [][]byte) []byte {
+	size := entryHeader
+	for _, c := range commands {
+		size += len(c) + binary.MaxVarintLen32
+	}
+	b := make([]byte, entryHeader, size)
+	b[0] = entryVersion
+	binary.BigEndian.PutUint64(b[5:], uint64(at.UnixMicro()))
+	b = appendCommands(b, commands)
+	binary.BigEndian.PutUint32(b[1:], crc32.Checksum(b[5:], castagnoli))
+	return b
+}
+
+// decodeEntry returns commands that share b's memory.
+func decodeEntry(b []byte) (at time.Time, commands [][]byte, err error) {
+	if len(b) < entryHeader {
+		return at, nil, fmt.Errorf("%d bytes are too few for an entry", len(b))
+	}
+	if b[0] != entryVersion {
+		return at, nil, fmt.Errorf("entry version %d is not known to this binary; was it written by a newer one?", b[0])
+	}
+	if crc32.Checksum(b[5:], castagnoli) != binary.BigEndian.Uint32(b[1:]) {
+		return at, nil, errors.New("checksum mismatch: the log is damaged")
+	}
+	at = time.UnixMicro(int64(binary.BigEndian.Uint64(b[5:])))
+	commands, err = decodeCommands(b[entryHeader:])
+	return at, commands, err
+}
+
+func appendCommands(b []byte, commands [][]byte) []byte {
+	for _, c := range commands {
+		b = binary.AppendUvarint(b, uint64(len(c)))
+		b = append(b, c...)
+	}
+	return b
+}
+
+// decodeCommands returns commands that share b's memory.
+func decodeCommands(b []byte) ([][]byte, error) {
+	var commands [][]byte
+	for len(b) > 0 {
+		size, n := binary.Uvarint(b)
+		if n <= 0 || size > uint64(len(b)-n) {
+			return nil, errors.New("a command is longer than what holds it")
+		}
+		commands = append(commands, b[n:n+int(size)])
+		b = b[n+int(size):]
+	}
+	return commands, nil
+}
+
+// The format of a snapshot, on disk and between nodes: snapshotMagic, whose last byte is the version; the applied index
+// as 8 bytes; then frames of a length, a checksum and that many bytes, the last of them empty. Each checksum is the
+// CRC-32C of all data up to there, so a frame that is altered, lost or out of its place is found before it is used.
+const (
+	snapshotMagic = "RSTSNAP\x01"
+	maxFrame      = 64 << 10
+)
+
+type frameWriter struct {
+	w   io.Writer
+	sum uint32
+}
+
+func (f *frameWriter) header(index uint64) error {
+	head := binary.BigEndian.AppendUint64([]byte(snapshotMagic), index)
+	f.sum = crc32.Checksum(head, castagnoli)
+	_, err := f.w.Write(head)
+	return err
+}
+
+func (f *frameWriter) Write(p []byte) (int, error) {
+	for rest := p; len(rest) > 0; {
+		n := min(len(rest), maxFrame)
+		if err := f.frame(rest[:n]); err != nil {
+			return 0, err
+		}
+		rest = rest[n:]
+	}
+	return len(p), nil
+}
+
+func (f *frameWriter) frame(p []byte) error {
+	f.sum = crc32.Update(f.sum, castagnoli, p)
+	var head [8]byte
+	binary.BigEndian.PutUint32(head[:4], uint32(len(p)))
+	binary.BigEndian.PutUint32(head[4:], f.sum)
+	if _, err := f.w.Write(head[:]); err != nil {
+		return err
+	}
+	_, err := f.w.Write(p)
+	return err
+}
+
+func (f *frameWriter) end() error { return f.frame(nil) }
+
+type frameReader struct {
+	r    *bufio.Reader
+	sum  uint32
+	buf  [maxFrame]byte
+	rest []byte // of buf, not yet handed out
+	done bool   // the empty frame has been read
+}
+
+func (f *frameReader) header() (index uint64, err error) {
+	head := f.buf[:len(snapshotMagic)+8]
+	if _, err := io.ReadFull(f.r, head); err != nil {
+		return 0, truncated(err)
+	}
+	if string(head[:len(snapshotMagic)]) != snapshotMagic {
+		return 0, errors.New("not a snapshot of this service, or one of a version that this binary does not know")
+	}
+	f.sum = crc32.Checksum(head, castagnoli)
+	return binary.BigEndian.Uint64(head[len(snapshotMagic):]), nil
+}
+
+func (f *frameReader) Read(p []byte) (int, error) {
+	if len(f.rest) == 0 {
+		if err := f.next(); err != nil {
+			return 0, err
+		}
+	}
+	n := copy(p, f.rest)
+	f.rest = f.rest[n:]
+	return n, nil
+}
+
+func (f *frameReader) next() error {
+	if f.done {
+		return io.EOF
+	}
+	var head [8]byte
+	if _, err := io.ReadFull(f.r, head[:]); err != nil {
+		return truncated(err)
+	}
+	size := binary.BigEndian.Uint32(head[:4])
+	if size > maxFrame {
+		return errors.New("a frame is longer than allowed: the snapshot is damaged")
+	}
+	if _, err := io.ReadFull(f.r, f.buf[:size]); err != nil {
+		return truncated(err)
+	}
+	f.sum = crc32.Update(f.sum, castagnoli, f.buf[:size])
+	if f.sum != binary.BigEndian.Uint32(head[4:]) {
+		return errors.New("checksum mismatch: the snapshot is damaged")
+	}
+	if f.rest = f.buf[:size]; size == 0 {
+		f.done = true
+		return io.EOF
+	}
+	return nil
+}
+
+// end makes sure that the state machine has read all there was and that nothing follows.
+func (f *frameReader) end() error {
+	if _, err := f.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
+		return errors.Join(errors.New("the state machine did not read its snapshot to the end"), err)
+	}
+	if _, err := f.r.ReadByte(); !errors.Is(err, io.EOF) {
+		return errors.Join(errors.New("bytes follow the end of the snapshot"), err)
+	}
+	return nil
+}
+
+// truncated says what an early end of a snapshot means; other errors stay as they are.
+func truncated(err error) error {
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		return errors.New("the snapshot is cut short")
+	}
+	return err
+}

@@ -1,0 +1,197 @@
+// Raftstarter is a highly available key-value service in one binary: JSON values over HTTP, replicated with Raft.
+//
+// Run with no environment it is a cluster of one node that stores durably and answers on port 11000:
+//
+//	curl -X POST -d '{"greeting":"hello"}' localhost:11000/key
+//	curl localhost:11000/key/greeting
+//	curl -X DELETE localhost:11000/key/greeting
+//
+// A cluster of more nodes is defined in advance: PEERS names all of them, the same on each. Any node answers any
+// request; writes are passed on to the leader. raftstarter --help lists what else the environment can say.
+//
+// How the files use one another, from the top: main builds a Store (store.go), which replicates a state machine
+// (machine.go says what that is, fsm.go is the one of this service), and an HTTP API on it (http.go). The Store gathers
+// commands (batch.go), confirms reads (reads.go), finds or forms its cluster (forming.go), keeps its state in storage.go
+// and talks to other nodes through peers.go over network.go.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// version is set when a release is built: -ldflags "-X main.version=v1.2.3".
+var version = "dev"
+
+// How the process ends.
+const (
+	exitOK     = 0
+	exitFailed = 1 // something at run time, which the log names
+	exitUsage  = 2 // bad arguments or configuration; nothing was done
+)
+
+func main() {
+	os.Exit(run(os.Args[1:], os.Getenv, notifySignals(), os.Stdout, os.Stderr))
+}
+
+// run is the process: it returns its exit code.
+func run(args []string, getenv func(string) string, sig signals, stdout, stderr io.Writer) int {
+	action, err := parseArgs(args)
+	if err != nil {
+		fmt.Fprintln(stderr, err)
+		return exitUsage
+	}
+	switch action {
+	case "help":
+		writeHelp(stdout)
+		return exitOK
+	case "version":
+		fmt.Fprintln(stdout, version)
+		return exitOK
+	}
+	cfg, err := loadConfig(getenv, thisSystem())
+	if err != nil {
+		fmt.Fprintln(stderr, err)
+		return exitUsage
+	}
+	if action == "healthcheck" {
+		err = checkHealth(cfg)
+	} else {
+		err = serve(cfg, sig, newLogger(cfg, stderr))
+	}
+	if err != nil {
+		fmt.Fprintln(stderr, "raftstarter:", err)
+		return exitFailed
+	}
+	return exitOK
+}
+
+func parseArgs(args []string) (action string, err error) {
+	if len(args) == 0 {
+		return "serve", nil
+	}
+	switch args[0] {
+	case "-h", "--help":
+		action = "help"
+	case "--version":
+		action = "version"
+	case "--healthcheck":
+		action = "healthcheck"
+	}
+	if action == "" || len(args) > 1 {
+		return "", fmt.Errorf("raftstarter: unexpected arguments %q; configuration comes from the environment, see --help", args)
+	}
+	return action, nil
+}
+
+func newLogger(cfg *Config, w io.Writer) hclog.Logger {
+	log := hclog.New(&hclog.LoggerOptions{
+		Name: "raftstarter", Output: w, Level: hclog.LevelFromString(cfg.LogLevel), JSONFormat: cfg.LogFormat == "json",
+	})
+	log.Info("configuration", cfg.logPairs()...)
+	for _, warning := range cfg.Warnings {
+		log.Warn(warning)
+	}
+	return log
+}
+
+// serve runs the node until a signal or an error ends it.
+func serve(cfg *Config, sig signals, log hclog.Logger) error {
+	machine := newKVMachine()
+	store := NewStore(cfg, machine, log)
+	store.OnChange(func(s RaftState) { // here a service of your own can react to being the leader, or no longer
+		log.Info("new raft state", "state", s.State, "leader", s.Leader, "term", s.Term)
+	})
+	handler := &api{cfg: cfg, store: store, kv: &KV{store, machine}, log: log.Named("http")}
+	server := newServer(handler)
+
+	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.HTTPAddr)
+	if err != nil {
+		return fmt.Errorf("listen on HTTP_ADDR:HTTP_PORT %s: %w", cfg.HTTPAddr, err)
+	}
+	defer server.Close()
+	httpFailed := make(chan error, 1)
+	go func() { httpFailed <- server.Serve(listener) }()
+	if err := store.Open(); err != nil {
+		return err
+	}
+	log.Info("listening", "http", cfg.HTTPAddr, "raft", cfg.RaftAddr)
+
+	for {
+		select {
+		case s := <-sig.stop:
+			log.Info("stopping; a second signal ends the process at once", "signal", s.String())
+			return shutdown(handler, server, cfg.ShutdownTimeout, sig)
+		case <-sig.reload:
+			log.Info("reload: nothing that is configured can change without a restart")
+		case err := <-store.Failed():
+			return err
+		case err := <-httpFailed:
+			return fmt.Errorf("serve HTTP: %w", err)
+		}
+	}
+}
+
+// shutdown lets requests under way finish, hands leadership over, and stops Raft. It has timeout for all of it, and
+// still exits cleanly when that is over: what was acknowledged is safe at any moment.
+func shutdown(a *api, server *http.Server, timeout time.Duration, sig signals) error {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	a.stopping.Store(true)
+	done := make(chan error, 1)
+	go func() {
+		// Requests may hang where there is no quorum; they must not use up the time of those that come after.
+		drain, cancel := context.WithTimeout(ctx, timeout*2/3)
+		defer cancel()
+		err := server.Shutdown(drain)
+		done <- errors.Join(err, a.store.Shutdown(ctx))
+	}()
+	select {
+	case err := <-done:
+		if err != nil {
+			a.log.Warn("not everything stopped in time", "error", err)
+		}
+		a.log.Info("stopped")
+	case <-ctx.Done():
+		a.log.Warn("not everything stopped within SHUTDOWN_TIMEOUT", "timeout", timeout)
+	case s := <-sig.stop:
+		return fmt.Errorf("ended by a second signal (%v)", s)
+	case err := <-a.store.Failed():
+		return err
+	}
+	return nil
+}
+
+// checkHealth asks the node that runs with the same environment whether it is alive.
+func checkHealth(cfg *Config) error {
+	host, port, err := net.SplitHostPort(cfg.HTTPAddr)
+	if err != nil {
+		return err
+	}
+	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+		host = "localhost"
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	defer cancel()
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(host, port)+"/livez", http.NoBody)
+	if err != nil {
+		return err
+	}
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		return err
+	}
+	defer response.Body.Close()
+	if response.StatusCode != http.StatusOK {
+		return fmt.Errorf("/livez answers %s", response.Status)
+	}
+	return nil
+}

@@ -1,0 +1,457 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+)
+
+const (
+	helloTimeout  = 3 * time.Second // for a connection to say who it is, and to be answered
+	dialTimeout   = 2 * time.Second
+	maxHandshakes = 256 // connections at once that have not said who they are; more are closed unheard
+)
+
+// Every connection to the Raft port begins with a hello, which says what it carries, who speaks, whom it is meant for
+// and, once the cluster has formed, which cluster the speaker is of. Format: helloMagic, whose last byte is the version;
+// the kind; sender and target, each behind a byte of length; 16 bytes of cluster id, all zero for none. The answer is
+// a byte of length and that many bytes of reason, none for welcome.
+const helloMagic = "RSTRAFT\x01"
+
+// A connection carries Raft's own messages or the calls of peers.go.
+const (
+	kindRaft byte = 'R'
+	kindPeer byte = 'P'
+)
+
+// clusterID names one cluster for good. It is random, made when the cluster forms; the zero value stands for none.
+type clusterID [16]byte
+
+func (c clusterID) String() string { return fmt.Sprintf("%x", c[:]) }
+
+type hello struct {
+	kind           byte
+	sender, target string
+	cluster        clusterID
+}
+
+func (h hello) encode() []byte {
+	b := append([]byte(helloMagic), h.kind)
+	for _, id := range []string{h.sender, h.target} {
+		b = append(append(b, byte(len(id))), id...)
+	}
+	return append(b, h.cluster[:]...)
+}
+
+// readHello takes exactly the bytes of the hello from r: what follows belongs to someone else.
+func readHello(r io.Reader) (h hello, err error) {
+	buf := make([]byte, 256)
+	take := func(n int) []byte {
+		if err == nil {
+			_, err = io.ReadFull(r, buf[:n])
+		}
+		return buf[:n]
+	}
+	head := take(len(helloMagic) + 1)
+	if err == nil && string(head[:len(helloMagic)]) != helloMagic {
+		return h, errors.New("no hello of this service, or one of another version")
+	}
+	h.kind = head[len(helloMagic)]
+	for _, id := range []*string{&h.sender, &h.target} {
+		size := take(1)[0]
+		*id = string(take(int(size)))
+	}
+	copy(h.cluster[:], take(len(h.cluster)))
+	return h, err
+}
+
+// network owns the Raft port and every connection between this node and its peers. It is the raft.StreamLayer of
+// Raft's transport, in which a node's "address" is its id: where that id is now, addresses says at each dial.
+type network struct {
+	self     string
+	log      hclog.Logger
+	listener net.Listener
+	// address says where a node listens, as host:port, and whether it is known at all.
+	address func(id string) (string, bool)
+	// cluster is the id of the cluster this node is of, zero while it is of none.
+	cluster func() clusterID
+	// welcome has the last word on a hello that is meant for us and comes from a peer; an error refuses it.
+	welcome func(hello) error
+	// servePeer takes over a connection of kindPeer until it returns.
+	servePeer func(conn net.Conn, from string)
+
+	raftConns chan net.Conn // accepted, for Raft's transport
+	shaking   chan struct{} // a token for each connection that has not said who it is
+	closing   chan struct{} // closed by Close
+	wg        sync.WaitGroup
+
+	mu      sync.Mutex // guards what follows
+	conns   map[net.Conn]struct{}
+	refused map[string]bool // what has been logged, so that it is logged once
+}
+
+func newNetwork(self, listen string, log hclog.Logger) (*network, error) {
+	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", listen)
+	if err != nil {
+		return nil, fmt.Errorf("listen for peers on RAFT_ADDR:RAFT_PORT %s: %w", listen, err)
+	}
+	return &network{
+		self: self, log: log, listener: l,
+		raftConns: make(chan net.Conn),
+		shaking:   make(chan struct{}, maxHandshakes),
+		closing:   make(chan struct{}),
+		conns:     make(map[net.Conn]struct{}),
+		refused:   make(map[string]bool),
+	}, nil
+}
+
+// start begins to take connections; the funcs of n must be set.
+func (n *network) start() {
+	n.wg.Go(func() {
+		for {
+			conn, err := n.listener.Accept()
+			switch {
+			case errors.Is(err, net.ErrClosed):
+				return
+			case err != nil: // out of file descriptors, say: it passes, or the operator sees it
+				n.log.Error("accept on the Raft port", "error", err)
+				time.Sleep(100 * time.Millisecond)
+				continue
+			}
+			select {
+			case n.shaking <- struct{}{}:
+				n.wg.Go(func() { n.receive(conn) })
+			default:
+				_ = conn.Close()
+			}
+		}
+	})
+}
+
+// receive hears the hello of an accepted connection and hands the connection to whom it is for.
+func (n *network) receive(raw net.Conn) {
+	conn, err := n.track(raw)
+	if err != nil {
+		<-n.shaking
+		return
+	}
+	h, err := n.greet(conn)
+	<-n.shaking
+	if err != nil {
+		n.logRefusal("refused a connection to the Raft port", conn.RemoteAddr().String(), h, err)
+		_ = conn.Close()
+		return
+	}
+	if h.kind == kindPeer {
+		defer conn.Close()
+		n.servePeer(conn, h.sender)
+		return
+	}
+	select {
+	case n.raftConns <- conn:
+	case <-n.closing:
+		_ = conn.Close()
+	}
+}
+
+// greet reads the hello and answers it.
+func (n *network) greet(conn net.Conn) (hello, error) {
+	if err := conn.SetDeadline(time.Now().Add(helloTimeout)); err != nil {
+		return hello{}, err
+	}
+	h, err := readHello(conn)
+	if err != nil {
+		return h, err
+	}
+	refusal := n.judge(h)
+	reason := ""
+	if refusal != nil {
+		reason = refusal.Error()
+		reason = reason[:min(len(reason), 255)]
+	}
+	if _, err := conn.Write(append([]byte{byte(len(reason))}, reason...)); err != nil {
+		return h, errors.Join(refusal, err)
+	}
+	return h, errors.Join(refusal, conn.SetDeadline(time.Time{}))
+}
+
+// judge says why a hello is refused, if it is. Raft's messages carry neither target nor cluster, so a node of another
+// cluster, or one at an address that used to be ours, must be kept out here.
+func (n *network) judge(h hello) error {
+	if h.kind != kindRaft && h.kind != kindPeer {
+		return fmt.Errorf("connection kind %q is not known", h.kind)
+	}
+	if h.target != n.self {
+		return fmt.Errorf("this is node %q, not %q: does an address in PEERS belong to another node?", n.self, h.target)
+	}
+	if _, known := n.address(h.sender); !known || h.sender == n.self {
+		return fmt.Errorf("node %q is neither in the PEERS of node %q nor in its stored membership", h.sender, n.self)
+	}
+	if mine := n.cluster(); mine != (clusterID{}) && h.cluster != (clusterID{}) && mine != h.cluster {
+		return fmt.Errorf("node %q is of cluster %v, node %q of cluster %v", h.sender, h.cluster, n.self, mine)
+	}
+	return n.welcome(h)
+}
+
+// logRefusal warns once about each way in which a peer and this node do not get along; the rest is for debugging.
+func (n *network) logRefusal(msg, remote string, h hello, err error) {
+	key := h.sender + "\x00" + h.cluster.String() + "\x00" + err.Error()
+	n.mu.Lock()
+	known := n.refused[key] || len(n.refused) > 100 // strangers may make up any number of names
+	n.refused[key] = true
+	n.mu.Unlock()
+	level := hclog.Warn
+	if known || errors.Is(err, errStarting) || errors.Is(err, net.ErrClosed) {
+		level = hclog.Debug
+	}
+	n.log.Log(level, msg, "remote", remote, "node", h.sender, "reason", err)
+}
+
+// dialError is what dial returns: nothing has reached the peer's Raft or peer calls.
+type dialError struct {
+	id  string
+	err error
+}
+
+func (e *dialError) Error() string { return fmt.Sprintf("connect to node %q: %v", e.id, e.err) }
+func (e *dialError) Unwrap() error { return e.err }
+
+// dial connects to a node by its id. Its name is looked up each time, so a node may move. Errors are *dialError.
+func (n *network) dial(ctx context.Context, id string, kind byte) (net.Conn, error) {
+	conn, err := n.connect(ctx, hello{kind: kind, sender: n.self, target: id, cluster: n.cluster()})
+	if err != nil {
+		return nil, &dialError{id, err}
+	}
+	return conn, nil
+}
+
+func (n *network) connect(ctx context.Context, h hello) (net.Conn, error) {
+	addr, known := n.address(h.target)
+	if !known {
+		return nil, errors.New("its address is not known")
+	}
+	dialer := net.Dialer{Timeout: dialTimeout}
+	raw, err := dialer.DialContext(ctx, "tcp", addr)
+	if err != nil {
+		return nil, err
+	}
+	conn, err := n.track(raw)
+	if err != nil {
+		return nil, err
+	}
+	if err := introduce(ctx, conn, h); err != nil {
+		_ = conn.Close()
+		return nil, err
+	}
+	return conn, nil
+}
+
+// introduce says hello and hears whether it is welcome.
+func introduce(ctx context.Context, conn net.Conn, h hello) error {
+	deadline := time.Now().Add(helloTimeout)
+	if d, ok := ctx.Deadline(); ok && d.Before(deadline) {
+		deadline = d
+	}
+	if err := conn.SetDeadline(deadline); err != nil {
+		return err
+	}
+	if _, err := conn.Write(h.encode()); err != nil {
+		return err
+	}
+	var size [1]byte
+	if _, err := io.ReadFull(conn, size[:]); err != nil {
+		return fmt.Errorf("no answer to the hello: %w", err)
+	}
+	reason := make([]byte, size[0])
+	if _, err := io.ReadFull(conn, reason); err != nil {
+		return fmt.Errorf("no answer to the hello: %w", err)
+	}
+	if len(reason) > 0 {
+		return fmt.Errorf("refused: %s", reason)
+	}
+	return conn.SetDeadline(time.Time{})
+}
+
+// tracked is a connection that network closes when it closes.
+type tracked struct {
+	net.Conn
+	n *network
+}
+
+func (t *tracked) Close() error {
+	t.n.mu.Lock()
+	delete(t.n.conns, t)
+	t.n.mu.Unlock()
+	return t.Conn.Close()
+}
+
+// track takes conn over, and closes it if network is closing.
+func (n *network) track(conn net.Conn) (net.Conn, error) {
+	t := &tracked{conn, n}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	select {
+	case <-n.closing:
+		_ = conn.Close()
+		return nil, net.ErrClosed
+	default:
+	}
+	n.conns[t] = struct{}{}
+	return t, nil
+}
+
+// disconnect closes every connection; new ones go on being made.
+func (n *network) disconnect() {
+	n.mu.Lock()
+	conns := n.conns
+	n.conns = make(map[net.Conn]struct{})
+	n.mu.Unlock()
+	for conn := range conns {
+		_ = conn.Close()
+	}
+}
+
+// Close stops listening, closes every connection and waits for what served them.
+func (n *network) Close() error {
+	n.mu.Lock()
+	select {
+	case <-n.closing:
+		n.mu.Unlock()
+		return nil
+	default:
+	}
+	close(n.closing)
+	n.mu.Unlock()
+	err := n.listener.Close()
+	n.disconnect()
+	n.wg.Wait()
+	return err
+}
+
+// Accept, Addr and Dial make network a raft.StreamLayer.
+
+// Accept returns the next connection that carries Raft's messages.
+func (n *network) Accept() (net.Conn, error) {
+	select {
+	case conn := <-n.raftConns:
+		return conn, nil
+	case <-n.closing:
+		return nil, net.ErrClosed
+	}
+}
+
+// Addr returns this node's id.
+func (n *network) Addr() net.Addr { return nodeAddr(n.self) }
+
+// Dial connects to the node whose id is given.
+func (n *network) Dial(id raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	return n.dial(ctx, string(id), kindRaft)
+}
+
+// nodeAddr is a node's id where net and raft want an address.
+type nodeAddr string
+
+func (nodeAddr) Network() string  { return "node" }
+func (a nodeAddr) String() string { return string(a) }
+
+const (
+	rpcTimeout     = 3 * time.Second // for an answer to one of Raft's messages; a snapshot's time grows with its size
+	connsPerPeer   = 3               // idle connections kept for Raft's messages
+	maxAppendBytes = 2 << 20         // of log entries in one message, but for a single larger one
+	redialInterval = 100 * time.Millisecond
+)
+
+// transport is Raft's own transport, but for what this service does differently.
+type transport struct {
+	*raft.NetworkTransport
+	rpcs chan raft.RPC
+	// leading says whether this node is the leader of the given term.
+	leading func(term uint64) bool
+}
+
+func newTransport(n *network, log hclog.Logger) *transport {
+	t := &transport{
+		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+			Stream: n, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
+			// A pipeline can wedge a follower (hashicorp/raft issue 612).
+			MaxRPCsInFlight:       1,
+			ServerAddressProvider: idsAreAddresses{},
+		}),
+		rpcs: make(chan raft.RPC),
+	}
+	n.wg.Go(func() {
+		for {
+			select {
+			case rpc := <-t.NetworkTransport.Consumer():
+				select {
+				case t.rpcs <- rpc:
+				case <-n.closing:
+					return
+				}
+			case <-n.closing:
+				return
+			}
+		}
+	})
+	return t
+}
+
+// idsAreAddresses makes Raft know every node by its id alone, so no address ends up in a vote or in the log's idea of
+// who leads.
+type idsAreAddresses struct{}
+
+func (idsAreAddresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
+	return raft.ServerAddress(id), nil
+}
+
+// Consumer returns the channel on which Raft's main thread hears its peers.
+func (t *transport) Consumer() <-chan raft.RPC { return t.rpcs }
+
+// SetHeartbeatHandler does nothing: heartbeats take the way of all messages, through Raft's main thread. The short cut
+// would change term and state beside that thread, unsafely (hashicorp/raft issue 695).
+func (t *transport) SetHeartbeatHandler(func(raft.RPC)) {}
+
+// AppendEntries sends log entries or a heartbeat. It differs from Raft's own in two ways. It sends at most
+// maxAppendBytes at once; Raft looks at args to see what was sent. And while a node cannot be reached it goes on trying
+// as long as this node leads: Raft would wait longer after each failure, up to 10 s, and a node that comes back would
+// be left behind for as long.
+func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest,
+	resp *raft.AppendEntriesResponse,
+) error {
+	size := 0
+	for i, entry := range args.Entries {
+		if size += len(entry.Data); size > maxAppendBytes && i > 0 {
+			args.Entries = args.Entries[:i]
+			break
+		}
+	}
+	heartbeat := args.PrevLogEntry == 0 && len(args.Entries) == 0 && args.LeaderCommitIndex == 0
+	for {
+		err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+		if unreachable := new(dialError); heartbeat || !errors.As(err, &unreachable) || !t.leading(args.Term) {
+			return err
+		}
+		time.Sleep(redialInterval)
+	}
+}
+
+// campaign makes this node stand for election at once, as if the leader had handed over to it.
+func (t *transport) campaign(stop <-chan struct{}) {
+	rpc := raft.RPC{
+		Command:  &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}},
+		RespChan: make(chan raft.RPCResponse, 1),
+	}
+	select {
+	case t.rpcs <- rpc:
+	case <-stop:
+	}
+}

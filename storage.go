@@ -1,0 +1,299 @@
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+	"go.etcd.io/bbolt"
+	bbolterrors "go.etcd.io/bbolt/errors"
+)
+
+const (
+	dbName          = "raft.db"
+	lockTimeout     = 3 * time.Second // how long another process may hold the database before we give up
+	snapshotsKept   = 2
+	logCacheEntries = 256 // entries kept in memory for followers that are a little behind
+)
+
+// storage is what a node keeps: the log, its votes and terms, and snapshots. With KV_STORE=memory nothing of it
+// outlives the process.
+type storage struct {
+	logs      raft.LogStore
+	stable    raft.StableStore
+	snapshots raft.SnapshotStore
+	close     func() error
+}
+
+// openStorage opens the node's storage, making it where there is none. From then on any failure of the log or of the
+// stable store goes to fail and to nobody else: see guard.
+func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
+	if cfg.KVStore == storeMemory {
+		mem := raft.NewInmemStore()
+		return &storage{
+			logs: mem, stable: &stableStore{StableStore: mem}, snapshots: &memorySnapshots{},
+			close: func() error { return nil },
+		}, nil
+	}
+	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
+		return nil, fmt.Errorf("STATE_DIR %q: %w; set STATE_DIR to a directory that this user can write", cfg.StateDir, err)
+	}
+	db, err := openBolt(filepath.Join(cfg.StateDir, dbName))
+	if err != nil {
+		return nil, err
+	}
+	snapshots, err := raft.NewFileSnapshotStoreWithLogger(cfg.StateDir, snapshotsKept, log.Named("snapshot"))
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("STATE_DIR %q: %w", cfg.StateDir, err), db.Close())
+	}
+	guarded := &guard{db: db, fail: fail}
+	logs, err := raft.NewLogCache(logCacheEntries, guarded)
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	return &storage{logs: logs, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, close: db.Close}, nil
+}
+
+// lastIndex returns the index of the newest entry that is stored, or that a stored snapshot covers.
+func (s *storage) lastIndex() (uint64, error) {
+	last, err := s.logs.LastIndex()
+	if err != nil {
+		return 0, fmt.Errorf("read the last log index: %w", err)
+	}
+	snapshots, err := s.snapshots.List()
+	if err != nil {
+		return 0, fmt.Errorf("list snapshots: %w", err)
+	}
+	if len(snapshots) > 0 {
+		last = max(last, snapshots[0].Index)
+	}
+	return last, nil
+}
+
+// openBolt opens the database. bbolt panics on many kinds of damage; here that becomes an error that names the cure.
+func openBolt(path string) (db *raftboltdb.BoltStore, err error) {
+	damaged := func(cause any) error {
+		return fmt.Errorf("%s is damaged (%v); nothing was changed: restore the disk, or move the whole state directory "+
+			"away and start this node without state, to be filled by the others", path, cause)
+	}
+	defer func() {
+		if cause := recover(); cause != nil {
+			err = damaged(cause)
+		}
+	}()
+	db, err = raftboltdb.New(raftboltdb.Options{
+		Path: path,
+		BoltOptions: &bbolt.Options{
+			Timeout: lockTimeout,
+			// The list of free pages is found again when the file is opened, instead of being written with each commit.
+			NoFreelistSync: true,
+			FreelistType:   bbolt.FreelistMapType,
+		},
+	})
+	switch {
+	case errors.Is(err, bbolterrors.ErrTimeout):
+		return nil, fmt.Errorf("%s is locked by another process: stop it, or set another STATE_DIR", path)
+	case errors.Is(err, bbolterrors.ErrInvalid), errors.Is(err, bbolterrors.ErrChecksum), errors.Is(err, bbolterrors.ErrVersionMismatch):
+		return nil, damaged(err)
+	case err != nil:
+		return nil, fmt.Errorf("open %s: %w; STATE_DIR must be a directory that this user can write", path, err)
+	}
+	return db, nil
+}
+
+// guard makes the database fail-stop. Raft goes on after an error of its stores with a wrong idea of what is in them,
+// and after a failed fsync nobody can know what reached the disk (Rebello et al., "Can Applications Recover from fsync
+// Failures?", ATC 2020). So any error but "not found" goes to fail, which does not return while the process stops:
+// raft is never told and so never answers on broken storage.
+type guard struct {
+	db interface {
+		raft.LogStore
+		raft.StableStore
+	}
+	fail func(error)
+}
+
+func (g *guard) check(op string, err error) error {
+	if err != nil && !errors.Is(err, raft.ErrLogNotFound) && !isNotFound(err) {
+		g.fail(fmt.Errorf("storage: %s: %w", op, err))
+	}
+	return err
+}
+
+// isNotFound says whether a StableStore has no such key. The raft package goes by the text, so any store must.
+func isNotFound(err error) bool {
+	return err != nil && err.Error() == raftboltdb.ErrKeyNotFound.Error()
+}
+
+func (g *guard) FirstIndex() (uint64, error) {
+	i, err := g.db.FirstIndex()
+	return i, g.check("first index", err)
+}
+
+func (g *guard) LastIndex() (uint64, error) {
+	i, err := g.db.LastIndex()
+	return i, g.check("last index", err)
+}
+
+func (g *guard) GetLog(index uint64, l *raft.Log) error {
+	return g.check("get log", g.db.GetLog(index, l))
+}
+
+func (g *guard) StoreLog(l *raft.Log) error {
+	return g.check("store log", g.db.StoreLog(l))
+}
+
+func (g *guard) StoreLogs(l []*raft.Log) error {
+	return g.check("store logs", g.db.StoreLogs(l))
+}
+
+func (g *guard) DeleteRange(first, last uint64) error {
+	return g.check("delete logs", g.db.DeleteRange(first, last))
+}
+
+func (g *guard) Set(key, val []byte) error {
+	return g.check("set", g.db.Set(key, val))
+}
+
+func (g *guard) Get(key []byte) ([]byte, error) {
+	val, err := g.db.Get(key)
+	return val, g.check("get", err)
+}
+
+func (g *guard) SetUint64(key []byte, val uint64) error {
+	return g.check("set", g.db.SetUint64(key, val))
+}
+
+func (g *guard) GetUint64(key []byte) (uint64, error) {
+	val, err := g.db.GetUint64(key)
+	return val, g.check("get", err)
+}
+
+// Raft's names for the two halves of a vote, and ours for the whole.
+var (
+	keyLastVoteTerm = []byte("LastVoteTerm")
+	keyLastVoteCand = []byte("LastVoteCand")
+	keyVote         = []byte("Vote")
+)
+
+// stableStore keeps a vote, its term and its candidate, under one key. Raft writes the term first and the candidate
+// after it: a crash in between leaves the new term with the candidate of an older vote, to whom the node would then
+// grant a vote without comparing logs (hashicorp/raft issue 661). Format: 8 bytes of term, then the candidate.
+type stableStore struct {
+	raft.StableStore
+	mu   sync.Mutex // guards term
+	term uint64     // of the vote that raft is about to write
+}
+
+func (s *stableStore) SetUint64(key []byte, val uint64) error {
+	if !bytes.Equal(key, keyLastVoteTerm) {
+		return s.StableStore.SetUint64(key, val)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.term = val
+	return nil
+}
+
+func (s *stableStore) Set(key, val []byte) error {
+	if !bytes.Equal(key, keyLastVoteCand) {
+		return s.StableStore.Set(key, val)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.StableStore.Set(keyVote, append(binary.BigEndian.AppendUint64(nil, s.term), val...))
+}
+
+func (s *stableStore) GetUint64(key []byte) (uint64, error) {
+	if !bytes.Equal(key, keyLastVoteTerm) {
+		return s.StableStore.GetUint64(key)
+	}
+	vote, err := s.vote()
+	if err != nil {
+		return 0, err
+	}
+	return binary.BigEndian.Uint64(vote), nil
+}
+
+func (s *stableStore) Get(key []byte) ([]byte, error) {
+	if !bytes.Equal(key, keyLastVoteCand) {
+		return s.StableStore.Get(key)
+	}
+	vote, err := s.vote()
+	if err != nil {
+		return nil, err
+	}
+	return vote[8:], nil
+}
+
+func (s *stableStore) vote() ([]byte, error) {
+	vote, err := s.StableStore.Get(keyVote)
+	if err == nil && len(vote) < 8 {
+		return nil, raftboltdb.ErrKeyNotFound
+	}
+	return vote, err
+}
+
+// memorySnapshots keeps the newest complete snapshot in memory. Raft's own in-memory store publishes a snapshot before
+// its bytes are there.
+type memorySnapshots struct {
+	mu     sync.Mutex      // guards newest
+	newest *memorySnapshot // nil before the first
+}
+
+type memorySnapshot struct {
+	store *memorySnapshots
+	meta  raft.SnapshotMeta
+	data  bytes.Buffer
+}
+
+func (m *memorySnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
+	configurationIndex uint64, _ raft.Transport,
+) (raft.SnapshotSink, error) {
+	return &memorySnapshot{store: m, meta: raft.SnapshotMeta{
+		Version: version, ID: fmt.Sprintf("%d-%d-%d", term, index, time.Now().UnixMilli()),
+		Index: index, Term: term, Configuration: configuration, ConfigurationIndex: configurationIndex,
+	}}, nil
+}
+
+func (m *memorySnapshots) List() ([]*raft.SnapshotMeta, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.newest == nil {
+		return nil, nil
+	}
+	meta := m.newest.meta
+	return []*raft.SnapshotMeta{&meta}, nil
+}
+
+func (m *memorySnapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.newest == nil || m.newest.meta.ID != id {
+		return nil, nil, fmt.Errorf("snapshot %q is gone", id)
+	}
+	meta := m.newest.meta
+	return &meta, io.NopCloser(bytes.NewReader(m.newest.data.Bytes())), nil
+}
+
+func (s *memorySnapshot) Write(p []byte) (int, error) { return s.data.Write(p) }
+func (s *memorySnapshot) ID() string                  { return s.meta.ID }
+func (s *memorySnapshot) Cancel() error               { return nil }
+
+// Close publishes the snapshot.
+func (s *memorySnapshot) Close() error {
+	s.store.mu.Lock()
+	defer s.store.mu.Unlock()
+	s.meta.Size = int64(s.data.Len())
+	s.store.newest = s
+	return nil
+}
