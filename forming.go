@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"crypto/rand"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -22,25 +21,28 @@ const (
 	sayInterval  = 10 * time.Second // between two log lines about what is being waited for
 )
 
-// keyCluster is where the stable store has the cluster's id, and behind it a byte that is 1 on the node that formed it.
+// keyCluster is where the stable store has the cluster's id, behind a byte that is foundedHere or foundedElsewhere.
 var keyCluster = []byte("Cluster")
+
+const (
+	foundedHere      = '+'
+	foundedElsewhere = '-'
+)
 
 // formation makes a node without state a member of a cluster, once: from then on its cluster id stands in its storage.
 // Raft runs only after that, so nothing that Raft stores was ever said under another id. DESIGN.md has the argument why
 // at most one cluster can come of it.
 type formation struct {
-	cfg     *Config
-	log     hclog.Logger
-	storage *storage
-	peers   *peers
-	running chan struct{}  // closed when Raft runs
-	joining chan clusterID // holds the id of a cluster that formed with our consent
+	cfg   *Config
+	log   hclog.Logger
+	store *storage
+	peers *peers
+	look  chan struct{} // holds one token: a peer has spoken, so another look at the others is worth it
 
 	mu        sync.Mutex // guards what follows
-	id        clusterID
-	founder   bool
-	lastIndex uint64 // in the storage when it was opened
-	granted   clusterID
+	cluster   string     // the id, "" while this node is of no cluster
+	founder   bool       // it was this node that formed the cluster
+	granted   string     // the id under which grantee may form the cluster
 	grantee   string
 	grantedAt time.Time
 	waitsFor  string // for people
@@ -48,51 +50,35 @@ type formation struct {
 
 // newFormation reads what the storage knows of a cluster.
 func newFormation(cfg *Config, log hclog.Logger, st *storage, p *peers) (*formation, error) {
-	f := &formation{
-		cfg: cfg, log: log, storage: st, peers: p,
-		running: make(chan struct{}), joining: make(chan clusterID, 1), waitsFor: "not looked yet",
-	}
-	var err error
-	if f.lastIndex, err = st.lastIndex(); err != nil {
-		return nil, err
-	}
+	f := &formation{cfg: cfg, log: log, store: st, peers: p, look: make(chan struct{}, 1)}
 	stored, err := st.stable.Get(keyCluster)
 	switch {
-	case isNotFound(err) && f.lastIndex > 0:
-		return nil, fmt.Errorf("STATE_DIR %q holds a Raft log or snapshot but no cluster id: it is of another program, or damaged; "+
-			"nothing was changed: set another STATE_DIR", cfg.StateDir)
-	case isNotFound(err):
+	case err == nil && len(stored) > 1:
+		f.founder, f.cluster = stored[0] == foundedHere, string(stored[1:])
 		return f, nil
-	case err != nil:
+	case err != nil && !isNotFound(err):
 		return nil, fmt.Errorf("read the cluster id: %w", err)
-	case len(stored) != len(f.id)+1:
-		return nil, fmt.Errorf("the cluster id in STATE_DIR %q has %d bytes; it should have %d", cfg.StateDir, len(stored), len(f.id)+1)
 	}
-	f.founder = stored[len(f.id)] == 1
-	copy(f.id[:], stored)
-	return f, nil
+	last, err := st.lastIndex()
+	if err == nil && last > 0 {
+		err = fmt.Errorf("STATE_DIR %q holds a Raft log or snapshot but no cluster id: it is of another program, or damaged; "+
+			"nothing was changed: set another STATE_DIR", cfg.StateDir)
+	}
+	return f, err
 }
 
-// cluster returns the id of this node's cluster, zero while it has none.
-func (f *formation) cluster() clusterID {
+// id returns the id of this node's cluster, "" while it has none.
+func (f *formation) id() string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.id
-}
-
-// state names what a node does whose Raft is not running.
-func (f *formation) state() string {
-	if f.cluster() == (clusterID{}) {
-		return "forming"
-	}
-	return "starting"
+	return f.cluster
 }
 
 // reason says what a node waits for whose Raft is not running.
 func (f *formation) reason() string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.id != (clusterID{}) {
+	if f.cluster != "" {
 		return "the node is reading its snapshot and log"
 	}
 	return "the node has no state and is looking for its cluster: " + f.waitsFor
@@ -100,29 +86,28 @@ func (f *formation) reason() string {
 
 // find returns once this node is of a cluster, with whether it is the one that formed it.
 func (f *formation) find(ctx context.Context) (founder bool, err error) {
-	if f.cluster() != (clusterID{}) {
+	if f.id() != "" {
 		return f.founder, nil
 	}
 	if len(f.cfg.Peers) == 1 {
-		return true, f.record(newClusterID(), true)
+		return true, f.join(rand.Text(), true)
 	}
-	var ripe time.Time // when a majority without state was first seen
-	var said time.Time
+	var ripe, said time.Time // since when a majority without state has been there; when that was last logged
 	for {
 		answers := f.askAll(ctx, f.others())
 		v := f.judge(answers, !ripe.IsZero() && time.Since(ripe) >= formPatience)
+		switch {
+		case v.join != "":
+			return false, f.join(v.join, false)
+		case v.form:
+			if id, granted := f.seekGrants(ctx, answers); granted {
+				return true, f.join(id, true)
+			}
+		}
 		if !v.majority {
 			ripe = time.Time{}
 		} else if ripe.IsZero() {
 			ripe = time.Now()
-		}
-		switch {
-		case v.join != clusterID{}:
-			return false, f.record(v.join, false)
-		case v.found:
-			if id, ok := f.seekGrants(ctx, answers); ok {
-				return true, f.record(id, true)
-			}
 		}
 		f.mu.Lock()
 		f.waitsFor = v.reason
@@ -133,168 +118,127 @@ func (f *formation) find(ctx context.Context) (founder bool, err error) {
 		}
 		timer := time.NewTimer(formInterval)
 		select {
-		case id := <-f.joining:
-			timer.Stop()
-			return false, f.record(id, false)
+		case <-f.look:
 		case <-timer.C:
 		case <-ctx.Done():
-			timer.Stop()
 			return false, ctx.Err()
 		}
+		timer.Stop()
 	}
 }
 
 // verdict is what the answers of the other nodes mean for one without state.
 type verdict struct {
-	join     clusterID // of this cluster it is
-	found    bool      // it should form the cluster
-	majority bool      // a majority, itself included, has answered that it holds nothing
-	reason   string    // what it waits for, for people
+	join     string // the cluster this node is of
+	form     bool   // it should form the cluster
+	majority bool   // a majority, itself included, holds nothing, and nobody that answers holds anything
+	reason   string // what it waits for, for people
 }
 
-// judge applies the contract's rules for a node without state. A node that holds no more than the entry with which a
-// cluster begins holds nothing that could have been acknowledged: it is one that formed a cluster and got no further.
-func (f *formation) judge(answers map[string]Status, patient bool) verdict {
+// judge applies the contract's rules for a node without state. A node that has a cluster but no more in its log than
+// the entry with which a log begins counts as holding nothing: it formed that cluster and got no further, so nothing
+// was ever acknowledged in it.
+func (f *formation) judge(answers map[string]holding, patient bool) verdict {
+	f.mu.Lock()
+	granted := f.granted
+	f.mu.Unlock()
 	total := len(f.cfg.Peers)
 	empty := []string{f.cfg.NodeID}
-	members := make(map[string]int) // nodes of a cluster, by its id
-	begun := ""
-	holders := 0
-	for id, a := range answers {
-		if a.Cluster != "" {
-			members[a.Cluster]++
+	nodesOf := make(map[string]int) // by cluster
+	begun, holders := "", 0
+	for node, h := range answers {
+		if h.Cluster != "" {
+			nodesOf[h.Cluster]++
 		}
-		switch {
-		case a.LastIndex > 1:
+		if h.LastIndex > 1 {
 			holders++
-		case a.Cluster != "":
-			if begun == "" || a.Cluster < begun {
-				begun = a.Cluster
-			}
-			fallthrough
-		default:
-			empty = append(empty, id)
+			continue
+		}
+		empty = append(empty, node)
+		if h.Cluster != "" && (begun == "" || h.Cluster < begun) {
+			begun = h.Cluster
 		}
 	}
-	for id, n := range members {
-		if n > total/2 { // a majority without this node
-			return verdict{join: parseClusterID(id)}
+	for cluster, n := range nodesOf {
+		if n > total/2 || holders == 0 && cluster == granted {
+			return verdict{join: cluster} // a majority without this node is of it, or it formed with our consent
 		}
 	}
 	v := verdict{
 		majority: holders == 0 && len(empty) > total/2,
-		reason:   fmt.Sprintf("%d of %d nodes answer, %d of them have state", len(answers)+1, total, holders),
+		reason:   fmt.Sprintf("%d of %d nodes answer, %d of them hold state", len(answers)+1, total, holders),
 	}
 	switch {
 	case holders > 0:
-		v.reason += "; a majority of nodes with state must answer, for none of what they acknowledged to be lost"
-	case len(empty) < total && !(v.majority && patient):
-		if v.majority {
-			v.reason += fmt.Sprintf("; a majority forms the cluster after %v", formPatience)
-		}
+		v.reason += "; a majority that holds state must answer, for nothing that was acknowledged to be lost"
+	case !v.majority || len(empty) < total && !patient:
+		v.reason += fmt.Sprintf("; all must answer, or a majority for %v", formPatience)
 	case begun != "":
-		v.join = parseClusterID(begun)
-	case slices.Min(empty) == f.cfg.NodeID:
-		v.found = true
+		v.join = begun
 	default:
-		v.reason += "; node " + slices.Min(empty) + " forms the cluster"
+		v.form = slices.Min(empty) == f.cfg.NodeID
+		v.reason += "; node " + slices.Min(empty) + " is to form the cluster"
 	}
 	return v
 }
 
-// seekGrants asks the nodes without state to let this one form the cluster. It returns the new cluster's id when a
-// majority does, this node included.
-func (f *formation) seekGrants(ctx context.Context, answers map[string]Status) (clusterID, bool) {
-	id := newClusterID()
-	if f.grant(f.cfg.NodeID, id) != nil {
-		return id, false
+// seekGrants asks the nodes that answered to let this one form the cluster. It returns the new cluster's id, and
+// whether a majority, this node included, lets it.
+func (f *formation) seekGrants(ctx context.Context, answers map[string]holding) (cluster string, granted bool) {
+	cluster = rand.Text()
+	if f.grant(f.cfg.NodeID, cluster) != nil {
+		return "", false
 	}
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
-	defer cancel()
-	granted := 1
+	others := make([]string, 0, len(answers))
 	for node := range answers {
-		if _, err := f.peers.call(ctx, node, opGrant, id[:]); err == nil {
-			granted++
-		} else {
-			f.log.Debug("a node does not let this one form the cluster", "node", node, "error", err)
-		}
+		others = append(others, node)
 	}
-	return id, granted > len(f.cfg.Peers)/2
+	return cluster, majority(ctx, others, len(f.cfg.Peers)/2, func(ctx context.Context, node string) bool {
+		_, err := f.peers.call(ctx, node, opGrant, []byte(cluster))
+		return err == nil
+	})
 }
 
-// grant lets a node form a cluster with this one. It is not a vote, only good manners, and so is kept nowhere: two
-// nodes that both form one harm nothing, but one of them will have to be emptied by hand.
-func (f *formation) grant(to string, id clusterID) error {
+// grant lets a node form a cluster with this one. It is good manners and no vote, so it is kept nowhere: if two nodes
+// form one each nothing is lost, but one of the two will have to be emptied by hand.
+func (f *formation) grant(to, cluster string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.id != (clusterID{}) {
+	if f.cluster != "" {
 		return errors.New("this node is of a cluster already")
 	}
 	if f.grantee != "" && f.grantee != to && time.Since(f.grantedAt) < grantHold {
 		return fmt.Errorf("node %s is forming the cluster", f.grantee)
 	}
-	f.granted, f.grantee, f.grantedAt = id, to, time.Now()
+	f.granted, f.grantee, f.grantedAt = cluster, to, time.Now()
 	return nil
 }
 
 func (f *formation) handleGrant(_ context.Context, from string, request []byte) ([]byte, error) {
-	id, err := clusterIDOf(request)
-	if err != nil {
-		return nil, err
-	}
-	return nil, f.grant(from, id)
+	return nil, f.grant(from, string(request))
 }
 
-// announce tells the others that the cluster has formed and waits for those that hear it to have Raft running.
-func (f *formation) announce(ctx context.Context) {
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
-	defer cancel()
-	id := f.cluster()
-	var wg sync.WaitGroup
-	for _, node := range f.others() {
-		wg.Go(func() { _, _ = f.peers.call(ctx, node, opJoin, id[:]) })
-	}
-	wg.Wait()
-}
-
-func (f *formation) handleJoin(ctx context.Context, _ string, request []byte) ([]byte, error) {
-	id, err := clusterIDOf(request)
-	if err != nil {
-		return nil, err
-	}
-	f.hear(id)
+// hear is called when a peer speaks to this node in a cluster's name.
+func (f *formation) hear() {
 	select {
-	case <-f.running:
-	case <-ctx.Done():
-	}
-	return nil, nil
-}
-
-// hear takes note of a cluster that speaks to this node: if it formed with this node's consent, this node is of it.
-func (f *formation) hear(id clusterID) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.id == (clusterID{}) && id != (clusterID{}) && id == f.granted {
-		select {
-		case f.joining <- id:
-		default:
-		}
+	case f.look <- struct{}{}:
+	default:
 	}
 }
 
-// record makes this node one of the cluster, for good.
-func (f *formation) record(id clusterID, founder bool) error {
-	value := append(id[:], 0)
+// join makes this node one of the cluster, for good.
+func (f *formation) join(cluster string, founder bool) error {
+	by := byte(foundedElsewhere)
 	if founder {
-		value[len(id)] = 1
+		by = foundedHere
 	}
-	if err := f.storage.stable.Set(keyCluster, value); err != nil {
+	if err := f.store.stable.Set(keyCluster, append([]byte{by}, cluster...)); err != nil {
 		return fmt.Errorf("store the cluster id: %w", err)
 	}
 	f.mu.Lock()
-	f.id, f.founder = id, founder
+	f.cluster, f.founder = cluster, founder
 	f.mu.Unlock()
-	f.log.Info("this node is of a cluster", "cluster", id, "formed-it", founder)
+	f.log.Info("this node is of a cluster", "cluster", cluster, "formed-it", founder)
 	return nil
 }
 
@@ -309,52 +253,45 @@ func (f *formation) others() []string {
 	return ids
 }
 
-// askAll asks nodes for their status, all at once, and returns what answered in time.
-func (f *formation) askAll(ctx context.Context, nodes []string) map[string]Status {
+// holding is what a node tells another that it has.
+type holding struct {
+	Cluster   string `json:"cluster"`
+	LastIndex uint64 `json:"last_index"` // of its log or snapshot
+}
+
+func (f *formation) handleHolding(context.Context, string, []byte) ([]byte, error) {
+	last, err := f.store.lastIndex()
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(holding{f.id(), last})
+}
+
+// askAll asks nodes what they hold, all at once, and returns what was answered in time.
+func (f *formation) askAll(ctx context.Context, nodes []string) map[string]holding {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
 	var (
 		wg      sync.WaitGroup
 		mu      sync.Mutex // guards answers
-		answers = make(map[string]Status)
+		answers = make(map[string]holding)
 	)
 	for _, node := range nodes {
 		wg.Go(func() {
-			var status Status
-			answer, err := f.peers.call(ctx, node, opStatus, nil)
+			var h holding
+			answer, err := f.peers.call(ctx, node, opHolding, nil)
 			if err == nil {
-				err = json.Unmarshal(answer, &status)
+				err = json.Unmarshal(answer, &h)
 			}
 			if err != nil {
-				f.log.Debug("a node gives no status", "node", node, "error", err)
+				f.log.Debug("a node does not say what it holds", "node", node, "error", err)
 				return
 			}
 			mu.Lock()
-			answers[node] = status
+			answers[node] = h
 			mu.Unlock()
 		})
 	}
 	wg.Wait()
 	return answers
-}
-
-func newClusterID() (id clusterID) {
-	_, _ = rand.Read(id[:]) // never fails: crypto/rand
-	return id
-}
-
-func clusterIDOf(b []byte) (id clusterID, err error) {
-	if len(b) != len(id) {
-		return id, fmt.Errorf("%d bytes are no cluster id", len(b))
-	}
-	return clusterID(b), nil
-}
-
-// parseClusterID reads what String wrote; anything else is no cluster.
-func parseClusterID(s string) (id clusterID) {
-	b, err := hex.DecodeString(s)
-	if err != nil || len(b) != len(id) {
-		return clusterID{}
-	}
-	return clusterID(b)
 }

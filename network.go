@@ -14,15 +14,19 @@ import (
 )
 
 const (
-	helloTimeout  = 3 * time.Second // for a connection to say who it is, and to be answered
-	dialTimeout   = 2 * time.Second
-	maxHandshakes = 256 // connections at once that have not said who they are; more are closed unheard
+	helloTimeout   = 3 * time.Second // for a connection to say who it is, and to be answered
+	dialTimeout    = 2 * time.Second
+	redialInterval = 100 * time.Millisecond
+	maxHandshakes  = 256 // connections at once that have not said who they are; more are closed unheard
 )
+
+// errStarting refuses Raft's messages while this node's Raft is not running.
+var errStarting = errors.New("this node is starting; try again")
 
 // Every connection to the Raft port begins with a hello, which says what it carries, who speaks, whom it is meant for
 // and, once the cluster has formed, which cluster the speaker is of. Format: helloMagic, whose last byte is the version;
-// the kind; sender and target, each behind a byte of length; 16 bytes of cluster id, all zero for none. The answer is
-// a byte of length and that many bytes of reason, none for welcome.
+// the kind; sender, target and cluster id, each behind a byte of length. The answer is a byte of length and that many
+// bytes of reason, none for welcome.
 const helloMagic = "RSTRAFT\x01"
 
 // A connection carries Raft's own messages or the calls of peers.go.
@@ -31,45 +35,47 @@ const (
 	kindPeer byte = 'P'
 )
 
-// clusterID names one cluster for good. It is random, made when the cluster forms; the zero value stands for none.
-type clusterID [16]byte
-
-func (c clusterID) String() string { return fmt.Sprintf("%x", c[:]) }
-
 type hello struct {
 	kind           byte
-	sender, target string
-	cluster        clusterID
+	sender, target string // node ids
+	cluster        string // "" for none
 }
 
 func (h hello) encode() []byte {
 	b := append([]byte(helloMagic), h.kind)
-	for _, id := range []string{h.sender, h.target} {
-		b = append(append(b, byte(len(id))), id...)
+	for _, s := range []string{h.sender, h.target, h.cluster} {
+		b = append(append(b, byte(len(s))), s...)
 	}
-	return append(b, h.cluster[:]...)
+	return b
 }
 
 // readHello takes exactly the bytes of the hello from r: what follows belongs to someone else.
 func readHello(r io.Reader) (h hello, err error) {
-	buf := make([]byte, 256)
-	take := func(n int) []byte {
-		if err == nil {
-			_, err = io.ReadFull(r, buf[:n])
-		}
-		return buf[:n]
+	head := make([]byte, len(helloMagic)+1)
+	if _, err := io.ReadFull(r, head); err != nil {
+		return h, err
 	}
-	head := take(len(helloMagic) + 1)
-	if err == nil && string(head[:len(helloMagic)]) != helloMagic {
+	if string(head[:len(helloMagic)]) != helloMagic {
 		return h, errors.New("no hello of this service, or one of another version")
 	}
 	h.kind = head[len(helloMagic)]
-	for _, id := range []*string{&h.sender, &h.target} {
-		size := take(1)[0]
-		*id = string(take(int(size)))
+	for _, s := range []*string{&h.sender, &h.target, &h.cluster} {
+		if *s, err = readShort(r); err != nil {
+			return h, err
+		}
 	}
-	copy(h.cluster[:], take(len(h.cluster)))
-	return h, err
+	return h, nil
+}
+
+// readShort reads a byte of length and that many bytes.
+func readShort(r io.Reader) (string, error) {
+	var b [256]byte
+	if _, err := io.ReadFull(r, b[:1]); err != nil {
+		return "", err
+	}
+	text := b[1 : 1+int(b[0])]
+	_, err := io.ReadFull(r, text)
+	return string(text), err
 }
 
 // network owns the Raft port and every connection between this node and its peers. It is the raft.StreamLayer of
@@ -78,10 +84,13 @@ type network struct {
 	self     string
 	log      hclog.Logger
 	listener net.Listener
+
+	// These are set by start.
+
 	// address says where a node listens, as host:port, and whether it is known at all.
 	address func(id string) (string, bool)
-	// cluster is the id of the cluster this node is of, zero while it is of none.
-	cluster func() clusterID
+	// cluster is the id of the cluster this node is of, "" while it is of none.
+	cluster func() string
 	// welcome has the last word on a hello that is meant for us and comes from a peer; an error refuses it.
 	welcome func(hello) error
 	// servePeer takes over a connection of kindPeer until it returns.
@@ -112,8 +121,11 @@ func newNetwork(self, listen string, log hclog.Logger) (*network, error) {
 	}, nil
 }
 
-// start begins to take connections; the funcs of n must be set.
-func (n *network) start() {
+// start begins to take and make connections. See the fields of these names.
+func (n *network) start(address func(string) (string, bool), cluster func() string, welcome func(hello) error,
+	servePeer func(net.Conn, string),
+) {
+	n.address, n.cluster, n.welcome, n.servePeer = address, cluster, welcome, servePeer
 	n.wg.Go(func() {
 		for {
 			conn, err := n.listener.Accept()
@@ -194,15 +206,15 @@ func (n *network) judge(h hello) error {
 	if _, known := n.address(h.sender); !known || h.sender == n.self {
 		return fmt.Errorf("node %q is neither in the PEERS of node %q nor in its stored membership", h.sender, n.self)
 	}
-	if mine := n.cluster(); mine != (clusterID{}) && h.cluster != (clusterID{}) && mine != h.cluster {
-		return fmt.Errorf("node %q is of cluster %v, node %q of cluster %v", h.sender, h.cluster, n.self, mine)
+	if mine := n.cluster(); mine != "" && h.cluster != "" && mine != h.cluster {
+		return fmt.Errorf("node %q is of cluster %s, node %q of cluster %s", h.sender, h.cluster, n.self, mine)
 	}
 	return n.welcome(h)
 }
 
 // logRefusal warns once about each way in which a peer and this node do not get along; the rest is for debugging.
 func (n *network) logRefusal(msg, remote string, h hello, err error) {
-	key := h.sender + "\x00" + h.cluster.String() + "\x00" + err.Error()
+	key := h.sender + "\x00" + h.cluster + "\x00" + err.Error()
 	n.mu.Lock()
 	known := n.refused[key] || len(n.refused) > 100 // strangers may make up any number of names
 	n.refused[key] = true
@@ -265,15 +277,11 @@ func introduce(ctx context.Context, conn net.Conn, h hello) error {
 	if _, err := conn.Write(h.encode()); err != nil {
 		return err
 	}
-	var size [1]byte
-	if _, err := io.ReadFull(conn, size[:]); err != nil {
+	reason, err := readShort(conn)
+	if err != nil {
 		return fmt.Errorf("no answer to the hello: %w", err)
 	}
-	reason := make([]byte, size[0])
-	if _, err := io.ReadFull(conn, reason); err != nil {
-		return fmt.Errorf("no answer to the hello: %w", err)
-	}
-	if len(reason) > 0 {
+	if reason != "" {
 		return fmt.Errorf("refused: %s", reason)
 	}
 	return conn.SetDeadline(time.Time{})
@@ -362,96 +370,3 @@ type nodeAddr string
 
 func (nodeAddr) Network() string  { return "node" }
 func (a nodeAddr) String() string { return string(a) }
-
-const (
-	rpcTimeout     = 3 * time.Second // for an answer to one of Raft's messages; a snapshot's time grows with its size
-	connsPerPeer   = 3               // idle connections kept for Raft's messages
-	maxAppendBytes = 2 << 20         // of log entries in one message, but for a single larger one
-	redialInterval = 100 * time.Millisecond
-)
-
-// transport is Raft's own transport, but for what this service does differently.
-type transport struct {
-	*raft.NetworkTransport
-	rpcs chan raft.RPC
-	// leading says whether this node is the leader of the given term.
-	leading func(term uint64) bool
-}
-
-func newTransport(n *network, log hclog.Logger) *transport {
-	t := &transport{
-		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-			Stream: n, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
-			// A pipeline can wedge a follower (hashicorp/raft issue 612).
-			MaxRPCsInFlight:       1,
-			ServerAddressProvider: idsAreAddresses{},
-		}),
-		rpcs: make(chan raft.RPC),
-	}
-	n.wg.Go(func() {
-		for {
-			select {
-			case rpc := <-t.NetworkTransport.Consumer():
-				select {
-				case t.rpcs <- rpc:
-				case <-n.closing:
-					return
-				}
-			case <-n.closing:
-				return
-			}
-		}
-	})
-	return t
-}
-
-// idsAreAddresses makes Raft know every node by its id alone, so no address ends up in a vote or in the log's idea of
-// who leads.
-type idsAreAddresses struct{}
-
-func (idsAreAddresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
-	return raft.ServerAddress(id), nil
-}
-
-// Consumer returns the channel on which Raft's main thread hears its peers.
-func (t *transport) Consumer() <-chan raft.RPC { return t.rpcs }
-
-// SetHeartbeatHandler does nothing: heartbeats take the way of all messages, through Raft's main thread. The short cut
-// would change term and state beside that thread, unsafely (hashicorp/raft issue 695).
-func (t *transport) SetHeartbeatHandler(func(raft.RPC)) {}
-
-// AppendEntries sends log entries or a heartbeat. It differs from Raft's own in two ways. It sends at most
-// maxAppendBytes at once; Raft looks at args to see what was sent. And while a node cannot be reached it goes on trying
-// as long as this node leads: Raft would wait longer after each failure, up to 10 s, and a node that comes back would
-// be left behind for as long.
-func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest,
-	resp *raft.AppendEntriesResponse,
-) error {
-	size := 0
-	for i, entry := range args.Entries {
-		if size += len(entry.Data); size > maxAppendBytes && i > 0 {
-			args.Entries = args.Entries[:i]
-			break
-		}
-	}
-	heartbeat := args.PrevLogEntry == 0 && len(args.Entries) == 0 && args.LeaderCommitIndex == 0
-	for {
-		err := t.NetworkTransport.AppendEntries(id, target, args, resp)
-		if unreachable := new(dialError); heartbeat || !errors.As(err, &unreachable) || !t.leading(args.Term) {
-			return err
-		}
-		time.Sleep(redialInterval)
-	}
-}
-
-// campaign makes this node stand for election at once, as if the leader had handed over to it.
-func (t *transport) campaign(stop <-chan struct{}) {
-	rpc := raft.RPC{
-		Command:  &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}},
-		RespChan: make(chan raft.RPCResponse, 1),
-	}
-	select {
-	case t.rpcs <- rpc:
-	case <-stop:
-	}
-}

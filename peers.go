@@ -17,9 +17,8 @@ const (
 	opApply     byte = iota + 1 // execute these commands, if you are the leader
 	opReadIndex                 // which index must I have applied to read linearizably, if you are the leader?
 	opTerm                      // what is your current term?
-	opStatus                    // what do you hold, and who leads you?
+	opHolding                   // of which cluster are you, and how much of it do you hold?
 	opGrant                     // may I form the cluster?
-	opJoin                      // the cluster has formed
 )
 
 const (
@@ -65,7 +64,9 @@ func (p *peers) call(ctx context.Context, id string, op byte, request []byte) ([
 	}
 	a, err := l.call(ctx, op, request)
 	if err != nil {
-		p.drop(id, l)
+		if !errors.Is(err, context.Canceled) { // it is not the node's fault that nobody waits for it
+			p.drop(id, l)
+		}
 		return nil, fmt.Errorf("call node %q: %w", id, err)
 	}
 	if a.failed {
@@ -74,11 +75,12 @@ func (p *peers) call(ctx context.Context, id string, op byte, request []byte) ([
 	return a.payload, nil
 }
 
-// link returns the connection to a node, dialing where there is none.
+// link returns the connection to a node, dialing where there is none. After a dial that failed the next is made only
+// when redialInterval is over, so a node that is down costs little.
 func (p *peers) link(ctx context.Context, id string) (*link, error) {
 	p.mu.Lock()
 	l := p.links[id]
-	if l == nil {
+	if l == nil || l.failed(redialInterval) {
 		l = &link{ready: make(chan struct{}), calls: make(map[uint32]chan answer)}
 		p.links[id] = l
 		p.mu.Unlock()
@@ -86,9 +88,9 @@ func (p *peers) link(ctx context.Context, id string) (*link, error) {
 		dialCtx, cancel := context.WithTimeout(p.ctx, dialTimeout)
 		defer cancel()
 		l.conn, l.dialErr = p.network.dial(dialCtx, id, kindPeer)
+		l.dialed = time.Now()
 		close(l.ready)
 		if l.dialErr != nil {
-			p.drop(id, l)
 			return nil, l.dialErr
 		}
 		go func() {
@@ -118,9 +120,10 @@ func (p *peers) drop(id string, l *link) {
 
 // link is one connection on which this node calls another.
 type link struct {
-	ready   chan struct{} // closed when conn or dialErr is set
+	ready   chan struct{} // closed when what follows is set, which then does not change
 	conn    net.Conn
 	dialErr error
+	dialed  time.Time
 
 	writing sync.Mutex // held while a call is written
 
@@ -135,6 +138,16 @@ type answer struct {
 	payload []byte
 	failed  bool // payload is an error's text
 	err     error
+}
+
+// failed says whether l could not be dialed, for at least so long ago.
+func (l *link) failed(ago time.Duration) bool {
+	select {
+	case <-l.ready:
+		return l.dialErr != nil && time.Since(l.dialed) >= ago
+	default:
+		return false
+	}
 }
 
 func (l *link) call(ctx context.Context, op byte, request []byte) (answer, error) {

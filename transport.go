@@ -1,0 +1,101 @@
+package main
+
+import (
+	"errors"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+)
+
+const (
+	rpcTimeout     = 3 * time.Second // for an answer to one of Raft's messages; a snapshot's time grows with its size
+	connsPerPeer   = 3               // idle connections kept for Raft's messages
+	maxAppendBytes = 2 << 20         // of log entries in one message, but for a single larger one
+)
+
+// transport is Raft's own transport, but for what this service does differently.
+type transport struct {
+	*raft.NetworkTransport
+	rpcs chan raft.RPC
+	// leading says whether this node is the leader of the given term.
+	leading func(term uint64) bool
+}
+
+func newTransport(n *network, log hclog.Logger) *transport {
+	t := &transport{
+		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
+			Stream: n, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
+			// A pipeline can wedge a follower (hashicorp/raft issue 612).
+			MaxRPCsInFlight:       1,
+			ServerAddressProvider: idsAreAddresses{},
+		}),
+		rpcs: make(chan raft.RPC),
+	}
+	n.wg.Go(func() {
+		for {
+			select {
+			case rpc := <-t.NetworkTransport.Consumer():
+				select {
+				case t.rpcs <- rpc:
+				case <-n.closing:
+					return
+				}
+			case <-n.closing:
+				return
+			}
+		}
+	})
+	return t
+}
+
+// idsAreAddresses makes Raft know every node by its id alone, so no address ends up in a vote or in the log's idea of
+// who leads.
+type idsAreAddresses struct{}
+
+func (idsAreAddresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
+	return raft.ServerAddress(id), nil
+}
+
+// Consumer returns the channel on which Raft's main thread hears its peers.
+func (t *transport) Consumer() <-chan raft.RPC { return t.rpcs }
+
+// SetHeartbeatHandler does nothing: heartbeats take the way of all messages, through Raft's main thread. The short cut
+// would change term and state beside that thread, unsafely (hashicorp/raft issue 695).
+func (t *transport) SetHeartbeatHandler(func(raft.RPC)) {}
+
+// AppendEntries sends log entries or a heartbeat. It differs from Raft's own in two ways. It sends at most
+// maxAppendBytes at once; Raft looks at args to see what was sent. And while a node cannot be reached it goes on trying
+// as long as this node leads: Raft would wait longer after each failure, up to 10 s, and a node that comes back would
+// be left behind for as long.
+func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest,
+	resp *raft.AppendEntriesResponse,
+) error {
+	size := 0
+	for i, entry := range args.Entries {
+		if size += len(entry.Data); size > maxAppendBytes && i > 0 {
+			args.Entries = args.Entries[:i]
+			break
+		}
+	}
+	heartbeat := args.PrevLogEntry == 0 && len(args.Entries) == 0 && args.LeaderCommitIndex == 0
+	for {
+		err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+		if unreachable := new(dialError); heartbeat || !errors.As(err, &unreachable) || !t.leading(args.Term) {
+			return err
+		}
+		time.Sleep(redialInterval)
+	}
+}
+
+// campaign makes this node stand for election at once, as if the leader had handed over to it.
+func (t *transport) campaign(stop <-chan struct{}) {
+	rpc := raft.RPC{
+		Command:  &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}},
+		RespChan: make(chan raft.RPCResponse, 1),
+	}
+	select {
+	case t.rpcs <- rpc:
+	case <-stop:
+	}
+}
