@@ -1,26 +1,389 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 )
 
+func (n *testNode) put(t *testing.T, key, value string) {
+	t.Helper()
+	if a := request(t, http.MethodPut, n.url+"/key/"+key, value); a.status != http.StatusOK {
+		t.Fatalf("put %s through %s: got %v; want 200", key, n.cfg.NodeID, a)
+	}
+}
+
+// get returns what a linearizable read through the node answers.
+func (n *testNode) get(t *testing.T, key string) string {
+	t.Helper()
+	a := request(t, http.MethodGet, n.url+"/key/"+key, "")
+	if a.status != http.StatusOK {
+		t.Fatalf("get %s through %s: got %v; want 200", key, n.cfg.NodeID, a)
+	}
+	return a.body
+}
+
 func TestAnyNodeTakesAnyRequest(t *testing.T) {
+	t.Parallel()
 	for _, store := range []string{storeBolt, storeMemory} {
 		t.Run(store, func(t *testing.T) {
 			c := newTestCluster(t, 3, store)
 			for i, writer := range c.nodes {
 				value := fmt.Sprint(i)
-				if a := request(t, http.MethodPut, writer.url+"/key/k", value); a.status != 200 {
-					t.Fatalf("put through node %d: got %v; want 200", i, a)
-				}
-				for j, reader := range c.nodes {
-					if a := request(t, http.MethodGet, reader.url+"/key/k", ""); a.body != `{"k":`+value+`}` {
-						t.Errorf("got %v through node %d; want what was put through node %d", a, j, i)
+				writer.put(t, "k", value)
+				for _, reader := range c.nodes {
+					if got, want := reader.get(t, "k"), `{"k":`+value+`}`; got != want {
+						t.Errorf("got %s through %s; want %s, put through %s", got, reader.cfg.NodeID, want, writer.cfg.NodeID)
 					}
 				}
 			}
 		})
 	}
+}
+
+// A leader that is cut off does not know for a while that another was elected. It must not answer from what it has
+// meanwhile missed, not even when late answers to what it asked before the election reach it: they deceive
+// raft.VerifyLeader.
+func TestDeposedLeaderAnswersNoRead(t *testing.T) {
+	t.Parallel()
+	for name, mode := range map[string]linkMode{"nothing reaches it": linkCut, "late answers reach it": linkHoldAnswers} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := newTestCluster(t, 3, storeMemory)
+			const attempts = 3
+			deceived := 0 // attempts in which the old leader still took itself for the leader
+			for i := range attempts {
+				old := c.leader()
+				others := c.followers(old)
+				before, after := fmt.Sprintf(`"before %d"`, i), fmt.Sprintf(`"after %d"`, i)
+				c.nodes[old].put(t, "k", before)
+				for _, other := range others {
+					c.links[[2]int{old, other}].set(mode)
+					c.links[[2]int{other, old}].set(linkCut)
+				}
+				if mode == linkHoldAnswers {
+					for _, other := range others { // there shall be answers from before the election
+						l := c.links[[2]int{old, other}]
+						waitFor(t, "an answer to be held", func() bool { l.mu.Lock(); defer l.mu.Unlock(); return l.held > 0 })
+					}
+				}
+				// Elected at once, not only when the old leader has given up.
+				c.nodes[others[0]].transport.campaign(nil)
+				c.leader(others...)
+				if _, err := c.nodes[others[0]].kv.Set(t.Context(), []Pair{{"k", after}}, Condition{}); err != nil {
+					t.Fatal(err)
+				}
+				if c.nodes[old].raft.Load().State() == raft.Leader {
+					deceived++
+				}
+				begun := c.nodes[old].roundsBegun.Load()
+				answered := make(chan string, 1)
+				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+				go func() {
+					item, _ := c.nodes[old].kv.Get(ctx, "k", Linearizable)
+					answered <- item.Value
+				}()
+				waitFor(t, "the read to have begun", func() bool {
+					return c.nodes[old].roundsBegun.Load() > begun || len(answered) > 0
+				})
+				for _, other := range others {
+					c.links[[2]int{old, other}].set(linkOpen)
+				}
+				if value := <-answered; value == before {
+					t.Errorf("a linearizable read gave a value that had been overwritten before it began")
+				}
+				cancel()
+				c.cut(old, linkOpen)
+			}
+			if deceived == 0 {
+				t.Error("the old leader had always noticed already, so nothing was tested")
+			}
+		})
+	}
+}
+
+func TestReadThroughFollowerOfIdleClusterIsQuick(t *testing.T) {
+	c := newTestCluster(t, 3, storeMemory)
+	leader := c.leader()
+	reader := c.nodes[c.followers(leader)[0]]
+	const rounds = 40
+	slow := 0
+	for i := range rounds {
+		c.nodes[leader].put(t, "k", fmt.Sprint(i))
+		began := time.Now()
+		if got, want := reader.get(t, "k"), fmt.Sprintf(`{"k":%d}`, i); got != want {
+			t.Fatalf("got %s; want %s", got, want)
+		}
+		// Raft tells followers what is committed after CommitTimeout, 50 to 100 ms.
+		if time.Since(began) > 40*time.Millisecond {
+			slow++
+		}
+	}
+	if slow > rounds/2 {
+		t.Errorf("%d of %d reads took as long as if they waited for CommitTimeout", slow, rounds)
+	}
+}
+
+func TestLeaderWithoutMajorityPromisesNothing(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	leader := c.leader()
+	node := c.nodes[leader]
+	node.put(t, "k", `"before"`)
+	c.cut(leader, linkCut)
+	a := request(t, http.MethodPut, node.url+"/key/k", `"after"`)
+	if a.status != http.StatusGatewayTimeout && a.status != http.StatusServiceUnavailable {
+		t.Errorf("write: got %v; want 504 or 503", a)
+	}
+	if a := request(t, http.MethodGet, node.url+"/key/k", ""); a.status != http.StatusServiceUnavailable {
+		t.Errorf("linearizable read: got %v; want 503", a)
+	}
+	if a := request(t, http.MethodGet, node.url+"/key/k?consistency=stale", ""); a.status != http.StatusOK {
+		t.Errorf("stale read: got %v; want 200", a)
+	}
+	if a := request(t, http.MethodGet, node.url+"/readyz", ""); a.status != http.StatusServiceUnavailable {
+		t.Errorf("/readyz: got %v; want 503", a)
+	}
+}
+
+// Every acknowledged write is there after leaders have come and gone under load, and no write hangs.
+func TestLeadershipChangesUnderLoad(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	acked := make([]map[string]bool, 12)
+	for w := range acked {
+		acked[w] = make(map[string]bool)
+		wg.Go(func() {
+			for i := 0; ctx.Err() == nil; i++ {
+				key := fmt.Sprintf("%d-%d", w, i)
+				began := time.Now()
+				_, err := c.nodes[w%3].kv.Set(t.Context(), []Pair{{key, "1"}}, Condition{})
+				if err == nil {
+					acked[w][key] = true
+				}
+				if took := time.Since(began); took > requestTimeout+time.Second {
+					t.Errorf("a write took %v", took)
+				}
+			}
+		})
+	}
+	for range 3 {
+		leader := c.leader()
+		c.cut(leader, linkCut)
+		c.leader(c.followers(leader)...)
+		c.cut(leader, linkOpen)
+	}
+	c.leader()
+	cancel()
+	wg.Wait()
+	total := 0
+	for _, keys := range acked {
+		for key := range keys {
+			for _, node := range c.nodes {
+				if item, err := node.kv.Get(t.Context(), key, Linearizable); err != nil || item.Tag == 0 {
+					t.Fatalf("acknowledged key %s through %s: got %v, %v; want it to be there", key, node.cfg.NodeID, item, err)
+				}
+			}
+			if total++; total%97 == 0 {
+				break // a sample of each writer's is enough
+			}
+		}
+	}
+	t.Logf("checked %d acknowledged writes", total)
+}
+
+func TestFollowerThatWasAwayIsBroughtUp(t *testing.T) {
+	t.Parallel()
+	for _, store := range []string{storeBolt, storeMemory} {
+		t.Run(store, func(t *testing.T) {
+			c := unstartedCluster(t, 3, store)
+			for i, node := range c.nodes {
+				node.cfg.SnapshotThreshold, node.cfg.TrailingLogs, node.cfg.SnapshotInterval = 20, 5, 10*time.Millisecond
+				c.start(i)
+			}
+			leader := c.leader()
+			away := c.followers(leader)[0]
+			c.stop(away)
+			const keys = 200
+			for i := range keys {
+				c.nodes[leader].put(t, fmt.Sprint(i), fmt.Sprint(i))
+			}
+			waitFor(t, "a snapshot", func() bool {
+				list, err := c.nodes[leader].storage.snapshots.List()
+				return err == nil && len(list) > 0 && list[0].Index > keys/2
+			})
+			c.start(away)
+			for i := range keys {
+				if got, want := c.nodes[away].get(t, fmt.Sprint(i)), fmt.Sprintf(`{"%d":%d}`, i, i); got != want {
+					t.Fatalf("got %s; want %s", got, want)
+				}
+			}
+			for i := range c.nodes {
+				c.stop(i)
+			}
+			if store == storeMemory {
+				return
+			}
+			for i := range c.nodes {
+				c.start(i)
+			}
+			for _, node := range c.nodes {
+				if got, want := node.get(t, "199"), `{"199":199}`; got != want {
+					t.Errorf("after a restart of all: got %s through %s; want %s", got, node.cfg.NodeID, want)
+				}
+			}
+		})
+	}
+}
+
+// Raft would try again later and later, and leave a follower that is back waiting for up to ten seconds.
+func TestUnreachableFollowerIsTriedUntilItIsBack(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	leader := c.leader()
+	node := c.nodes[leader]
+	away := c.followers(leader)[0]
+	c.cut(away, linkCut)
+	id, term := raft.ServerID(c.nodes[away].cfg.NodeID), node.State().Term
+	send := func(term uint64) chan error {
+		done := make(chan error, 1)
+		request := &raft.AppendEntriesRequest{
+			RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(node.cfg.NodeID), Addr: []byte(node.cfg.NodeID)},
+			Term:      term, PrevLogEntry: 1, PrevLogTerm: 1,
+		}
+		go func() {
+			done <- node.transport.AppendEntries(id, raft.ServerAddress(id), request, new(raft.AppendEntriesResponse))
+		}()
+		return done
+	}
+	if err := <-send(term - 1); err == nil {
+		t.Error("a leader that leads no more: got no error; want to hear that the follower is not reached")
+	}
+	done := send(term)
+	failed := make(chan raft.Observation, 4)
+	node.raft.Load().RegisterObserver(raft.NewObserver(failed, false, func(o *raft.Observation) bool {
+		_, is := o.Data.(raft.FailedHeartbeatObservation)
+		return is
+	}))
+	for range 3 {
+		<-failed
+	}
+	select {
+	case err := <-done:
+		t.Fatalf("while the follower is away: got %v; want it to be tried on", err)
+	default:
+	}
+	c.cut(away, linkOpen)
+	if err := <-done; err != nil {
+		t.Errorf("when the follower is back: got %v; want an answer", err)
+	}
+}
+
+// slowLogs is a disk whose every write takes a while.
+type slowLogs struct {
+	raft.LogStore
+	delay *atomic.Int64
+}
+
+func (s slowLogs) StoreLogs(l []*raft.Log) error {
+	time.Sleep(time.Duration(s.delay.Load()))
+	return s.LogStore.StoreLogs(l)
+}
+
+func TestSlowDisksCostNoLeadership(t *testing.T) {
+	t.Parallel()
+	c := unstartedCluster(t, 3, storeMemory)
+	delay := new(atomic.Int64)
+	for i, node := range c.nodes {
+		node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
+			st, err := openStorage(cfg, log, fail)
+			if err == nil {
+				st.logs = slowLogs{st.logs, delay}
+			}
+			return st, err
+		}
+		c.start(i)
+	}
+	leader := c.leader()
+	before := c.nodes[leader].State()
+	delay.Store(int64(700 * time.Millisecond))
+	for i := range 3 {
+		c.nodes[i].put(t, "k", fmt.Sprint(i))
+	}
+	if after := c.nodes[leader].State(); after != before {
+		t.Errorf("got %v after slow writes; want still %v", after, before)
+	}
+}
+
+// What Raft says of its state may get lost; the Store looks for itself as well.
+func TestStateIsSeenWithoutObservations(t *testing.T) {
+	t.Parallel()
+	c := unstartedCluster(t, 3, storeMemory)
+	for i, node := range c.nodes {
+		node.deaf = true
+		c.start(i)
+	}
+	leader := c.leader()
+	c.cut(leader, linkCut)
+	next := c.leader(c.followers(leader)...)
+	r := c.nodes[next].raft.Load()
+	if leads := r.State() == raft.Leader; !leads {
+		t.Errorf("got %v for the new leader; want %v", r.State(), raft.Leader)
+	}
+}
+
+func TestStorageFailureStopsTheNode(t *testing.T) {
+	t.Parallel()
+	c := unstartedCluster(t, 1, storeMemory)
+	broken := new(atomic.Bool)
+	node := c.nodes[0]
+	node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
+		st, err := openStorage(cfg, log, fail)
+		if err == nil {
+			mem := st.logs.(*raft.InmemStore)
+			st.logs = &guard{db: failingStore{mem, broken}, fail: fail}
+		}
+		return st, err
+	}
+	c.start(0)
+	c.leader()
+	node.put(t, "k", "1")
+	broken.Store(true)
+	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+	defer cancel()
+	if _, err := node.kv.Set(ctx, []Pair{{"k", "2"}}, Condition{}); !errors.Is(err, ErrUnknownOutcome) {
+		t.Errorf("a write on broken storage: got %v; want %v", err, ErrUnknownOutcome)
+	}
+	select {
+	case err := <-node.Failed():
+		t.Logf("the reason: %v", err)
+	case <-t.Context().Done():
+		t.Error("the node was not told to stop")
+	}
+	node.running = false // its Raft hangs for good, as it should
+	node.web.CloseClientConnections()
+	node.web.Close()
+}
+
+type failingStore struct {
+	*raft.InmemStore
+	broken *atomic.Bool
+}
+
+func (b failingStore) StoreLogs(l []*raft.Log) error {
+	if b.broken.Load() {
+		return io.ErrShortWrite
+	}
+	return b.InmemStore.StoreLogs(l)
 }

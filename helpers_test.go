@@ -9,6 +9,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -65,6 +66,11 @@ type testNode struct {
 	url     string // of its HTTP API
 	web     *httptest.Server
 	running bool
+
+	roundsBegun atomic.Int64 // of linearizable reads
+
+	open func(*Config, hclog.Logger, func(error)) (*storage, error) // nil for openStorage
+	deaf bool                                                       // it gets none of Raft's observations
 }
 
 // stop shuts the node down gracefully.
@@ -149,6 +155,17 @@ func (c *testCluster) start(i int) {
 	log := testLogger(c.t, node.cfg.NodeID)
 	machine := newKVMachine()
 	node.Store = NewStore(node.cfg, machine, log)
+	if node.open != nil {
+		node.Store.open = node.open
+	}
+	find := node.rounds.find
+	node.rounds.find = func() (uint64, error) {
+		node.roundsBegun.Add(1)
+		return find()
+	}
+	if node.deaf {
+		node.observations = nil
+	}
 	node.kv = &KV{node.Store, machine}
 	node.api = &api{cfg: node.cfg, store: node.Store, kv: node.kv, log: log}
 	if err := node.Open(); err != nil {
@@ -238,9 +255,10 @@ func mustConfig(t *testing.T, env map[string]string) *Config {
 type linkMode int
 
 const (
-	linkOpen linkMode = iota
-	linkCut           // refuses connections and resets those there are
-	linkHold          // passes the bytes on only once it is open again, like a network that delays
+	linkOpen        linkMode = iota
+	linkCut                  // refuses connections and resets those there are
+	linkHold                 // passes the bytes on only once it is open again, like a network that delays
+	linkHoldAnswers          // likewise, but only what comes back from the target
 )
 
 // link2 is one direction of calls between two nodes: a TCP proxy to addr.
@@ -252,6 +270,7 @@ type link2 struct {
 	mu     sync.Mutex // guards what follows
 	change *sync.Cond
 	mode   linkMode
+	held   int // how often bytes have been held
 	closed bool
 	conns  map[net.Conn]struct{}
 }
@@ -280,7 +299,7 @@ func newLink(t *testing.T, target string) *link2 {
 func (l *link2) set(mode linkMode) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.mode = mode
+	l.mode, l.held = mode, 0
 	if mode == linkCut {
 		for conn := range l.conns {
 			_ = conn.Close()
@@ -297,17 +316,17 @@ func (l *link2) accept(wg *sync.WaitGroup) {
 		}
 		wg.Go(func() {
 			defer near.Close()
-			if !l.pass(near) {
+			if !l.pass(near, linkHold) {
 				return
 			}
 			far, err := net.Dial("tcp", l.target)
-			if err != nil || !l.pass(far) {
+			if err != nil || !l.pass(far, linkHold) {
 				return
 			}
 			defer far.Close()
 			var both sync.WaitGroup
-			both.Go(func() { l.copy(far, near) })
-			both.Go(func() { l.copy(near, far) })
+			both.Go(func() { l.copy(far, near, linkHold) })
+			both.Go(func() { l.copy(near, far, linkHoldAnswers) })
 			both.Wait()
 			l.mu.Lock()
 			delete(l.conns, near)
@@ -317,24 +336,28 @@ func (l *link2) accept(wg *sync.WaitGroup) {
 	}
 }
 
-// pass takes note of a connection and waits while the link is held. It returns false when the link is cut.
-func (l *link2) pass(conn net.Conn) bool {
+// pass takes note of a connection and waits while the link is held, or is in the given mode. It returns false when the
+// link is cut.
+func (l *link2) pass(conn net.Conn, hold linkMode) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.conns[conn] = struct{}{}
-	for l.mode == linkHold && !l.closed {
+	if l.mode == linkHold || l.mode == hold {
+		l.held++
+	}
+	for (l.mode == linkHold || l.mode == hold) && !l.closed {
 		l.change.Wait()
 	}
 	return l.mode != linkCut && !l.closed
 }
 
-func (l *link2) copy(to, from net.Conn) {
+func (l *link2) copy(to, from net.Conn, hold linkMode) {
 	defer to.Close()
 	defer from.Close()
 	buf := make([]byte, 64<<10)
 	for {
 		n, err := from.Read(buf)
-		if n > 0 && l.pass(from) {
+		if n > 0 && l.pass(from, hold) {
 			if _, err := to.Write(buf[:n]); err != nil {
 				return
 			}

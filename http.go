@@ -78,7 +78,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if leader := a.store.Leader(); leader != "" {
 		h["Raft-Leader"] = []string{leader}
 	}
-	path := r.URL.EscapedPath()
+	path := rawPath(r)
 	rt, found := routes[path]
 	if strings.HasPrefix(path, keyPrefix) {
 		rt, found = keyRoute, true
@@ -240,9 +240,18 @@ func (a *api) status(w http.ResponseWriter, _ *http.Request) error {
 	return nil
 }
 
+// rawPath returns the path as it was sent. URL.EscapedPath would make it up from the decoded path where it holds bytes
+// that should have been escaped, and %2F would be lost.
+func rawPath(r *http.Request) string {
+	if r.URL.RawPath != "" {
+		return r.URL.RawPath
+	}
+	return r.URL.EscapedPath()
+}
+
 // pathKey returns the key that a path names: all that follows /key/, decoded once.
 func pathKey(r *http.Request) (string, error) {
-	key, err := url.PathUnescape(strings.TrimPrefix(r.URL.EscapedPath(), keyPrefix))
+	key, err := url.PathUnescape(strings.TrimPrefix(rawPath(r), keyPrefix))
 	if err != nil {
 		return "", badRequest("the path is not percent-encoded as it should be: %v", err)
 	}
@@ -313,7 +322,7 @@ func tags(r *http.Request, header string, weak bool) (*Tags, error) {
 	if !present {
 		return nil, nil //nolint:nilnil // no condition is not an error
 	}
-	rest := strings.TrimSpace(strings.Join(values, ","))
+	rest := strings.Trim(strings.Join(values, ","), " \t,")
 	if rest == "*" {
 		return &Tags{Any: true}, nil
 	}
@@ -362,7 +371,7 @@ func (a *api) readJSON(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 				detail: fmt.Sprintf("the body has more than %d bytes, the limit set by MAX_BODY_BYTES", tooLarge.Limit),
 			}
 		}
-		return nil, badRequest("the body did not arrive: %v", errors.Unwrap(err))
+		return nil, badRequest("the body did not arrive: %v", err)
 	}
 	if !utf8.Valid(body.Bytes()) {
 		return nil, badRequest("the body is not valid UTF-8")

@@ -93,8 +93,8 @@ type network struct {
 	cluster func() string
 	// welcome has the last word on a hello that is meant for us and comes from a peer; an error refuses it.
 	welcome func(hello) error
-	// servePeer takes over a connection of kindPeer until it returns.
-	servePeer func(conn net.Conn, from string)
+	// servePeer serves a connection of kindPeer; when it returns, the connection is closed.
+	servePeer func(conn net.Conn, h hello)
 
 	raftConns chan net.Conn // accepted, for Raft's transport
 	shaking   chan struct{} // a token for each connection that has not said who it is
@@ -123,7 +123,7 @@ func newNetwork(self, listen string, log hclog.Logger) (*network, error) {
 
 // start begins to take and make connections. See the fields of these names.
 func (n *network) start(address func(string) (string, bool), cluster func() string, welcome func(hello) error,
-	servePeer func(net.Conn, string),
+	servePeer func(net.Conn, hello),
 ) {
 	n.address, n.cluster, n.welcome, n.servePeer = address, cluster, welcome, servePeer
 	n.wg.Go(func() {
@@ -163,7 +163,7 @@ func (n *network) receive(raw net.Conn) {
 	}
 	if h.kind == kindPeer {
 		defer conn.Close()
-		n.servePeer(conn, h.sender)
+		n.servePeer(conn, h)
 		return
 	}
 	select {
@@ -315,17 +315,6 @@ func (n *network) track(conn net.Conn) (net.Conn, error) {
 	return t, nil
 }
 
-// disconnect closes every connection; new ones go on being made.
-func (n *network) disconnect() {
-	n.mu.Lock()
-	conns := n.conns
-	n.conns = make(map[net.Conn]struct{})
-	n.mu.Unlock()
-	for conn := range conns {
-		_ = conn.Close()
-	}
-}
-
 // Close stops listening, closes every connection and waits for what served them.
 func (n *network) Close() error {
 	n.mu.Lock()
@@ -336,9 +325,13 @@ func (n *network) Close() error {
 	default:
 	}
 	close(n.closing)
+	conns := n.conns
+	n.conns = make(map[net.Conn]struct{}) // so that closing them changes another map
 	n.mu.Unlock()
 	err := n.listener.Close()
-	n.disconnect()
+	for conn := range conns {
+		_ = conn.Close()
+	}
 	n.wg.Wait()
 	return err
 }

@@ -118,6 +118,18 @@ func (p *peers) drop(id string, l *link) {
 	l.retire()
 }
 
+// redial makes later calls to any node introduce this one anew, now that it is of a cluster.
+func (p *peers) redial() {
+	p.mu.Lock()
+	links := p.links
+	p.links = make(map[string]*link)
+	p.mu.Unlock()
+	for _, l := range links {
+		<-l.ready
+		l.retire()
+	}
+}
+
 // link is one connection on which this node calls another.
 type link struct {
 	ready   chan struct{} // closed when what follows is set, which then does not change
@@ -224,7 +236,7 @@ func (l *link) receive() {
 }
 
 // serve answers the calls that arrive on conn until it closes.
-func (p *peers) serve(conn net.Conn, from string) {
+func (p *peers) serve(conn net.Conn, h hello) {
 	var (
 		r       = bufio.NewReader(conn)
 		writing sync.Mutex
@@ -240,7 +252,7 @@ func (p *peers) serve(conn net.Conn, from string) {
 		slots <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-slots }()
-			status, reply := p.handle(from, op, request)
+			status, reply := p.handle(h, op, request)
 			writing.Lock()
 			defer writing.Unlock()
 			if err := writeFrame(conn, id, status, reply); err != nil {
@@ -250,14 +262,17 @@ func (p *peers) serve(conn net.Conn, from string) {
 	}
 }
 
-func (p *peers) handle(from string, op byte, request []byte) (status byte, reply []byte) {
+func (p *peers) handle(h hello, op byte, request []byte) (status byte, reply []byte) {
+	if op != opHolding && op != opGrant && h.cluster != p.network.cluster() {
+		return 1, []byte("this call is only for nodes of the same cluster")
+	}
 	ctx, cancel := context.WithTimeout(p.ctx, requestTimeout)
 	defer cancel()
-	h := p.handlers[op]
-	if h == nil {
+	serve := p.handlers[op]
+	if serve == nil {
 		return 1, fmt.Appendf(nil, "call %d is not known to this node's version", op)
 	}
-	reply, err := h(ctx, from, request)
+	reply, err := serve(ctx, h.sender, request)
 	if err != nil {
 		return 1, []byte(err.Error())
 	}

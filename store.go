@@ -135,7 +135,7 @@ func (s *Store) join() error {
 	if err != nil {
 		return err
 	}
-	s.network.disconnect() // what was said before was said under no cluster id
+	s.peers.redial()
 	has, err := raft.HasExistingState(s.storage.logs, s.storage.stable, s.storage.snapshots)
 	if err != nil {
 		return fmt.Errorf("read the stored state: %w", err)

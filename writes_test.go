@@ -1,0 +1,247 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+)
+
+// fakeFuture is what became of a log entry.
+type fakeFuture struct {
+	index   uint64
+	err     error
+	results any
+	wait    chan struct{} // closed when it is known; nil for at once
+}
+
+func (f *fakeFuture) Error() error {
+	if f.wait != nil {
+		<-f.wait
+	}
+	return f.err
+}
+func (f *fakeFuture) Response() any { return f.results }
+func (f *fakeFuture) Index() uint64 { return f.index }
+
+// newTestWrites returns writes that run until the test ends.
+func newTestWrites(t *testing.T) *writes {
+	t.Helper()
+	w := newWrites(hclog.NewNullLogger())
+	w.propose = func([]byte) raft.ApplyFuture { return nil }
+	w.callLeader = func(byte, []byte, time.Duration) ([]byte, error) { return nil, ErrNoLeader }
+	ctx, cancel := context.WithCancel(context.Background())
+	t.Cleanup(func() {
+		cancel()
+		<-w.ended
+	})
+	go w.run(ctx)
+	return w
+}
+
+func TestOutcomeOfAWrite(t *testing.T) {
+	never := make(chan struct{})
+	one := [][]byte{[]byte("result")}
+	leads := func(f *fakeFuture) func([]byte) raft.ApplyFuture {
+		return func([]byte) raft.ApplyFuture { return f }
+	}
+	answers := func(answer []byte, err error) func(byte, []byte, time.Duration) ([]byte, error) {
+		return func(byte, []byte, time.Duration) ([]byte, error) { return answer, err }
+	}
+	outcomes := func(all ...outcome) (b []byte) {
+		for _, o := range all {
+			b = appendOutcome(b, o)
+		}
+		return b
+	}
+	tests := []struct {
+		name       string
+		propose    func([]byte) raft.ApplyFuture
+		callLeader func(byte, []byte, time.Duration) ([]byte, error)
+		want       error
+		index      uint64
+	}{
+		{name: "executed", propose: leads(&fakeFuture{index: 7, results: one}), index: 7},
+		{name: "refused before it was in the log", propose: leads(&fakeFuture{err: raft.ErrNotLeader}), want: ErrNotLeader},
+		{name: "leadership is being handed over", propose: leads(&fakeFuture{err: raft.ErrLeadershipTransferInProgress}), want: ErrNotLeader},
+		{name: "raft did not take it in time", propose: leads(&fakeFuture{err: raft.ErrEnqueueTimeout}), want: ErrNotLeader},
+		{name: "raft was shut down before", propose: leads(&fakeFuture{err: raft.ErrRaftShutdown}), want: ErrNotLeader},
+		{name: "leadership lost with the entry in the log", propose: leads(&fakeFuture{index: 7, err: raft.ErrLeadershipLost}), want: ErrUnknownOutcome},
+		{name: "raft shut down with the entry in the log", propose: leads(&fakeFuture{index: 7, err: raft.ErrRaftShutdown}), want: ErrUnknownOutcome},
+		{name: "storage failed under the entry", propose: leads(&fakeFuture{index: 7, err: errors.New("EIO")}), want: ErrUnknownOutcome},
+		{name: "aborted by a restore", propose: leads(&fakeFuture{index: 7, err: raft.ErrAbortedByRestore}), want: ErrUnknownOutcome},
+		{name: "the state machine gave no results", propose: leads(&fakeFuture{index: 7}), want: ErrUnknownOutcome},
+		{name: "no answer in time", propose: leads(&fakeFuture{wait: never}), want: ErrUnknownOutcome},
+		{name: "passed on and executed", callLeader: answers(outcomes(outcome{Result: Result{Index: 9}}), nil), index: 9},
+		{name: "passed on and refused", callLeader: answers(outcomes(outcome{err: ErrNotLeader}), nil), want: ErrNotLeader},
+		{name: "passed on and too many", callLeader: answers(outcomes(outcome{err: ErrOverloaded}), nil), want: ErrOverloaded},
+		{name: "passed on and withdrawn", callLeader: answers(outcomes(outcome{err: ErrNotInTime}), nil), want: ErrNotInTime},
+		{name: "passed on and unknown", callLeader: answers(outcomes(outcome{err: ErrUnknownOutcome}), nil), want: ErrUnknownOutcome},
+		{name: "passed on and an error that has no number", callLeader: answers(outcomes(outcome{err: errors.New("new")}), nil), want: ErrUnknownOutcome},
+		{name: "no leader to pass it on to", callLeader: answers(nil, ErrNoLeader), want: ErrNoLeader},
+		{name: "the leader was not reached", callLeader: answers(nil, ErrNotLeader), want: ErrNotLeader},
+		{name: "the leader was cut off", callLeader: answers(nil, ErrUnknownOutcome), want: ErrUnknownOutcome},
+		{name: "the leader answers nonsense", callLeader: answers([]byte{77}, nil), want: ErrUnknownOutcome},
+		{name: "the leader answers for too few", callLeader: answers(nil, nil), want: ErrUnknownOutcome},
+		{
+			name: "the leader answers for too many", want: ErrUnknownOutcome,
+			callLeader: answers(outcomes(outcome{}, outcome{}), nil),
+		},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			w := newTestWrites(t)
+			if tt.propose != nil {
+				w.propose = tt.propose
+			}
+			if tt.callLeader != nil {
+				w.callLeader = tt.callLeader
+			}
+			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+			defer cancel()
+			o := w.submit(ctx, []byte("command"))
+			if !errors.Is(o.err, tt.want) || o.Index != tt.index {
+				t.Errorf("got index %d, error %v; want index %d, error %v", o.Index, o.err, tt.index, tt.want)
+			}
+		})
+	}
+}
+
+// A peer is told "not executed" only of a call that never reached its service, and of one it refused.
+func TestCallLeaderTellsUnsentFromUnknown(t *testing.T) {
+	c := newTestCluster(t, 2, storeMemory)
+	leader := c.leader()
+	follower := c.followers(leader)[0]
+	s := c.nodes[follower].Store
+	if _, err := s.callLeader(99, nil, time.Second); !errors.Is(err, ErrNotLeader) {
+		t.Errorf("a call that was refused: got %v; want %v", err, ErrNotLeader)
+	}
+	c.links[[2]int{follower, leader}].set(linkHold)
+	if _, err := s.callLeader(opTerm, make([]byte, 8), 50*time.Millisecond); !errors.Is(err, ErrUnknownOutcome) {
+		t.Errorf("a call that was not answered: got %v; want %v", err, ErrUnknownOutcome)
+	}
+	c.links[[2]int{follower, leader}].set(linkCut)
+	waitFor(t, "a dial to fail", func() bool {
+		_, err := s.callLeader(opTerm, make([]byte, 8), time.Second)
+		return errors.Is(err, ErrNotLeader)
+	})
+}
+
+func TestWritesGatherWhileOthersAreCommitted(t *testing.T) {
+	w := newTestWrites(t)
+	release := make(chan struct{})
+	var mu sync.Mutex
+	var sizes []int
+	w.propose = func(entry []byte) raft.ApplyFuture {
+		_, commands, err := decodeEntry(entry)
+		if err != nil {
+			t.Errorf("decode: %v", err)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		sizes = append(sizes, len(commands))
+		return &fakeFuture{index: uint64(len(sizes)), results: commands, wait: release}
+	}
+	const first, rest = batchesInFlight, 100
+	var wg sync.WaitGroup
+	submit := func(i int) {
+		wg.Go(func() {
+			command := fmt.Sprint(i)
+			if o := w.submit(t.Context(), []byte(command)); o.err != nil || string(o.Data) != command {
+				t.Errorf("got %q, %v; want its own result %q", o.Data, o.err, command)
+			}
+		})
+	}
+	for i := range first { // each takes a slot of its own
+		submit(i)
+		waitFor(t, "the entry", func() bool { mu.Lock(); defer mu.Unlock(); return len(sizes) == i+1 })
+	}
+	for i := range rest {
+		submit(first + i)
+	}
+	waitFor(t, "all to wait", func() bool { w.mu.Lock(); defer w.mu.Unlock(); return len(w.waiting) == rest })
+	close(release)
+	wg.Wait()
+	if len(sizes) != first+1 || sizes[first] != rest {
+		t.Errorf("got entries of %v commands; want the last one to hold %d", sizes, rest)
+	}
+}
+
+func TestBatchHasABound(t *testing.T) {
+	w := newWrites(hclog.NewNullLogger())
+	for _, size := range []int{maxBatchBytes - 1, 1, 1, maxBatchBytes * 2, 1} {
+		if err := w.add(&write{command: make([]byte, size)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, want := range []int{2, 1, 1, 1, 0} {
+		if got := len(w.take()); got != want {
+			t.Errorf("got a batch of %d; want %d", got, want)
+		}
+	}
+	if w.bytes != 0 {
+		t.Errorf("got %d bytes waiting; want none", w.bytes)
+	}
+	if err := w.add(&write{command: make([]byte, maxWaiting)}, &write{command: make([]byte, maxBodyBytes)}); err != nil {
+		t.Errorf("the first of any size: got %v; want it to be taken", err)
+	}
+	if err := w.add(&write{command: make([]byte, 1)}); !errors.Is(err, ErrOverloaded) {
+		t.Errorf("one too many: got %v; want %v", err, ErrOverloaded)
+	}
+}
+
+func TestWithdrawnWriteIsNeverExecuted(t *testing.T) {
+	w := newTestWrites(t)
+	release := make(chan struct{})
+	executed := make(chan string, 10)
+	w.propose = func(entry []byte) raft.ApplyFuture {
+		_, commands, _ := decodeEntry(entry)
+		for _, c := range commands {
+			executed <- string(c)
+		}
+		return &fakeFuture{index: 1, results: commands, wait: release}
+	}
+	var wg sync.WaitGroup
+	for range batchesInFlight {
+		wg.Go(func() { w.submit(t.Context(), []byte("first")) })
+		<-executed
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	withdrawn := make(chan outcome)
+	go func() { withdrawn <- w.submit(ctx, []byte("withdrawn")) }()
+	waitFor(t, "it to wait", func() bool { w.mu.Lock(); defer w.mu.Unlock(); return len(w.waiting) == 1 })
+	cancel()
+	if o := <-withdrawn; !errors.Is(o.err, ErrNotInTime) {
+		t.Errorf("got %v; want %v", o.err, ErrNotInTime)
+	}
+	close(release)
+	w.submit(t.Context(), []byte("last"))
+	wg.Wait()
+	if got := <-executed; got != "last" {
+		t.Errorf("got %q executed; want %q", got, "last")
+	}
+}
+
+func TestForwardedCommandsGoNoFurther(t *testing.T) {
+	w := newTestWrites(t)
+	w.callLeader = func(byte, []byte, time.Duration) ([]byte, error) {
+		t.Error("commands that were passed on were passed on again")
+		return nil, ErrNoLeader
+	}
+	answer, err := w.handleApply(t.Context(), "node2", appendCommands(nil, [][]byte{[]byte("a"), []byte("b")}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := decodeOutcomes(answer, 2)
+	if err != nil || !errors.Is(got[0].err, ErrNotLeader) || !errors.Is(got[1].err, ErrNotLeader) {
+		t.Errorf("got %v, %v; want %v for both", got, err, ErrNotLeader)
+	}
+	if _, err := w.handleApply(t.Context(), "node2", []byte{200}); err == nil {
+		t.Error("malformed commands were accepted")
+	}
+}
