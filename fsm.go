@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/tidwall/btree"
@@ -98,6 +99,18 @@ func (kv *KV) apply(ctx context.Context, c command) (Written, error) {
 func (kv *KV) Get(ctx context.Context, key string, consistency Consistency) (item Item, err error) {
 	err = kv.store.Read(ctx, consistency, func() { item, _ = kv.machine.items.Get(key) })
 	return item, err
+}
+
+// List calls f with the keys that begin with prefix and come after the key after, in byte order, until f returns false.
+func (kv *KV) List(ctx context.Context, prefix, after string, consistency Consistency, f func(key string, item Item) bool) error {
+	return kv.store.Read(ctx, consistency, func() {
+		kv.machine.items.Ascend(max(prefix, after), func(key string, item Item) bool {
+			if key == after {
+				return true
+			}
+			return strings.HasPrefix(key, prefix) && f(key, item)
+		})
+	})
 }
 
 // Len returns how many keys this node has.

@@ -21,6 +21,9 @@ import (
 const (
 	maxKeyBytes   = 1024
 	maxHeader     = 64 << 10
+	defaultPage   = 1000 // keys of a listing
+	maxPage       = 10000
+	maxPageBytes  = 4 << 20          // a page ends with the key that goes beyond
 	answerTimeout = 14 * time.Second // for any answer, from the end of the request's header on
 	jsonType      = "application/json"
 )
@@ -107,7 +110,11 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	consistency, err := a.consistency(r)
+	query, err := readQuery(r)
+	if err != nil {
+		return err
+	}
+	consistency, err := a.consistency(query)
 	if err != nil {
 		return err
 	}
@@ -122,9 +129,7 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if consistency == Stale && !a.store.Contacted() {
-		w.Header().Set("Raft-Stale", "since-start")
-	}
+	a.markStale(w, consistency)
 	value := item.Value
 	if item.Tag == 0 {
 		value = "null"
@@ -207,8 +212,59 @@ func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
 	return wrote(w, written)
 }
 
-func (a *api) listKeys(http.ResponseWriter, *http.Request) error {
-	return badRequest("which key? GET /key/<key> reads one")
+func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
+	query, err := readQuery(r)
+	if err != nil {
+		return err
+	}
+	if !query.Has("prefix") && !query.Has("after") && !query.Has("limit") {
+		return badRequest("which key? GET /key/<key> reads one, GET /key?prefix=<prefix> lists those that begin so")
+	}
+	for _, name := range []string{"If-Match", "If-None-Match"} {
+		if err := refuse(r, name, "a listing has no tag"); err != nil {
+			return err
+		}
+	}
+	consistency, err := a.consistency(query)
+	if err != nil {
+		return err
+	}
+	limit := defaultPage
+	if asked := query.Get("limit"); query.Has("limit") {
+		if limit, err = strconv.Atoi(asked); err != nil || limit < 1 || limit > maxPage {
+			return badRequest("limit: %q is not a number from 1 to %d", asked, maxPage)
+		}
+	}
+	body, last, more := []byte{'{'}, "", false
+	err = a.kv.List(r.Context(), query.Get("prefix"), query.Get("after"), consistency, func(key string, item Item) bool {
+		if more = limit == 0 || len(body) > maxPageBytes; more {
+			return false
+		}
+		if len(body) > 1 {
+			body = append(body, ',')
+		}
+		body = append(append(appendJSONString(body, key), ':'), item.Value...)
+		last = key
+		limit--
+		return true
+	})
+	if err != nil {
+		return err
+	}
+	a.markStale(w, consistency)
+	if more {
+		query.Set("after", last)
+		w.Header().Set("Link", `</key?`+query.Encode()+`>; rel="next"`)
+	}
+	writeBody(w, jsonType, append(body, '}'))
+	return nil
+}
+
+// markStale says of an answer that it may be from an old snapshot, if it may.
+func (a *api) markStale(w http.ResponseWriter, consistency Consistency) {
+	if consistency == Stale && !a.store.Contacted() {
+		w.Header().Set("Raft-Stale", "since-start")
+	}
 }
 
 func (a *api) livez(w http.ResponseWriter, _ *http.Request) error {
@@ -273,23 +329,29 @@ func checkKey(key string) error {
 	return nil
 }
 
-// consistency returns what a read asks for, or what is configured where it does not say.
-func (a *api) consistency(r *http.Request) (Consistency, error) {
-	if r.URL.RawQuery == "" {
-		return a.cfg.ReadConsistency, nil
-	}
+// readQuery returns the query, in which what this service knows stands at most once.
+func readQuery(r *http.Request) (url.Values, error) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return "", badRequest("the query cannot be read: %v", err)
+		return nil, badRequest("the query cannot be read: %v", err)
 	}
-	asked, present := query["consistency"]
-	if !present {
+	for _, name := range []string{"consistency", "prefix", "after", "limit"} {
+		if n := len(query[name]); n > 1 {
+			return nil, badRequest("%s is given %d times; give it once", name, n)
+		}
+		if !utf8.ValidString(query.Get(name)) {
+			return nil, badRequest("%s must be valid UTF-8", name)
+		}
+	}
+	return query, nil
+}
+
+// consistency returns what a read asks for, or what is configured where it does not say.
+func (a *api) consistency(query url.Values) (Consistency, error) {
+	if !query.Has("consistency") {
 		return a.cfg.ReadConsistency, nil
 	}
-	if len(asked) > 1 {
-		return "", badRequest("consistency is given %d times; give it once", len(asked))
-	}
-	consistency, err := parseConsistency(asked[0])
+	consistency, err := parseConsistency(query.Get("consistency"))
 	if err != nil {
 		return "", badRequest("consistency: %v", err)
 	}
