@@ -154,7 +154,8 @@ func (c *testCluster) start(i int) {
 	node := c.nodes[i]
 	log := testLogger(c.t, node.cfg.NodeID)
 	machine := newKVMachine()
-	node.Store = NewStore(node.cfg, machine, log)
+	m := newMetrics()
+	node.Store = NewStore(node.cfg, machine, m, log)
 	if node.open != nil {
 		node.Store.open = node.open
 	}
@@ -167,7 +168,7 @@ func (c *testCluster) start(i int) {
 		node.observations = nil
 	}
 	node.kv = &KV{node.Store, machine}
-	node.api = &api{cfg: node.cfg, store: node.Store, kv: node.kv, log: log}
+	node.api = &api{cfg: node.cfg, store: node.Store, kv: node.kv, metrics: m, log: log}
 	if err := node.Open(); err != nil {
 		c.t.Fatalf("open: %v", err)
 	}

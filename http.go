@@ -33,6 +33,7 @@ type api struct {
 	cfg      *Config
 	kv       *KV
 	store    *Store
+	metrics  *metrics
 	log      hclog.Logger
 	servedBy []string
 	stopping atomic.Bool // the node is about to stop, and says so to load balancers
@@ -41,6 +42,7 @@ type api struct {
 // newServer returns the HTTP server, whose Handler is the api.
 func newServer(a *api) *http.Server {
 	a.servedBy = []string{a.cfg.NodeID}
+	a.metrics.gauge("keys", "Keys that this node has.", func() float64 { return float64(a.kv.Len()) })
 	return &http.Server{
 		Handler:           a,
 		ReadHeaderTimeout: 10 * time.Second,
@@ -56,39 +58,67 @@ type handlerFunc func(a *api, w http.ResponseWriter, r *http.Request) error
 
 // route is what can be done at a path; HEAD is GET without the body.
 type route struct {
+	name    string // in metrics
 	allow   string
 	methods map[string]handlerFunc
 }
 
 var (
-	keyRoute = route{"GET, HEAD, PUT, DELETE", map[string]handlerFunc{
+	keyRoute = route{"/key/", "GET, HEAD, PUT, DELETE", map[string]handlerFunc{
 		http.MethodGet: (*api).getKey, http.MethodPut: (*api).putKey, http.MethodDelete: (*api).deleteKey,
 	}}
 	routes = map[string]route{
-		"/key":    {"GET, HEAD, POST", map[string]handlerFunc{http.MethodGet: (*api).listKeys, http.MethodPost: (*api).postKeys}},
-		"/livez":  {"GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).livez}},
-		"/readyz": {"GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).readyz}},
-		"/status": {"GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).status}},
+		"/key":     {"/key", "GET, HEAD, POST", map[string]handlerFunc{http.MethodGet: (*api).listKeys, http.MethodPost: (*api).postKeys}},
+		"/livez":   {"/livez", "GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).livez}},
+		"/readyz":  {"/readyz", "GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).readyz}},
+		"/metrics": {"/metrics", "GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).serveMetrics}},
+		"/status":  {"/status", "GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).status}},
 	}
 )
 
 const keyPrefix = "/key/"
 
-// ServeHTTP finds the route by the path as it was sent: net/http's mux would clean and redirect paths that are keys.
+// statusWriter remembers the status of an answer.
+type statusWriter struct {
+	http.ResponseWriter
+	status int
+}
+
+func (w *statusWriter) WriteHeader(status int) {
+	w.status = status
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// ServeHTTP answers a request and takes note of it.
 func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	began := time.Now()
+	sw := &statusWriter{w, http.StatusOK}
+	rt := findRoute(rawPath(r))
+	if err := a.serve(sw, r, rt); err != nil {
+		a.writeError(sw, r, err)
+	}
+	a.metrics.answered(rt.name, r.Method, sw.status, time.Since(began))
+}
+
+// findRoute goes by the path as it was sent: net/http's mux would clean and redirect paths that are keys.
+func findRoute(path string) route {
+	if strings.HasPrefix(path, keyPrefix) {
+		return keyRoute
+	}
+	if rt, found := routes[path]; found {
+		return rt
+	}
+	return route{name: "none"}
+}
+
+func (a *api) serve(w http.ResponseWriter, r *http.Request, rt route) error {
 	h := w.Header()
 	h["Raft-Served-By"] = a.servedBy
 	if leader := a.store.Leader(); leader != "" {
 		h["Raft-Leader"] = []string{leader}
 	}
-	path := rawPath(r)
-	rt, found := routes[path]
-	if strings.HasPrefix(path, keyPrefix) {
-		rt, found = keyRoute, true
-	}
-	if !found {
-		a.writeError(w, r, &httpError{status: http.StatusNotFound, detail: "no such path; keys are under /key/"})
-		return
+	if rt.methods == nil {
+		return &httpError{status: http.StatusNotFound, detail: "no such path; keys are under /key/"}
 	}
 	method := r.Method
 	if method == http.MethodHead {
@@ -97,12 +127,9 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	handle := rt.methods[method]
 	if handle == nil {
 		h.Set("Allow", rt.allow)
-		a.writeError(w, r, &httpError{status: http.StatusMethodNotAllowed, detail: r.Method + " is not allowed here, but " + rt.allow})
-		return
+		return &httpError{status: http.StatusMethodNotAllowed, detail: r.Method + " is not allowed here, but " + rt.allow}
 	}
-	if err := handle(a, w, r); err != nil {
-		a.writeError(w, r, err)
-	}
+	return handle(a, w, r)
 }
 
 func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
@@ -293,6 +320,11 @@ func (a *api) status(w http.ResponseWriter, _ *http.Request) error {
 		return err
 	}
 	writeBody(w, jsonType, body)
+	return nil
+}
+
+func (a *api) serveMetrics(w http.ResponseWriter, r *http.Request) error {
+	a.metrics.handler().ServeHTTP(w, r)
 	return nil
 }
 

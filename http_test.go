@@ -632,11 +632,11 @@ func TestWithoutLeader(t *testing.T) {
 			cfg := mustConfig(t, map[string]string{"NODE_ID": "alone", "KV_STORE": storeMemory, "READ_CONSISTENCY": tt.byDefault})
 			machine, log := newKVMachine(), testLogger(t, "alone")
 			machine.items.Set("k", Item{Value: "1", Tag: 7})
-			store := NewStore(cfg, machine, log)
+			store := NewStore(cfg, machine, newMetrics(), log)
 			if !tt.early {
 				store.started = time.Now().Add(-time.Minute)
 			}
-			handler := newServer(&api{cfg: cfg, kv: &KV{store, machine}, store: store, log: log}).Handler
+			handler := newServer(&api{cfg: cfg, kv: &KV{store, machine}, store: store, metrics: store.metrics, log: log}).Handler
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel() // a leader is not waited for
 			recorder := httptest.NewRecorder()
@@ -737,7 +737,7 @@ func TestStatusAndHealth(t *testing.T) {
 
 func TestSlowRequestsAreCutOff(t *testing.T) {
 	n := newTestNode(t, storeMemory)
-	server := newServer(&api{cfg: n.cfg, kv: n.kv, store: n.Store, log: n.api.log})
+	server := newServer(&api{cfg: n.cfg, kv: n.kv, store: n.Store, metrics: newMetrics(), log: n.api.log})
 	header, all := server.ReadHeaderTimeout, server.ReadTimeout
 	if header <= 0 || header > 30*time.Second || all <= 0 || all > 15*time.Second {
 		t.Errorf("got ReadHeaderTimeout %v, ReadTimeout %v; want up to 30 s and 15 s", header, all)

@@ -35,6 +35,7 @@ type StateMachine interface {
 type replica struct {
 	mu      sync.RWMutex // guards machine: Apply and install write, Read reads
 	machine StateMachine
+	metrics *metrics
 	applied progress // index of the last entry whose commands machine has executed
 	// fail stops the process with a reason and does not return while it stops.
 	fail func(error)
@@ -54,6 +55,7 @@ func (r *replica) Apply(entry *raft.Log) any {
 		r.fail(fmt.Errorf("log entry %d: %w", entry.Index, err))
 		return nil
 	}
+	began := time.Now()
 	results := make([][]byte, len(commands))
 	r.mu.Lock()
 	for i, command := range commands {
@@ -65,6 +67,8 @@ func (r *replica) Apply(entry *raft.Log) any {
 	}
 	r.mu.Unlock()
 	r.applied.advance(entry.Index)
+	r.metrics.apply.Observe(time.Since(began).Seconds())
+	r.metrics.batch.Observe(float64(len(commands)))
 	return results
 }
 

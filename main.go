@@ -106,11 +106,15 @@ func newLogger(cfg *Config, w io.Writer) hclog.Logger {
 // serve runs the node until a signal or an error ends it.
 func serve(cfg *Config, sig signals, log hclog.Logger) error {
 	machine := newKVMachine()
-	store := NewStore(cfg, machine, log)
+	m := newMetrics()
+	if err := m.collectRaft(); err != nil {
+		return err
+	}
+	store := NewStore(cfg, machine, m, log)
 	store.OnChange(func(s RaftState) { // here a service of your own can react to being the leader, or no longer
 		log.Info("new raft state", "state", s.State, "leader", s.Leader, "term", s.Term)
 	})
-	handler := &api{cfg: cfg, store: store, kv: &KV{store, machine}, log: log.Named("http")}
+	handler := &api{cfg: cfg, store: store, kv: &KV{store, machine}, metrics: m, log: log.Named("http")}
 	server := newServer(handler)
 
 	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.HTTPAddr)

@@ -13,8 +13,9 @@ const confirmTimeout = 2 * time.Second // for a majority to confirm the leader's
 // DESIGN.md has the argument why the answer is right.
 type readRounds struct {
 	// find runs one round.
-	find func() (uint64, error)
-	wake chan struct{} // holds one token: there may be somebody waiting
+	find    func() (uint64, error)
+	metrics *metrics
+	wake    chan struct{} // holds one token: there may be somebody waiting
 
 	mu      sync.Mutex // guards waiting
 	waiting []chan readIndex
@@ -26,8 +27,8 @@ type readIndex struct {
 	err   error
 }
 
-func newReadRounds(find func() (uint64, error)) *readRounds {
-	return &readRounds{find: find, wake: make(chan struct{}, 1)}
+func newReadRounds(m *metrics, find func() (uint64, error)) *readRounds {
+	return &readRounds{find: find, metrics: m, wake: make(chan struct{}, 1)}
 }
 
 // run runs rounds until ctx ends.
@@ -45,6 +46,7 @@ func (r *readRounds) run(ctx context.Context) {
 		if len(batch) == 0 {
 			continue
 		}
+		r.metrics.round.Observe(float64(len(batch)))
 		index, err := r.find()
 		for _, done := range batch {
 			done <- readIndex{index, err}

@@ -36,6 +36,7 @@ const (
 type Store struct {
 	cfg      *Config
 	log      hclog.Logger
+	metrics  *metrics
 	started  time.Time
 	onChange func(RaftState)
 	open     func(*Config, hclog.Logger, func(error)) (*storage, error) // openStorage
@@ -53,6 +54,7 @@ type Store struct {
 	running      chan struct{}             // closed when raft and transport are set
 	transport    *transport
 	observations chan raft.Observation // from Raft, lossy
+	lastLeader   string                // that was known. Only for watch
 	ready        atomic.Uint64         // the term in which this node, as leader, has executed all of earlier terms
 	caughtUp     atomic.Bool           // since it started, this node has once had all that was committed
 	handing      atomic.Bool           // leadership is being handed over: no more entries
@@ -64,18 +66,24 @@ type Store struct {
 }
 
 // NewStore returns a Store that Open starts. The Store owns machine from then on: see StateMachine.
-func NewStore(cfg *Config, machine StateMachine, log hclog.Logger) *Store {
+func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *Store {
 	s := &Store{
-		cfg: cfg, log: log, started: time.Now(), open: openStorage,
+		cfg: cfg, log: log, metrics: m, started: time.Now(), open: openStorage,
 		leadership:   newLeadership(RaftState{State: "starting"}),
-		writes:       newWrites(log.Named("writes")),
+		writes:       newWrites(m, log.Named("writes")),
 		running:      make(chan struct{}),
 		observations: make(chan raft.Observation, 16),
 		failed:       make(chan error, 1),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.replica = &replica{machine: machine, fail: s.fail}
-	s.rounds = newReadRounds(s.findReadIndex)
+	s.replica = &replica{machine: machine, metrics: m, fail: s.fail}
+	s.rounds = newReadRounds(m, s.findReadIndex)
+	m.gauge("peers_drift", "1 when ids or voters of the membership are not what PEERS says.", func() float64 {
+		if s.drift() {
+			return 1
+		}
+		return 0
+	})
 	s.writes.propose, s.writes.callLeader = s.propose, s.callLeader
 	return s
 }
@@ -387,6 +395,10 @@ func (s *Store) look(r *raft.Raft) {
 	before, changed := s.leadership.set(now)
 	if now.State == "leader" && (before.State != "leader" || before.Term != now.Term) {
 		s.wg.Go(func() { s.lead(r, now.Term) })
+	}
+	if now.Leader != "" && now.Leader != s.lastLeader {
+		s.lastLeader = now.Leader
+		s.metrics.leaderChanges.Inc()
 	}
 	if changed && s.onChange != nil {
 		s.onChange(now)

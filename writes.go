@@ -43,7 +43,8 @@ type write struct {
 // on a node that does not lead, into one message to the leader (group commit: DeWitt et al., "Implementation Techniques
 // for Main Memory Database Systems", 1984).
 type writes struct {
-	log hclog.Logger
+	log     hclog.Logger
+	metrics *metrics
 	// propose appends an entry to Raft's log; it returns nil when this node does not lead.
 	propose func(entry []byte) raft.ApplyFuture
 	// callLeader asks the leader; see Store.callLeader.
@@ -58,9 +59,9 @@ type writes struct {
 	bytes   int // of waiting
 }
 
-func newWrites(log hclog.Logger) *writes {
+func newWrites(m *metrics, log hclog.Logger) *writes {
 	return &writes{
-		log:   log,
+		log: log, metrics: m,
 		wake:  make(chan struct{}, 1),
 		slots: make(chan struct{}, batchesInFlight),
 		ended: make(chan struct{}),
@@ -210,10 +211,12 @@ func (b *writes) commit(batch []*write) {
 
 // await gives a batch its outcome when the entry that holds it has its own.
 func (b *writes) await(future raft.ApplyFuture, batch []*write) {
+	began := time.Now()
 	done := make(chan error, 1)
 	go func() { done <- future.Error() }()
 	select {
 	case err := <-done:
+		b.metrics.commit.Observe(time.Since(began).Seconds())
 		results, _ := future.Response().([][]byte)
 		switch {
 		case err == nil && len(results) == len(batch):
@@ -233,6 +236,7 @@ func (b *writes) await(future raft.ApplyFuture, batch []*write) {
 
 // forward passes a batch on to the leader.
 func (b *writes) forward(request []byte, batch []*write) {
+	b.metrics.forwarded.Add(float64(len(batch)))
 	answer, err := b.callLeader(opApply, request, requestTimeout)
 	if err != nil {
 		finish(batch, err)

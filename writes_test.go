@@ -32,7 +32,7 @@ func (f *fakeFuture) Index() uint64 { return f.index }
 // newTestWrites returns writes that run until the test ends.
 func newTestWrites(t *testing.T) *writes {
 	t.Helper()
-	w := newWrites(hclog.NewNullLogger())
+	w := newWrites(newMetrics(), hclog.NewNullLogger())
 	w.propose = func([]byte) raft.ApplyFuture { return nil }
 	w.callLeader = func(byte, []byte, time.Duration) ([]byte, error) { return nil, ErrNoLeader }
 	ctx, cancel := context.WithCancel(context.Background())
@@ -173,7 +173,7 @@ func TestWritesGatherWhileOthersAreCommitted(t *testing.T) {
 }
 
 func TestBatchHasABound(t *testing.T) {
-	w := newWrites(hclog.NewNullLogger())
+	w := newWrites(newMetrics(), hclog.NewNullLogger())
 	for _, size := range []int{maxBatchBytes - 1, 1, 1, maxBatchBytes * 2, 1} {
 		if err := w.add(&write{command: make([]byte, size)}); err != nil {
 			t.Fatal(err)
