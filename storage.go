@@ -8,7 +8,9 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -90,7 +92,23 @@ func openBolt(path string) (db *raftboltdb.BoltStore, err error) {
 			err = damaged(cause)
 		}
 	}()
-	db, err = raftboltdb.New(raftboltdb.Options{
+	err = readThrough(path)
+	if err == nil {
+		db, err = openForRaft(path)
+	}
+	switch {
+	case errors.Is(err, bbolterrors.ErrTimeout):
+		return nil, fmt.Errorf("%s is locked by another process: stop it, or set another STATE_DIR", path)
+	case errors.As(err, new(syscall.Errno)):
+		return nil, fmt.Errorf("open %s: %w; STATE_DIR must be a directory that this user can write", path, err)
+	case err != nil:
+		return nil, damaged(err)
+	}
+	return db, nil
+}
+
+func openForRaft(path string) (*raftboltdb.BoltStore, error) {
+	return raftboltdb.New(raftboltdb.Options{
 		Path: path,
 		BoltOptions: &bbolt.Options{
 			Timeout: lockTimeout,
@@ -99,15 +117,31 @@ func openBolt(path string) (db *raftboltdb.BoltStore, err error) {
 			FreelistType:   bbolt.FreelistMapType,
 		},
 	})
-	switch {
-	case errors.Is(err, bbolterrors.ErrTimeout):
-		return nil, fmt.Errorf("%s is locked by another process: stop it, or set another STATE_DIR", path)
-	case errors.Is(err, bbolterrors.ErrInvalid), errors.Is(err, bbolterrors.ErrChecksum), errors.Is(err, bbolterrors.ErrVersionMismatch):
-		return nil, damaged(err)
-	case err != nil:
-		return nil, fmt.Errorf("open %s: %w; STATE_DIR must be a directory that this user can write", path, err)
+}
+
+// readThrough reads every page in use of the database, if it is there. bbolt itself does so when it looks for the free
+// pages, but in a goroutine of its own, where a panic cannot be caught.
+func readThrough(path string) error {
+	if info, err := os.Stat(path); errors.Is(err, os.ErrNotExist) || err == nil && info.Size() == 0 {
+		return nil
 	}
-	return db, nil
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a file cut short faults where it is mapped
+	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: lockTimeout})
+	if err != nil {
+		return err
+	}
+	sum := byte(0)
+	err = db.View(func(tx *bbolt.Tx) error {
+		return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error {
+			return b.ForEach(func(_, value []byte) error {
+				for i := len(value) - 1; i >= 0; i -= 4096 { // a byte of each page
+					sum ^= value[i]
+				}
+				return nil
+			})
+		})
+	})
+	return errors.Join(err, db.Close())
 }
 
 // guard makes the database fail-stop. Raft goes on after an error of its stores with a wrong idea of what is in them,
