@@ -320,7 +320,7 @@ func (l *link2) accept(wg *sync.WaitGroup) {
 			if !l.pass(near, linkHold) {
 				return
 			}
-			far, err := net.Dial("tcp", l.target)
+			far, err := new(net.Dialer).DialContext(context.Background(), "tcp", l.target)
 			if err != nil || !l.pass(far, linkHold) {
 				return
 			}

@@ -358,8 +358,8 @@ func (s *Store) tellCommitted(id string, term, index uint64) {
 	}
 	self := []byte(s.cfg.NodeID)
 	err := s.transport.AppendEntries(raft.ServerID(id), raft.ServerAddress(id), &raft.AppendEntriesRequest{
-		RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: self, Addr: self},
-		Term:      term, Leader: self,
+		RPCHeader:    raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: self, Addr: self},
+		Term:         term,
 		PrevLogEntry: index, PrevLogTerm: entry.Term, LeaderCommitIndex: index,
 	}, new(raft.AppendEntriesResponse))
 	if err != nil {
