@@ -113,21 +113,18 @@ func (kv *KV) List(ctx context.Context, prefix, after string, consistency Consis
 	})
 }
 
-// Len returns how many keys this node has.
-func (kv *KV) Len() (n int) {
-	kv.store.replica.read(func() { n = kv.machine.items.Len() })
-	return n
-}
-
 // kvMachine is the state: an ordered map that is copied in no time for a snapshot. It is a StateMachine.
 type kvMachine struct {
 	items   *btree.Map[string, Item]
 	lastTag Tag
 }
 
-func newKVMachine() *kvMachine {
+func newMachine() *kvMachine {
 	return &kvMachine{items: new(btree.Map[string, Item])}
 }
+
+// Len returns the number of keys.
+func (m *kvMachine) Len() int { return m.items.Len() }
 
 // Apply executes a command. The result is the command's tag, or 0 when its condition did not hold.
 func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {

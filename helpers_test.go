@@ -61,7 +61,7 @@ func (w *testWriter) stop() {
 type testNode struct {
 	*Store
 	kv      *KV
-	api     *api
+	server  *server
 	cfg     *Config
 	url     string // of its HTTP API
 	web     *httptest.Server
@@ -153,7 +153,7 @@ func (c *testCluster) start(i int) {
 	c.t.Helper()
 	node := c.nodes[i]
 	log := testLogger(c.t, node.cfg.NodeID)
-	machine := newKVMachine()
+	machine := newMachine()
 	m := newMetrics()
 	node.Store = NewStore(node.cfg, machine, m, log)
 	if node.open != nil {
@@ -168,12 +168,12 @@ func (c *testCluster) start(i int) {
 		node.observations = nil
 	}
 	node.kv = &KV{node.Store, machine}
-	node.api = &api{cfg: node.cfg, store: node.Store, kv: node.kv, metrics: m, log: log}
+	node.server = newServer(node.cfg, node.Store, m, log, newAPI(node.cfg, node.Store, machine).routes())
 	if err := node.Open(); err != nil {
 		c.t.Fatalf("open: %v", err)
 	}
 	node.web = httptest.NewUnstartedServer(nil)
-	node.web.Config = newServer(node.api)
+	node.web.Config = node.server.listener()
 	node.web.Start()
 	node.url = node.web.URL
 	node.running = true

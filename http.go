@@ -6,130 +6,37 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
-	"sync/atomic"
-	"time"
 	"unicode/utf8"
-
-	"github.com/hashicorp/go-hclog"
 )
 
 const (
-	maxKeyBytes   = 1024
-	maxHeader     = 64 << 10
-	defaultPage   = 1000 // keys of a listing
-	maxPage       = 10000
-	maxPageBytes  = 4 << 20          // a page ends with the key that goes beyond
-	answerTimeout = 14 * time.Second // for any answer, from the end of the request's header on
-	jsonType      = "application/json"
+	maxKeyBytes  = 1024
+	defaultPage  = 1000 // keys of a listing
+	maxPage      = 10000
+	maxPageBytes = 4 << 20 // a page ends with the key that goes beyond
+	keyPrefix    = "/key/"
 )
 
-// api answers HTTP requests from a KV.
+// api is the HTTP API of a KV.
 type api struct {
-	cfg      *Config
-	kv       *KV
-	store    *Store
-	metrics  *metrics
-	log      hclog.Logger
-	servedBy []string
-	stopping atomic.Bool // the node is about to stop, and says so to load balancers
+	kv  *KV
+	cfg *Config
 }
 
-// newServer returns the HTTP server, whose Handler is the api.
-func newServer(a *api) *http.Server {
-	a.servedBy = []string{a.cfg.NodeID}
-	a.metrics.gauge("keys", "Keys that this node has.", func() float64 { return float64(a.kv.Len()) })
-	return &http.Server{
-		Handler:           a,
-		ReadHeaderTimeout: 10 * time.Second,
-		ReadTimeout:       12 * time.Second,
-		WriteTimeout:      60 * time.Second,
-		IdleTimeout:       2 * time.Minute,
-		MaxHeaderBytes:    maxHeader,
-		ErrorLog:          a.log.StandardLogger(&hclog.StandardLoggerOptions{ForceLevel: hclog.Debug}),
-	}
+func newAPI(cfg *Config, store *Store, machine *kvMachine) *api {
+	return &api{kv: &KV{store, machine}, cfg: cfg}
 }
 
-type handlerFunc func(a *api, w http.ResponseWriter, r *http.Request) error
-
-// route is what can be done at a path; HEAD is GET without the body.
-type route struct {
-	name    string // in metrics
-	allow   string
-	methods map[string]handlerFunc
-}
-
-var (
-	keyRoute = route{"/key/", "GET, HEAD, PUT, DELETE", map[string]handlerFunc{
-		http.MethodGet: (*api).getKey, http.MethodPut: (*api).putKey, http.MethodDelete: (*api).deleteKey,
-	}}
-	routes = map[string]route{
-		"/key":     {"/key", "GET, HEAD, POST", map[string]handlerFunc{http.MethodGet: (*api).listKeys, http.MethodPost: (*api).postKeys}},
-		"/livez":   {"/livez", "GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).livez}},
-		"/readyz":  {"/readyz", "GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).readyz}},
-		"/metrics": {"/metrics", "GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).serveMetrics}},
-		"/status":  {"/status", "GET, HEAD", map[string]handlerFunc{http.MethodGet: (*api).status}},
+// routes is what the server serves for the api.
+func (a *api) routes() []route {
+	return []route{
+		{path: "/key", get: a.listKeys, post: a.postKeys},
+		{path: keyPrefix, get: a.getKey, put: a.putKey, delete: a.deleteKey},
 	}
-)
-
-const keyPrefix = "/key/"
-
-// statusWriter remembers the status of an answer.
-type statusWriter struct {
-	http.ResponseWriter
-	status int
-}
-
-func (w *statusWriter) WriteHeader(status int) {
-	w.status = status
-	w.ResponseWriter.WriteHeader(status)
-}
-
-// ServeHTTP answers a request and takes note of it.
-func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	began := time.Now()
-	sw := &statusWriter{w, http.StatusOK}
-	rt := findRoute(rawPath(r))
-	if err := a.serve(sw, r, rt); err != nil {
-		a.writeError(sw, r, err)
-	}
-	a.metrics.answered(rt.name, r.Method, sw.status, time.Since(began))
-}
-
-// findRoute goes by the path as it was sent: net/http's mux would clean and redirect paths that are keys.
-func findRoute(path string) route {
-	if strings.HasPrefix(path, keyPrefix) {
-		return keyRoute
-	}
-	if rt, found := routes[path]; found {
-		return rt
-	}
-	return route{name: "none"}
-}
-
-func (a *api) serve(w http.ResponseWriter, r *http.Request, rt route) error {
-	h := w.Header()
-	h["Raft-Served-By"] = a.servedBy
-	if leader := a.store.Leader(); leader != "" {
-		h["Raft-Leader"] = []string{leader}
-	}
-	if rt.methods == nil {
-		return &httpError{status: http.StatusNotFound, detail: "no such path; keys are under /key/"}
-	}
-	method := r.Method
-	if method == http.MethodHead {
-		method = http.MethodGet
-	}
-	handle := rt.methods[method]
-	if handle == nil {
-		h.Set("Allow", rt.allow)
-		return &httpError{status: http.StatusMethodNotAllowed, detail: r.Method + " is not allowed here, but " + rt.allow}
-	}
-	return handle(a, w, r)
 }
 
 func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
@@ -185,13 +92,13 @@ func (a *api) putKey(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
 	defer cancel()
-	value, err := a.readJSON(w, r)
+	value, err := readJSON(w, r, a.cfg.MaxBodyBytes)
 	if err != nil {
 		return err
 	}
 	written, err := a.kv.Set(ctx, []Pair{{key, string(value)}}, condition)
 	if err != nil {
-		return err
+		return conditionFailed(err)
 	}
 	setTag(w, written.Tag)
 	return wrote(w, written)
@@ -208,7 +115,7 @@ func (a *api) deleteKey(w http.ResponseWriter, r *http.Request) error {
 	}
 	written, err := a.kv.Delete(r.Context(), key, condition)
 	if err != nil {
-		return err
+		return conditionFailed(err)
 	}
 	return wrote(w, written)
 }
@@ -221,7 +128,7 @@ func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
 	}
 	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
 	defer cancel()
-	object, err := a.readJSON(w, r)
+	object, err := readJSON(w, r, a.cfg.MaxBodyBytes)
 	if err != nil {
 		return err
 	}
@@ -289,52 +196,9 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 
 // markStale says of an answer that it may be from an old snapshot, if it may.
 func (a *api) markStale(w http.ResponseWriter, consistency Consistency) {
-	if consistency == Stale && !a.store.Contacted() {
+	if consistency == Stale && !a.kv.store.Contacted() {
 		w.Header().Set("Raft-Stale", "since-start")
 	}
-}
-
-func (a *api) livez(w http.ResponseWriter, _ *http.Request) error {
-	writeBody(w, "text/plain; charset=utf-8", []byte("ok\n"))
-	return nil
-}
-
-func (a *api) readyz(w http.ResponseWriter, _ *http.Request) error {
-	err := a.store.Ready()
-	if a.stopping.Load() {
-		err = errors.New("this node is shutting down")
-	}
-	if err != nil {
-		return &httpError{status: http.StatusServiceUnavailable, detail: "not ready: " + err.Error()}
-	}
-	writeBody(w, "text/plain; charset=utf-8", []byte("ok\n"))
-	return nil
-}
-
-func (a *api) status(w http.ResponseWriter, _ *http.Request) error {
-	body, err := json.Marshal(struct {
-		Status
-		Keys int `json:"keys"`
-	}{a.store.Status(), a.kv.Len()})
-	if err != nil {
-		return err
-	}
-	writeBody(w, jsonType, body)
-	return nil
-}
-
-func (a *api) serveMetrics(w http.ResponseWriter, r *http.Request) error {
-	a.metrics.handler().ServeHTTP(w, r)
-	return nil
-}
-
-// rawPath returns the path as it was sent. URL.EscapedPath would make it up from the decoded path where it holds bytes
-// that should have been escaped, and %2F would be lost.
-func rawPath(r *http.Request) string {
-	if r.URL.RawPath != "" {
-		return r.URL.RawPath
-	}
-	return r.URL.EscapedPath()
 }
 
 // pathKey returns the key that a path names: all that follows /key/, decoded once.
@@ -361,23 +225,6 @@ func checkKey(key string) error {
 	return nil
 }
 
-// readQuery returns the query, in which what this service knows stands at most once.
-func readQuery(r *http.Request) (url.Values, error) {
-	query, err := url.ParseQuery(r.URL.RawQuery)
-	if err != nil {
-		return nil, badRequest("the query cannot be read: %v", err)
-	}
-	for _, name := range []string{"consistency", "prefix", "after", "limit"} {
-		if n := len(query[name]); n > 1 {
-			return nil, badRequest("%s is given %d times; give it once", name, n)
-		}
-		if !utf8.ValidString(query.Get(name)) {
-			return nil, badRequest("%s must be valid UTF-8", name)
-		}
-	}
-	return query, nil
-}
-
 // consistency returns what a read asks for, or what is configured where it does not say.
 func (a *api) consistency(query url.Values) (Consistency, error) {
 	if !query.Has("consistency") {
@@ -402,11 +249,12 @@ func condition(r *http.Request) (c Condition, err error) {
 	return c, err
 }
 
-func refuse(r *http.Request, header, why string) error {
-	if _, present := r.Header[header]; present {
-		return badRequest("%s cannot be used here: %s", header, why)
+// conditionFailed gives ErrCondition its status; other errors it leaves to the server.
+func conditionFailed(err error) error {
+	if errors.Is(err, ErrCondition) {
+		return &httpError{http.StatusPreconditionFailed, ErrCondition.Error()}
 	}
-	return nil
+	return err
 }
 
 // tags reads a header that lists entity tags (RFC 9110, 13.1), nil when there is none. A weak tag stands for the same
@@ -414,7 +262,7 @@ func refuse(r *http.Request, header, why string) error {
 func tags(r *http.Request, header string, weak bool) (*Tags, error) {
 	values, present := r.Header[header]
 	if !present {
-		return nil, nil //nolint:nilnil // no condition is not an error
+		return nil, nil // no condition is not an error
 	}
 	rest := strings.Trim(strings.Join(values, ","), " \t,")
 	if rest == "*" {
@@ -454,30 +302,6 @@ func cutTag(s string) (opaque, rest string, ok bool) {
 	return opaque, rest, ok
 }
 
-// readJSON returns the body, one JSON value, without insignificant white space.
-func (a *api) readJSON(w http.ResponseWriter, r *http.Request) ([]byte, error) {
-	var body bytes.Buffer
-	body.Grow(int(min(max(r.ContentLength, 0), 64<<10)) + bytes.MinRead)
-	if _, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, a.cfg.MaxBodyBytes)); err != nil {
-		if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-			return nil, &httpError{
-				status: http.StatusRequestEntityTooLarge,
-				detail: fmt.Sprintf("the body has more than %d bytes, the limit set by MAX_BODY_BYTES", tooLarge.Limit),
-			}
-		}
-		return nil, badRequest("the body did not arrive: %v", err)
-	}
-	if !utf8.Valid(body.Bytes()) {
-		return nil, badRequest("the body is not valid UTF-8")
-	}
-	var compact bytes.Buffer
-	compact.Grow(body.Len())
-	if err := json.Compact(&compact, body.Bytes()); err != nil {
-		return nil, badRequest("the body is not one JSON value: %v", err)
-	}
-	return compact.Bytes(), nil
-}
-
 func setTag(w http.ResponseWriter, tag Tag) {
 	w.Header().Set("ETag", `"`+strconv.FormatUint(uint64(tag), 10)+`"`)
 }
@@ -486,85 +310,6 @@ func setTag(w http.ResponseWriter, tag Tag) {
 func wrote(w http.ResponseWriter, written Written) error {
 	w.Header()["Raft-Index"] = []string{strconv.FormatUint(written.Index, 10)}
 	return nil
-}
-
-func writeBody(w http.ResponseWriter, contentType string, body []byte) {
-	h := w.Header()
-	h["Content-Type"] = []string{contentType}
-	h["Content-Length"] = []string{strconv.Itoa(len(body))}
-	_, _ = w.Write(body) // an error means that nobody listens any more
-}
-
-// httpError is an error that knows its status. Its detail is for the client.
-type httpError struct {
-	status int
-	detail string
-}
-
-func (e *httpError) Error() string { return e.detail }
-
-func badRequest(format string, args ...any) error {
-	return &httpError{status: http.StatusBadRequest, detail: fmt.Sprintf(format, args...)}
-}
-
-// statusOf says how the errors of KV and Store are answered. What is not here is an internal error.
-var statusOf = []struct {
-	err    error
-	status int
-}{
-	{ErrCondition, http.StatusPreconditionFailed},
-	{ErrUnknownOutcome, http.StatusGatewayTimeout},
-	{ErrNoLeader, http.StatusServiceUnavailable},
-	{ErrNotLeader, http.StatusServiceUnavailable},
-	{ErrOverloaded, http.StatusServiceUnavailable},
-	{ErrNotInTime, http.StatusServiceUnavailable},
-	{ErrNotConfirmed, http.StatusServiceUnavailable},
-	{ErrStarting, http.StatusServiceUnavailable},
-}
-
-// problem is an error's body: application/problem+json (RFC 9457).
-type problem struct {
-	Type    string `json:"type"`
-	Title   string `json:"title"`
-	Status  int    `json:"status"`
-	Detail  string `json:"detail"`
-	Outcome string `json:"outcome,omitempty"` // of a write
-}
-
-// writeError is the one place where an error becomes an answer.
-func (a *api) writeError(w http.ResponseWriter, r *http.Request, err error) {
-	p := problem{Type: "about:blank", Status: http.StatusInternalServerError, Detail: "internal error"}
-	known := new(httpError)
-	if errors.As(err, &known) {
-		p.Status, p.Detail = known.status, known.detail
-	}
-	for _, row := range statusOf {
-		if errors.Is(err, row.err) {
-			p.Status, p.Detail = row.status, row.err.Error()
-		}
-	}
-	p.Title = http.StatusText(p.Status)
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		p.Outcome = "not-applied"
-		if p.Status == http.StatusGatewayTimeout || p.Status == http.StatusInternalServerError {
-			p.Outcome = "unknown"
-		}
-	}
-	if p.Status == http.StatusInternalServerError {
-		a.log.Error("a request failed", "method", r.Method, "error", err)
-	}
-	if p.Status == http.StatusServiceUnavailable {
-		w.Header().Set("Retry-After", "1")
-	}
-	body, err := json.Marshal(p)
-	if err != nil {
-		body = []byte(`{"status":500}`)
-	}
-	h := w.Header()
-	h.Set("Content-Type", "application/problem+json")
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(p.Status)
-	_, _ = io.Copy(w, bytes.NewReader(body))
 }
 
 // appendJSONString appends s as a JSON string.

@@ -630,13 +630,13 @@ func TestWithoutLeader(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			cfg := mustConfig(t, map[string]string{"NODE_ID": "alone", "KV_STORE": storeMemory, "READ_CONSISTENCY": tt.byDefault})
-			machine, log := newKVMachine(), testLogger(t, "alone")
+			machine, log := newMachine(), testLogger(t, "alone")
 			machine.items.Set("k", Item{Value: "1", Tag: 7})
 			store := NewStore(cfg, machine, newMetrics(), log)
 			if !tt.early {
 				store.started = time.Now().Add(-time.Minute)
 			}
-			handler := newServer(&api{cfg: cfg, kv: &KV{store, machine}, store: store, metrics: store.metrics, log: log}).Handler
+			handler := newServer(cfg, store, store.metrics, log, newAPI(cfg, store, machine).routes())
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel() // a leader is not waited for
 			recorder := httptest.NewRecorder()
@@ -659,7 +659,7 @@ func TestWithoutLeader(t *testing.T) {
 
 func TestErrorsHaveTheirStatus(t *testing.T) {
 	statuses := map[error]int{
-		ErrCondition: 412, ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503,
+		conditionFailed(fmt.Errorf("%w", ErrCondition)): 412, ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503,
 		ErrNotConfirmed: 503, ErrStarting: 503, badRequest("what?"): 400, errors.New("node7 is broken"): 500,
 	}
 	for _, row := range statusOf {
@@ -667,7 +667,7 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 			t.Errorf("no test for %v", row.err)
 		}
 	}
-	a := &api{log: testLogger(t, "http")}
+	a := &server{log: testLogger(t, "http")}
 	for tested, status := range statuses {
 		t.Run(tested.Error(), func(t *testing.T) {
 			outcome := "not-applied"
@@ -727,7 +727,7 @@ func TestStatusAndHealth(t *testing.T) {
 		t.Errorf("status, -want +got:\n%s", diff)
 	}
 
-	n.api.stopping.Store(true)
+	n.server.stopping.Store(true)
 	a = want(t, n, 503, http.MethodGet, "/readyz", "")
 	if a.header.Get("Retry-After") == "" || !strings.Contains(a.body, "shutting down") {
 		t.Errorf("readyz while stopping: got %v; want Retry-After and the reason", a)
@@ -737,7 +737,7 @@ func TestStatusAndHealth(t *testing.T) {
 
 func TestSlowRequestsAreCutOff(t *testing.T) {
 	n := newTestNode(t, storeMemory)
-	server := newServer(&api{cfg: n.cfg, kv: n.kv, store: n.Store, metrics: newMetrics(), log: n.api.log})
+	server := n.server.listener()
 	header, all := server.ReadHeaderTimeout, server.ReadTimeout
 	if header <= 0 || header > 30*time.Second || all <= 0 || all > 15*time.Second {
 		t.Errorf("got ReadHeaderTimeout %v, ReadTimeout %v; want up to 30 s and 15 s", header, all)

@@ -113,7 +113,7 @@ func TestListingPageByPage(t *testing.T) {
 }
 
 func BenchmarkListPageOf1000In1M(b *testing.B) {
-	m := newKVMachine()
+	m := newMachine()
 	for i := range 1_000_000 {
 		key := fmt.Sprintf("key-%08d", i)
 		m.items.Set(key, Item{Value: "1", Tag: 1})

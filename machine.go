@@ -29,6 +29,8 @@ type StateMachine interface {
 	// Restore reads what a snapshot's func wrote, up to io.EOF, without touching the state, and returns the func that
 	// puts it in the state's place. It alone may run while commands are read.
 	Restore(r io.Reader) (install func(), err error)
+	// Len returns how many keys, or other things that an operator wants to see counted, the state holds.
+	Len() int
 }
 
 // replica is this node's copy of the state machine, as the raft package drives it (it is a raft.FSM).
@@ -46,6 +48,12 @@ func (r *replica) read(f func()) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
 	f()
+}
+
+// size returns the machine's Len.
+func (r *replica) size() (n int) {
+	r.read(func() { n = r.machine.Len() })
+	return n
 }
 
 // Apply executes the commands of one log entry and returns their results as [][]byte.

@@ -9,10 +9,7 @@
 // A cluster of more nodes is defined in advance: PEERS names all of them, the same on each. Any node answers any
 // request; writes are passed on to the leader. raftstarter --help lists what else the environment can say.
 //
-// How the files use one another, from the top: main builds a Store (store.go), which replicates a state machine
-// (machine.go says what that is, fsm.go is the one of this service), and an HTTP API on it (http.go). The Store gathers
-// commands (batch.go), confirms reads (reads.go), finds or forms its cluster (forming.go), keeps its state in storage.go
-// and talks to other nodes through peers.go over network.go.
+// DESIGN.md says which file owns what, and why the service may promise what it promises.
 package main
 
 import (
@@ -105,25 +102,25 @@ func newLogger(cfg *Config, w io.Writer) hclog.Logger {
 
 // serve runs the node until a signal or an error ends it.
 func serve(cfg *Config, sig signals, log hclog.Logger) error {
-	machine := newKVMachine()
 	m := newMetrics()
 	if err := m.collectRaft(); err != nil {
 		return err
 	}
+	machine := newMachine()
 	store := NewStore(cfg, machine, m, log)
 	store.OnChange(func(s RaftState) { // here a service of your own can react to being the leader, or no longer
 		log.Info("new raft state", "state", s.State, "leader", s.Leader, "term", s.Term)
 	})
-	handler := &api{cfg: cfg, store: store, kv: &KV{store, machine}, metrics: m, log: log.Named("http")}
-	server := newServer(handler)
+	handler := newServer(cfg, store, m, log.Named("http"), newAPI(cfg, store, machine).routes())
+	web := handler.listener()
 
 	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.HTTPAddr)
 	if err != nil {
 		return fmt.Errorf("listen on HTTP_ADDR:HTTP_PORT %s: %w", cfg.HTTPAddr, err)
 	}
-	defer server.Close()
+	defer web.Close()
 	httpFailed := make(chan error, 1)
-	go func() { httpFailed <- server.Serve(listener) }()
+	go func() { httpFailed <- web.Serve(listener) }()
 	if err := store.Open(); err != nil {
 		return err
 	}
@@ -133,7 +130,7 @@ func serve(cfg *Config, sig signals, log hclog.Logger) error {
 		select {
 		case s := <-sig.stop:
 			log.Info("stopping; a second signal ends the process at once", "signal", s.String())
-			return shutdown(handler, server, cfg.ShutdownTimeout, sig)
+			return shutdown(handler, web, cfg.ShutdownTimeout, sig)
 		case <-sig.reload:
 			log.Info("reload: nothing that is configured can change without a restart")
 		case err := <-store.Failed():
@@ -146,29 +143,29 @@ func serve(cfg *Config, sig signals, log hclog.Logger) error {
 
 // shutdown lets requests under way finish, hands leadership over, and stops Raft. It has timeout for all of it, and
 // still exits cleanly when that is over: what was acknowledged is safe at any moment.
-func shutdown(a *api, server *http.Server, timeout time.Duration, sig signals) error {
+func shutdown(s *server, web *http.Server, timeout time.Duration, sig signals) error {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	a.stopping.Store(true)
+	s.stopping.Store(true)
 	done := make(chan error, 1)
 	go func() {
 		// Requests may hang where there is no quorum; they must not use up the time of those that come after.
 		drain, cancel := context.WithTimeout(ctx, timeout*2/3)
 		defer cancel()
-		err := server.Shutdown(drain)
-		done <- errors.Join(err, a.store.Shutdown(ctx))
+		err := web.Shutdown(drain)
+		done <- errors.Join(err, s.store.Shutdown(ctx))
 	}()
 	select {
 	case err := <-done:
 		if err != nil {
-			a.log.Warn("not everything stopped in time", "error", err)
+			s.log.Warn("not everything stopped in time", "error", err)
 		}
-		a.log.Info("stopped")
+		s.log.Info("stopped")
 	case <-ctx.Done():
-		a.log.Warn("not everything stopped within SHUTDOWN_TIMEOUT", "timeout", timeout)
+		s.log.Warn("not everything stopped within SHUTDOWN_TIMEOUT", "timeout", timeout)
 	case s := <-sig.stop:
 		return fmt.Errorf("ended by a second signal (%v)", s)
-	case err := <-a.store.Failed():
+	case err := <-s.store.Failed():
 		return err
 	}
 	return nil

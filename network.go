@@ -293,6 +293,15 @@ type tracked struct {
 	n *network
 }
 
+// Read hides the error of a connection that network has closed: its end was wanted.
+func (t *tracked) Read(p []byte) (int, error) {
+	n, err := t.Conn.Read(p)
+	if errors.Is(err, net.ErrClosed) {
+		err = io.EOF
+	}
+	return n, err
+}
+
 func (t *tracked) Close() error {
 	t.n.mu.Lock()
 	delete(t.n.conns, t)

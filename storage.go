@@ -122,8 +122,8 @@ func openForRaft(path string) (*raftboltdb.BoltStore, error) {
 // readThrough reads every page in use of the database, if it is there. bbolt itself does so when it looks for the free
 // pages, but in a goroutine of its own, where a panic cannot be caught.
 func readThrough(path string) error {
-	if info, err := os.Stat(path); errors.Is(err, os.ErrNotExist) || err == nil && info.Size() == 0 {
-		return nil
+	if info, err := os.Stat(path); err != nil || !info.Mode().IsRegular() || info.Size() == 0 {
+		return nil // there is nothing to read; to open it says what is wrong
 	}
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a file cut short faults where it is mapped
 	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: lockTimeout})

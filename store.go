@@ -78,6 +78,7 @@ func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.replica = &replica{machine: machine, metrics: m, fail: s.fail}
 	s.rounds = newReadRounds(m, s.findReadIndex)
+	m.gauge("keys", "Keys that this node has.", func() float64 { return float64(s.replica.size()) })
 	m.gauge("peers_drift", "1 when ids or voters of the membership are not what PEERS says.", func() float64 {
 		if s.drift() {
 			return 1
@@ -467,6 +468,7 @@ type Status struct {
 	KVStore         string       `json:"kv_store"`
 	Version         string       `json:"version"`
 	Cluster         string       `json:"cluster"` // its id, "" while the node is of none
+	Keys            int          `json:"keys"`    // StateMachine.Len
 	Peers           []PeerStatus `json:"peers"`
 	PeersDrift      bool         `json:"peers_drift"` // ids or voters of the membership are not what PEERS says
 	WritesMayBeLost bool         `json:"writes_may_be_lost"`
@@ -484,7 +486,7 @@ func (s *Store) Status() Status {
 	state := s.State()
 	status := Status{
 		ID: s.cfg.NodeID, State: state.State, Leader: state.Leader, Term: state.Term, LastContactMS: -1,
-		KVStore: s.cfg.KVStore, Version: version, Cluster: s.form.id(), Peers: []PeerStatus{}, PeersDrift: s.drift(),
+		KVStore: s.cfg.KVStore, Version: version, Cluster: s.form.id(), Keys: s.replica.size(), Peers: []PeerStatus{}, PeersDrift: s.drift(),
 	}
 	r := s.raft.Load()
 	if r == nil {

@@ -1,0 +1,315 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"time"
+	"unicode/utf8"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// This file is what any state machine's HTTP API needs: limits, probes, status, metrics, reading a request, and errors.
+// The routes of this service are in http.go.
+
+const (
+	maxHeader     = 64 << 10
+	answerTimeout = 14 * time.Second // for any answer, from the end of the request's header on
+	jsonType      = "application/json"
+	textType      = "text/plain; charset=utf-8"
+)
+
+// handlerFunc answers a request, or returns the error with which server answers it.
+type handlerFunc func(w http.ResponseWriter, r *http.Request) error
+
+// route is what can be done at a path, or, if it ends in a slash, at all longer ones. HEAD is GET without the body.
+type route struct {
+	path                   string
+	get, post, put, delete handlerFunc // nil for not allowed
+}
+
+// server answers HTTP requests: those of its routes, and the probes' and operators'. It is an http.Handler.
+type server struct {
+	cfg      *Config
+	store    *Store
+	metrics  *metrics
+	log      hclog.Logger
+	routes   []route
+	servedBy []string
+	stopping atomic.Bool // the node is about to stop, and says so to load balancers
+}
+
+func newServer(cfg *Config, store *Store, m *metrics, log hclog.Logger, routes []route) *server {
+	s := &server{cfg: cfg, store: store, metrics: m, log: log, servedBy: []string{cfg.NodeID}}
+	s.routes = append(slices.Clone(routes),
+		route{path: "/livez", get: s.livez},
+		route{path: "/readyz", get: s.readyz},
+		route{path: "/status", get: s.status},
+		route{path: "/metrics", get: s.scrape})
+	return s
+}
+
+// listener returns an http.Server for s, with all of its limits.
+func (s *server) listener() *http.Server {
+	return &http.Server{
+		Handler:           s,
+		ReadHeaderTimeout: 10 * time.Second,
+		ReadTimeout:       12 * time.Second,
+		WriteTimeout:      60 * time.Second,
+		IdleTimeout:       2 * time.Minute,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          s.log.StandardLogger(&hclog.StandardLoggerOptions{ForceLevel: hclog.Debug}),
+	}
+}
+
+// ServeHTTP answers a request and takes note of it.
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	began := time.Now()
+	noted := &statusWriter{w, http.StatusOK}
+	rt := s.find(rawPath(r))
+	if err := s.serve(noted, r, rt); err != nil {
+		s.writeError(noted, r, err)
+	}
+	s.metrics.answered(rt.path, r.Method, noted.status, time.Since(began))
+}
+
+// statusWriter remembers the status of an answer.
+type statusWriter struct {
+	http.ResponseWriter
+	status int
+}
+
+func (w *statusWriter) WriteHeader(status int) {
+	w.status = status
+	w.ResponseWriter.WriteHeader(status)
+}
+
+// find goes by the path as it was sent: net/http's mux would clean and redirect paths that are keys.
+func (s *server) find(path string) route {
+	for _, rt := range s.routes {
+		if path == rt.path || strings.HasSuffix(rt.path, "/") && strings.HasPrefix(path, rt.path) {
+			return rt
+		}
+	}
+	return route{path: "none"}
+}
+
+func (s *server) serve(w http.ResponseWriter, r *http.Request, rt route) error {
+	h := w.Header()
+	h["Raft-Served-By"] = s.servedBy
+	if leader := s.store.Leader(); leader != "" {
+		h["Raft-Leader"] = []string{leader}
+	}
+	handle := rt.get
+	switch r.Method {
+	case http.MethodGet, http.MethodHead:
+	case http.MethodPost:
+		handle = rt.post
+	case http.MethodPut:
+		handle = rt.put
+	case http.MethodDelete:
+		handle = rt.delete
+	default:
+		handle = nil
+	}
+	if handle != nil {
+		return handle(w, r)
+	}
+	allow := rt.allow()
+	if allow == "" {
+		return &httpError{http.StatusNotFound, "no such path; keys are under /key/"}
+	}
+	h.Set("Allow", allow)
+	return &httpError{http.StatusMethodNotAllowed, r.Method + " is not allowed here; allowed are " + allow}
+}
+
+// allow lists the methods of a route, "" if it has none.
+func (rt route) allow() string {
+	var methods []string
+	if rt.get != nil {
+		methods = append(methods, http.MethodGet, http.MethodHead)
+	}
+	if rt.post != nil {
+		methods = append(methods, http.MethodPost)
+	}
+	if rt.put != nil {
+		methods = append(methods, http.MethodPut)
+	}
+	if rt.delete != nil {
+		methods = append(methods, http.MethodDelete)
+	}
+	return strings.Join(methods, ", ")
+}
+
+func (s *server) livez(w http.ResponseWriter, _ *http.Request) error {
+	writeBody(w, textType, []byte("ok\n"))
+	return nil
+}
+
+func (s *server) readyz(w http.ResponseWriter, _ *http.Request) error {
+	err := s.store.Ready()
+	if s.stopping.Load() {
+		err = errors.New("this node is shutting down")
+	}
+	if err != nil {
+		return &httpError{status: http.StatusServiceUnavailable, detail: "not ready: " + err.Error()}
+	}
+	writeBody(w, textType, []byte("ok\n"))
+	return nil
+}
+
+func (s *server) status(w http.ResponseWriter, _ *http.Request) error {
+	body, err := json.Marshal(s.store.Status())
+	if err != nil {
+		return err
+	}
+	writeBody(w, jsonType, body)
+	return nil
+}
+
+func (s *server) scrape(w http.ResponseWriter, r *http.Request) error {
+	s.metrics.handler().ServeHTTP(w, r)
+	return nil
+}
+
+// rawPath returns the path as it was sent. URL.EscapedPath would make it up from the decoded path where it holds bytes
+// that should have been escaped, and %2F would be lost.
+func rawPath(r *http.Request) string {
+	if r.URL.RawPath != "" {
+		return r.URL.RawPath
+	}
+	return r.URL.EscapedPath()
+}
+
+// readQuery returns the query, in which what this service knows stands at most once.
+func readQuery(r *http.Request) (url.Values, error) {
+	query, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return nil, badRequest("the query cannot be read: %v", err)
+	}
+	for _, name := range []string{"consistency", "prefix", "after", "limit"} {
+		if n := len(query[name]); n > 1 {
+			return nil, badRequest("%s is given %d times; give it once", name, n)
+		}
+		if !utf8.ValidString(query.Get(name)) {
+			return nil, badRequest("%s must be valid UTF-8", name)
+		}
+	}
+	return query, nil
+}
+
+// readJSON returns the body, one JSON value, without insignificant white space.
+func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
+	var body bytes.Buffer
+	body.Grow(int(min(max(r.ContentLength, 0), 64<<10)) + bytes.MinRead)
+	if _, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, limit)); err != nil {
+		if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
+			return nil, &httpError{
+				status: http.StatusRequestEntityTooLarge,
+				detail: fmt.Sprintf("the body has more than %d bytes, the limit set by MAX_BODY_BYTES", tooLarge.Limit),
+			}
+		}
+		return nil, badRequest("the body did not arrive: %v", err)
+	}
+	if !utf8.Valid(body.Bytes()) {
+		return nil, badRequest("the body is not valid UTF-8")
+	}
+	var compact bytes.Buffer
+	compact.Grow(body.Len())
+	if err := json.Compact(&compact, body.Bytes()); err != nil {
+		return nil, badRequest("the body is not one JSON value: %v", err)
+	}
+	return compact.Bytes(), nil
+}
+
+func refuse(r *http.Request, header, why string) error {
+	if _, present := r.Header[header]; present {
+		return badRequest("%s cannot be used here: %s", header, why)
+	}
+	return nil
+}
+
+func writeBody(w http.ResponseWriter, contentType string, body []byte) {
+	h := w.Header()
+	h["Content-Type"] = []string{contentType}
+	h["Content-Length"] = []string{strconv.Itoa(len(body))}
+	_, _ = w.Write(body) // an error means that nobody listens any more
+}
+
+// httpError is an error that knows its status. Its detail is for the client.
+type httpError struct {
+	status int
+	detail string
+}
+
+func (e *httpError) Error() string { return e.detail }
+
+func badRequest(format string, args ...any) error {
+	return &httpError{status: http.StatusBadRequest, detail: fmt.Sprintf(format, args...)}
+}
+
+// statusOf says how the errors of a Store are answered. What is not here is an internal error.
+var statusOf = []struct {
+	err    error
+	status int
+}{
+	{ErrUnknownOutcome, http.StatusGatewayTimeout},
+	{ErrNoLeader, http.StatusServiceUnavailable},
+	{ErrNotLeader, http.StatusServiceUnavailable},
+	{ErrOverloaded, http.StatusServiceUnavailable},
+	{ErrNotInTime, http.StatusServiceUnavailable},
+	{ErrNotConfirmed, http.StatusServiceUnavailable},
+	{ErrStarting, http.StatusServiceUnavailable},
+}
+
+// problem is an error's body: application/problem+json (RFC 9457).
+type problem struct {
+	Type    string `json:"type"`
+	Title   string `json:"title"`
+	Status  int    `json:"status"`
+	Detail  string `json:"detail"`
+	Outcome string `json:"outcome,omitempty"` // of a write
+}
+
+// writeError is the one place where an error becomes an answer.
+func (s *server) writeError(w http.ResponseWriter, r *http.Request, err error) {
+	p := problem{Type: "about:blank", Status: http.StatusInternalServerError, Detail: "internal error"}
+	known := new(httpError)
+	if errors.As(err, &known) {
+		p.Status, p.Detail = known.status, known.detail
+	}
+	for _, row := range statusOf {
+		if errors.Is(err, row.err) {
+			p.Status, p.Detail = row.status, row.err.Error()
+		}
+	}
+	p.Title = http.StatusText(p.Status)
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		p.Outcome = "not-applied"
+		if p.Status == http.StatusGatewayTimeout || p.Status == http.StatusInternalServerError {
+			p.Outcome = "unknown"
+		}
+	}
+	if p.Status == http.StatusInternalServerError {
+		s.log.Error("a request failed", "method", r.Method, "error", err)
+	}
+	if p.Status == http.StatusServiceUnavailable {
+		w.Header().Set("Retry-After", "1")
+	}
+	var body bytes.Buffer
+	enc := json.NewEncoder(&body)
+	enc.SetEscapeHTML(false)
+	_ = enc.Encode(p) // it holds only strings and a number
+	w.Header().Set("Content-Type", "application/problem+json")
+	w.Header().Set("Content-Length", strconv.Itoa(body.Len()-1))
+	w.WriteHeader(p.Status)
+	_, _ = w.Write(bytes.TrimSuffix(body.Bytes(), []byte("\n")))
+}
