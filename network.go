@@ -157,7 +157,7 @@ func (n *network) receive(raw net.Conn) {
 	h, err := n.greet(conn)
 	<-n.shaking
 	if err != nil {
-		n.logRefusal("refused a connection to the Raft port", conn.RemoteAddr().String(), h, err)
+		n.logRefusal(conn.RemoteAddr().String(), h, err)
 		_ = conn.Close()
 		return
 	}
@@ -212,18 +212,19 @@ func (n *network) judge(h hello) error {
 	return n.welcome(h)
 }
 
-// logRefusal warns once about each way in which a peer and this node do not get along; the rest is for debugging.
-func (n *network) logRefusal(msg, remote string, h hello, err error) {
+// logRefusal warns once about each way in which a peer and this node do not get along. Whoever does not even say hello,
+// or comes a little early, is for debugging; so are strangers, when they have made up many names.
+func (n *network) logRefusal(remote string, h hello, err error) {
 	key := h.sender + "\x00" + h.cluster + "\x00" + err.Error()
+	broken := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, new(net.Error))
+	level := hclog.Debug
 	n.mu.Lock()
-	known := n.refused[key] || len(n.refused) > 100 // strangers may make up any number of names
-	n.refused[key] = true
-	n.mu.Unlock()
-	level := hclog.Warn
-	if known || errors.Is(err, errStarting) || errors.Is(err, net.ErrClosed) {
-		level = hclog.Debug
+	if !broken && !errors.Is(err, errStarting) && !n.refused[key] && len(n.refused) < 100 {
+		n.refused[key] = true
+		level = hclog.Warn
 	}
-	n.log.Log(level, msg, "remote", remote, "node", h.sender, "reason", err)
+	n.mu.Unlock()
+	n.log.Log(level, "refused a connection to the Raft port", "remote", remote, "node", h.sender, "reason", err)
 }
 
 // dialError is what dial returns: nothing has reached the peer's Raft or peer calls.

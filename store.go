@@ -564,14 +564,16 @@ func (s *Store) welcome(h hello) error {
 // Shutdown hands leadership over if this node has it, stops Raft and closes the storage. It gives up waiting when ctx
 // ends; what was acknowledged is safe all the same.
 func (s *Store) Shutdown(ctx context.Context) error {
+	closePort := s.network.Close
 	r := s.raft.Load()
 	if r != nil {
 		s.handOver(ctx, r)
 		r.Shutdown()
+		closePort = s.transport.Close // which closes the network, too
 	}
 	s.cancel()
 	s.peers.close()
-	err := s.network.Close()
+	err := closePort()
 	stopped := make(chan error, 1)
 	go func() {
 		s.wg.Wait()
