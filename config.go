@@ -39,6 +39,9 @@ const (
 	storeMemory = "memory"
 )
 
+// version is set when a release is built: -ldflags "-X main.version=v1.2.3".
+var version = "dev"
+
 // maxBodyBytes is the most that MAX_BODY_BYTES may say.
 const maxBodyBytes = 16 << 20
 

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -189,11 +190,9 @@ func (f *formation) seekGrants(ctx context.Context, answers map[string]holding) 
 	if f.grant(f.cfg.NodeID, cluster) != nil {
 		return "", false
 	}
-	others := make([]string, 0, len(answers))
-	for node := range answers {
-		others = append(others, node)
-	}
-	return cluster, majority(ctx, others, len(f.cfg.Peers)/2, func(ctx context.Context, node string) bool {
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	return cluster, majority(ctx, slices.Collect(maps.Keys(answers)), len(f.cfg.Peers)/2, func(ctx context.Context, node string) bool {
 		_, err := f.peers.call(ctx, node, opGrant, []byte(cluster))
 		return err == nil
 	})

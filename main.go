@@ -25,9 +25,6 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// version is set when a release is built: -ldflags "-X main.version=v1.2.3".
-var version = "dev"
-
 // How the process ends.
 const (
 	exitOK     = 0

@@ -118,6 +118,26 @@ func (p *peers) drop(id string, l *link) {
 	l.retire()
 }
 
+// majority asks all nodes at once and returns true as soon as needed of them have said yes, false as soon as too many
+// have not.
+func majority(ctx context.Context, nodes []string, needed int, ask func(ctx context.Context, node string) bool) bool {
+	ctx, cancel := context.WithCancel(ctx) // ends what is still being asked when the answer is known
+	defer cancel()
+	answers := make(chan bool, len(nodes))
+	for _, node := range nodes {
+		go func() { answers <- ask(ctx, node) }()
+	}
+	for left := len(nodes); needed > 0; left-- {
+		if left < needed {
+			return false
+		}
+		if <-answers {
+			needed--
+		}
+	}
+	return true
+}
+
 // redial makes later calls to any node introduce this one anew, now that it is of a cluster.
 func (p *peers) redial() {
 	p.mu.Lock()

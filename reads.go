@@ -71,23 +71,3 @@ func (r *readRounds) next(ctx context.Context) (uint64, error) {
 		return 0, ErrNotConfirmed
 	}
 }
-
-// majority asks all nodes at once and returns true as soon as needed of them have said yes, false as soon as too many
-// have not, or have not in time.
-func majority(ctx context.Context, nodes []string, needed int, ask func(ctx context.Context, node string) bool) bool {
-	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
-	defer cancel()
-	answers := make(chan bool, len(nodes))
-	for _, node := range nodes {
-		go func() { answers <- ask(ctx, node) }()
-	}
-	for left := len(nodes); needed > 0; left-- {
-		if left < needed {
-			return false
-		}
-		if <-answers {
-			needed--
-		}
-	}
-	return true
-}

@@ -313,7 +313,9 @@ func (s *Store) confirmLeadership(r *raft.Raft) (uint64, error) {
 	}
 	request := binary.BigEndian.AppendUint64(nil, term)
 	voters := len(others) + 1
-	confirmed := majority(s.ctx, others, voters/2, func(ctx context.Context, id string) bool {
+	ctx, cancel := context.WithTimeout(s.ctx, confirmTimeout)
+	defer cancel()
+	confirmed := majority(ctx, others, voters/2, func(ctx context.Context, id string) bool {
 		answer, err := s.peers.call(ctx, id, opTerm, request)
 		return err == nil && len(answer) == 1 && answer[0] == 1
 	})
