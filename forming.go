@@ -36,7 +36,7 @@ const (
 type formation struct {
 	cfg   *Config
 	log   hclog.Logger
-	store *storage
+	store *storage // set by open, as is peers
 	peers *peers
 	look  chan struct{} // holds one token: a peer has spoken, so another look at the others is worth it
 
@@ -49,23 +49,29 @@ type formation struct {
 	waitsFor  string // for people
 }
 
-// newFormation reads what the storage knows of a cluster.
-func newFormation(cfg *Config, log hclog.Logger, st *storage, p *peers) (*formation, error) {
-	f := &formation{cfg: cfg, log: log, store: st, peers: p, look: make(chan struct{}, 1)}
+func newFormation(cfg *Config, log hclog.Logger) *formation {
+	return &formation{cfg: cfg, log: log, look: make(chan struct{}, 1), waitsFor: "the storage to open"}
+}
+
+// open reads what the storage knows of a cluster.
+func (f *formation) open(st *storage, p *peers) error {
+	f.store, f.peers = st, p
 	stored, err := st.stable.Get(keyCluster)
 	switch {
 	case err == nil && len(stored) > 1:
+		f.mu.Lock()
 		f.founder, f.cluster = stored[0] == foundedHere, string(stored[1:])
-		return f, nil
+		f.mu.Unlock()
+		return nil
 	case err != nil && !isNotFound(err):
-		return nil, fmt.Errorf("read the cluster id: %w", err)
+		return fmt.Errorf("read the cluster id: %w", err)
 	}
 	last, err := st.lastIndex()
 	if err == nil && last > 0 {
 		err = fmt.Errorf("STATE_DIR %q holds a Raft log or snapshot but no cluster id: it is of another program, or damaged; "+
-			"nothing was changed: set another STATE_DIR", cfg.StateDir)
+			"nothing was changed: set another STATE_DIR", f.cfg.StateDir)
 	}
-	return f, err
+	return err
 }
 
 // id returns the id of this node's cluster, "" while it has none.
@@ -82,7 +88,7 @@ func (f *formation) reason() string {
 	if f.cluster != "" {
 		return "the node is reading its snapshot and log"
 	}
-	return "the node has no state and is looking for its cluster: " + f.waitsFor
+	return "the node is not of a cluster yet: " + f.waitsFor
 }
 
 // find returns once this node is of a cluster, with whether it is the one that formed it.

@@ -115,7 +115,7 @@ func FuzzKeyPath(f *testing.F) {
 		f.Add(key)
 	}
 	f.Fuzz(func(t *testing.T, key string) {
-		r := httptest.NewRequest(http.MethodGet, "/", nil)
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil)
 		u, err := url.ParseRequestURI(keyPrefix + url.PathEscape(key))
 		if err != nil {
 			t.Fatal(err)
@@ -142,7 +142,7 @@ func FuzzPostBody(f *testing.F) {
 		f.Add([]byte(body))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		r := httptest.NewRequest(http.MethodPost, "/key", bytes.NewReader(b))
+		r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/key", bytes.NewReader(b))
 		object, err := readJSON(httptest.NewRecorder(), r, maxBodyBytes)
 		var want map[string]json.RawMessage
 		if err != nil {

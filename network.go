@@ -310,6 +310,17 @@ func (t *tracked) Close() error {
 	return t.Conn.Close()
 }
 
+// goUnlessClosed runs f in a goroutine that Close waits for, unless network is closing.
+func (n *network) goUnlessClosed(f func()) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	select {
+	case <-n.closing:
+	default:
+		n.wg.Go(f)
+	}
+}
+
 // track takes conn over, and closes it if network is closing.
 func (n *network) track(conn net.Conn) (net.Conn, error) {
 	t := &tracked{conn, n}

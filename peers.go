@@ -85,21 +85,20 @@ func (p *peers) link(ctx context.Context, id string) (*link, error) {
 		p.links[id] = l
 		p.mu.Unlock()
 		// Others wait for this dial, so it does not end with the caller that happened to be first.
-		dialCtx, cancel := context.WithTimeout(p.ctx, dialTimeout)
-		defer cancel()
-		l.conn, l.dialErr = p.network.dial(dialCtx, id, kindPeer)
-		l.dialed = time.Now()
-		close(l.ready)
-		if l.dialErr != nil {
-			return nil, l.dialErr
-		}
 		go func() {
-			l.receive()
-			p.drop(id, l)
+			dialCtx, cancel := context.WithTimeout(p.ctx, dialTimeout)
+			defer cancel()
+			l.conn, l.dialErr = p.network.dial(dialCtx, id, kindPeer)
+			l.dialed = time.Now()
+			close(l.ready)
+			if l.dialErr == nil {
+				l.receive()
+				p.drop(id, l)
+			}
 		}()
-		return l, nil
+	} else {
+		p.mu.Unlock()
 	}
-	p.mu.Unlock()
 	select {
 	case <-l.ready:
 		return l, l.dialErr

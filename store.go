@@ -70,6 +70,7 @@ func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *
 	s := &Store{
 		cfg: cfg, log: log, metrics: m, started: time.Now(), open: openStorage,
 		leadership:   newLeadership(RaftState{State: "starting"}),
+		form:         newFormation(cfg, log.Named("forming")),
 		writes:       newWrites(m, log.Named("writes")),
 		running:      make(chan struct{}),
 		observations: make(chan raft.Observation, 16),
@@ -116,7 +117,7 @@ func (s *Store) Open() error {
 		return errors.Join(err, s.network.Close())
 	}
 	s.peers = newPeers(s.network)
-	if s.form, err = newFormation(s.cfg, s.log.Named("forming"), s.storage, s.peers); err != nil {
+	if err := s.form.open(s.storage, s.peers); err != nil {
 		return errors.Join(err, s.storage.close(), s.network.Close())
 	}
 	s.peers.handlers = map[byte]handler{
@@ -145,14 +146,15 @@ func (s *Store) join() error {
 		return err
 	}
 	s.peers.redial()
-	has, err := raft.HasExistingState(s.storage.logs, s.storage.stable, s.storage.snapshots)
+	last, err := s.storage.lastIndex()
 	if err != nil {
-		return fmt.Errorf("read the stored state: %w", err)
-	}
-	if err := s.startRaft(founder && !has); err != nil {
 		return err
 	}
-	if founder && !has || len(s.members()) == 1 {
+	bootstrap := founder && last == 0
+	if err := s.startRaft(bootstrap); err != nil {
+		return err
+	}
+	if bootstrap || len(s.members()) == 1 {
 		s.transport.campaign(s.ctx.Done()) // nobody else can be leader yet, so there is nobody to wait for
 	}
 	if s.drift() {
@@ -183,7 +185,7 @@ func (s *Store) startRaft(bootstrap bool) (err error) {
 	conf.NoLegacyTelemetry = true
 	st, t := s.storage, newTransport(s.network, s.log.Named("transport"))
 	if bootstrap {
-		if err := raft.BootstrapCluster(conf, st.logs, st.stable, st.snapshots, t, membership(s.cfg.Peers)); err != nil {
+		if err := writeFirstEntry(st, s.cfg.Peers); err != nil {
 			return fmt.Errorf("bootstrap: %w", err)
 		}
 	}
@@ -197,6 +199,17 @@ func (s *Store) startRaft(bootstrap bool) (err error) {
 	s.raft.Store(r)
 	close(s.running)
 	return nil
+}
+
+// writeFirstEntry begins a log with the cluster's membership, as raft.BootstrapCluster does. That one however refuses to
+// go on where a crash between its two writes has left it.
+func writeFirstEntry(st *storage, peers []Peer) error {
+	if err := st.stable.SetUint64([]byte("CurrentTerm"), 1); err != nil {
+		return err
+	}
+	return st.logs.StoreLog(&raft.Log{
+		Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(membership(peers)),
+	})
 }
 
 func membership(peers []Peer) (c raft.Configuration) {
@@ -469,8 +482,8 @@ type Status struct {
 	LastContactMS   int64        `json:"last_contact_ms"` // 0 on the leader, -1 before the first contact
 	KVStore         string       `json:"kv_store"`
 	Version         string       `json:"version"`
-	Cluster         string       `json:"cluster"` // its id, "" while the node is of none
-	Keys            int          `json:"keys"`    // StateMachine.Len
+	Cluster         string       `json:"cluster_id"` // its id, "" while the node is of none
+	Keys            int          `json:"keys"`       // StateMachine.Len
 	Peers           []PeerStatus `json:"peers"`
 	PeersDrift      bool         `json:"peers_drift"` // ids or voters of the membership are not what PEERS says
 	WritesMayBeLost bool         `json:"writes_may_be_lost"`
@@ -567,10 +580,10 @@ func (s *Store) welcome(h hello) error {
 // ends; what was acknowledged is safe all the same.
 func (s *Store) Shutdown(ctx context.Context) error {
 	closePort := s.network.Close
-	r := s.raft.Load()
-	if r != nil {
+	var stop raft.Future // of the first call to Raft's Shutdown: no other waits for anything
+	if r := s.raft.Load(); r != nil {
 		s.handOver(ctx, r)
-		r.Shutdown()
+		stop = r.Shutdown()
 		closePort = s.transport.Close // which closes the network, too
 	}
 	s.cancel()
@@ -579,11 +592,14 @@ func (s *Store) Shutdown(ctx context.Context) error {
 	stopped := make(chan error, 1)
 	go func() {
 		s.wg.Wait()
-		if r = s.raft.Load(); r == nil { // not even now: it may have started just before s.cancel
-			stopped <- nil
-			return
+		if r := s.raft.Load(); stop == nil && r != nil { // it started just before s.cancel
+			stop = r.Shutdown()
 		}
-		stopped <- r.Shutdown().Error()
+		if stop == nil {
+			stopped <- nil
+		} else {
+			stopped <- stop.Error()
+		}
 	}()
 	select {
 	case raftErr := <-stopped:

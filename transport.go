@@ -32,7 +32,7 @@ func newTransport(n *network, log hclog.Logger) *transport {
 		}),
 		rpcs: make(chan raft.RPC),
 	}
-	n.wg.Go(func() {
+	n.goUnlessClosed(func() {
 		for {
 			select {
 			case rpc := <-t.NetworkTransport.Consumer():

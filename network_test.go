@@ -1,0 +1,675 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/go-hclog"
+	"go.uber.org/goleak"
+)
+
+// checkLeaks fails the test if goroutines of its own are left when all else of it has been cleaned up. Tests that use it
+// must not be parallel.
+func checkLeaks(t *testing.T) {
+	t.Helper()
+	before := goleak.IgnoreCurrent()
+	t.Cleanup(func() { goleak.VerifyNone(t, before) })
+}
+
+// logLines is a logger's output for tests to look at.
+type logLines struct {
+	mu  sync.Mutex // guards buf
+	buf bytes.Buffer
+}
+
+func (l *logLines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+// count returns how many lines hold all the given parts.
+func (l *logLines) count(parts ...string) (n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+lines:
+	for line := range strings.Lines(l.buf.String()) {
+		for _, part := range parts {
+			if !strings.Contains(line, part) {
+				continue lines
+			}
+		}
+		n++
+	}
+	return n
+}
+
+// testNet is some networks on this machine that know of one another.
+type testNet struct {
+	mu    sync.Mutex // guards what follows
+	addrs map[string]string
+}
+
+func (n *testNet) set(id, addr string) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.addrs[id] = addr
+}
+
+func (n *testNet) address(id string) (string, bool) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	addr, known := n.addrs[id]
+	return addr, known
+}
+
+// testNetNode is a network and what a test has it say.
+type testNetNode struct {
+	*network
+	lines     *logLines
+	cluster   atomic.Value // a string
+	unwelcome error        // what welcome returns
+	// peer serves connections of kindPeer, by answering with what it reads; set it before start for another way.
+	peer func(net.Conn, hello)
+}
+
+func echo(conn net.Conn, _ hello) { _, _ = io.Copy(conn, conn) }
+
+// newTestNet returns networks with the given ids, to be started, and closes them when the test ends.
+func newTestNet(t *testing.T, ids ...string) (all *testNet, nodes []*testNetNode) {
+	t.Helper()
+	all = &testNet{addrs: make(map[string]string)}
+	for _, id := range ids {
+		nodes = append(nodes, all.listen(t, id, "127.0.0.1:0"))
+	}
+	return all, nodes
+}
+
+func (n *testNet) listen(t *testing.T, id, addr string) *testNetNode {
+	t.Helper()
+	node := &testNetNode{lines: new(logLines), peer: echo}
+	node.cluster.Store("")
+	logger := hclog.New(&hclog.LoggerOptions{Output: node.lines, Level: hclog.Debug})
+	var err error
+	if node.network, err = newNetwork(id, addr, logger); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := node.Close(); err != nil {
+			t.Errorf("close network %s: %v", id, err)
+		}
+	})
+	n.set(id, node.listener.Addr().String())
+	return node
+}
+
+func (n *testNet) start(nodes ...*testNetNode) {
+	for _, node := range nodes {
+		cluster := func() string { return node.cluster.Load().(string) }
+		node.start(n.address, cluster, func(hello) error { return node.unwelcome }, node.peer)
+	}
+}
+
+// breakOff closes every connection of n, as if it had died.
+func (n *testNetNode) breakOff() {
+	n.mu.Lock()
+	conns := slices.Collect(maps.Keys(n.conns))
+	n.mu.Unlock()
+	for _, conn := range conns {
+		_ = conn.Close()
+	}
+}
+
+func (n *testNetNode) addr() string { return n.listener.Addr().String() }
+
+// dialRaw connects to a network without a hello.
+func dialRaw(t *testing.T, n *testNetNode) net.Conn {
+	t.Helper()
+	conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", n.addr())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = conn.Close() })
+	if err := conn.SetDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+// waitClosed waits until the other end has closed conn, and returns what it had said before.
+func waitClosed(t *testing.T, conn net.Conn) []byte {
+	t.Helper()
+	said, err := io.ReadAll(conn)
+	if errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the connection was not closed within 10 s")
+	}
+	return said
+}
+
+// checkEcho makes sure that to serves a connection of kindPeer from from.
+func checkEcho(t *testing.T, from, to *testNetNode) {
+	t.Helper()
+	conn, err := from.dial(t.Context(), to.self, kindPeer)
+	if err != nil {
+		t.Errorf("dial from %s to %s: %v", from.self, to.self, err)
+		return
+	}
+	defer conn.Close()
+	checkEchoOn(t, conn)
+}
+
+func checkEchoOn(t *testing.T, conn net.Conn) {
+	t.Helper()
+	got := make([]byte, 5)
+	_, err := conn.Write([]byte("hallo"))
+	if err == nil {
+		_, err = io.ReadFull(conn, got)
+	}
+	if err != nil || string(got) != "hallo" {
+		t.Errorf("got %q, error %v; want hallo and none", got, err)
+	}
+}
+
+var testHello = hello{kind: kindPeer, sender: "node1", target: "node2", cluster: "CLUSTER"}
+
+func TestHelloRoundTrip(t *testing.T) {
+	long := strings.Repeat("n", 255)
+	tests := []struct {
+		name  string
+		hello hello
+	}{
+		{"of a peer", testHello},
+		{"of raft", hello{kind: kindRaft, sender: "a", target: "b", cluster: "c"}},
+		{"without a cluster", hello{kind: kindRaft, sender: "a", target: "b"}},
+		{"with nothing", hello{kind: kindRaft}},
+		{"with the longest names", hello{kind: kindRaft, sender: long, target: long, cluster: long}},
+		{"with names that are not text", hello{kind: 0, sender: "\x00\xff", target: "\x01", cluster: "\n"}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			r := bytes.NewReader(append(tt.hello.encode(), "what follows"...))
+			got, err := readHello(r)
+			if err != nil || got != tt.hello {
+				t.Errorf("got %+v, error %v; want %+v and none", got, err, tt.hello)
+			}
+			if rest, _ := io.ReadAll(r); string(rest) != "what follows" {
+				t.Errorf("got %q left to read; want what follows the hello", rest)
+			}
+		})
+	}
+}
+
+func TestReadHelloOfOtherBytes(t *testing.T) {
+	good := testHello.encode()
+	for size := range good {
+		if h, err := readHello(bytes.NewReader(good[:size])); !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
+			t.Errorf("cut to %d of %d bytes: got %+v, error %v; want an early end", size, len(good), h, err)
+		}
+	}
+	// Not a byte more is read than shows that it is no hello.
+	endless := strings.NewReader(strings.Repeat("\xff", 1<<20))
+	for name, r := range map[string]io.Reader{
+		"http":              strings.NewReader("GET /key/a HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+		"tls":               bytes.NewReader(append([]byte{0x16, 0x03, 0x01, 0x02, 0x00, 0x01, 0x00, 0x01, 0xfc}, make([]byte, 512)...)),
+		"another version":   strings.NewReader("RSTRAFT\x02" + string(good[8:])),
+		"endless":           endless,
+		"zeros":             bytes.NewReader(make([]byte, 1000)),
+		"another program's": strings.NewReader("RSTSNAP\x01" + string(good[8:])),
+	} {
+		if h, err := readHello(r); err == nil || !strings.Contains(err.Error(), "no hello") {
+			t.Errorf("%s: got %+v, error %v; want one that says no hello", name, h, err)
+		}
+	}
+	if read := 1<<20 - endless.Len(); read > 16 {
+		t.Errorf("got %d bytes read of garbage; want no more than a hello's head", read)
+	}
+}
+
+func TestJudge(t *testing.T) {
+	unwelcome := errors.New("unwelcome")
+	long := strings.Repeat("x", 200)
+	tests := []struct {
+		name    string
+		hello   hello
+		cluster string // of the judge, node2
+		welcome error
+		want    string // in the refusal, "" for none
+	}{
+		{"a peer of the same cluster", testHello, "CLUSTER", nil, ""},
+		{"raft of the same cluster", hello{kindRaft, "node1", "node2", "CLUSTER"}, "CLUSTER", nil, ""},
+		{"another peer", hello{kindRaft, "node3", "node2", "CLUSTER"}, "CLUSTER", nil, ""},
+		{"neither is of a cluster", hello{kindPeer, "node1", "node2", ""}, "", nil, ""},
+		{"the sender is of none yet", hello{kindPeer, "node1", "node2", ""}, "CLUSTER", nil, ""},
+		{"the judge is of none yet", testHello, "", nil, ""},
+		{"another cluster", testHello, "OTHER", nil, `node "node1" is of cluster CLUSTER, node "node2" of cluster OTHER`},
+		{"another node is meant", hello{kindPeer, "node1", "node3", "CLUSTER"}, "CLUSTER", nil, `this is node "node2", not "node3"`},
+		{"nobody is meant", hello{kindPeer, "node1", "", "CLUSTER"}, "CLUSTER", nil, `this is node "node2", not ""`},
+		{"a stranger", hello{kindPeer, "node9", "node2", "CLUSTER"}, "CLUSTER", nil, `node "node9" is neither in the PEERS`},
+		{"a stranger without a name", hello{kindPeer, "", "node2", "CLUSTER"}, "CLUSTER", nil, `node "" is neither in the PEERS`},
+		{"the judge itself", hello{kindPeer, "node2", "node2", "CLUSTER"}, "CLUSTER", nil, `node "node2" is neither in the PEERS`},
+		{"an unknown kind", hello{'X', "node1", "node2", "CLUSTER"}, "CLUSTER", nil, "connection kind 'X' is not known"},
+		{"kind 0", hello{0, "node1", "node2", "CLUSTER"}, "CLUSTER", nil, "connection kind"},
+		{"not welcome", testHello, "CLUSTER", unwelcome, "unwelcome"},
+		{"a reason longer than the answer may be", hello{kindPeer, long, long, "CLUSTER"}, "CLUSTER", nil, "this is node"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			checkLeaks(t)
+			all, nodes := newTestNet(t, "node1", "node2", "node3")
+			judge := nodes[1]
+			judge.unwelcome = tt.welcome
+			judge.cluster.Store(tt.cluster)
+			all.start(judge)
+			err := judge.judge(tt.hello)
+			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
+				t.Errorf("got error %v; want %q", err, tt.want)
+			}
+			if tt.welcome != nil && !errors.Is(err, tt.welcome) {
+				t.Errorf("got error %v; want %v", err, tt.welcome)
+			}
+			// The one who is refused hears why.
+			err = introduce(t.Context(), dialRaw(t, judge), tt.hello)
+			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), "refused: "+tt.want)) {
+				t.Errorf("got answer %v; want %q", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestNetworkCarriesConnections(t *testing.T) {
+	checkLeaks(t)
+	all, nodes := newTestNet(t, "node1", "node2")
+	nodes[0].cluster.Store("CLUSTER")
+	type served struct {
+		hello hello
+		said  string
+	}
+	peers := make(chan served, 1)
+	nodes[1].peer = func(conn net.Conn, h hello) {
+		said, _ := io.ReadAll(conn)
+		peers <- served{h, string(said)}
+	}
+	all.start(nodes...)
+
+	conn, err := nodes[0].dial(t.Context(), "node2", kindPeer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Write([]byte("to a peer")); err != nil {
+		t.Fatal(err)
+	}
+	if err := conn.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := <-peers, (served{testHello, "to a peer"}); got != want {
+		t.Errorf("got %+v; want %+v", got, want)
+	}
+
+	if conn, err = nodes[0].Dial("node2", time.Second); err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	accepted, err := nodes[1].Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer accepted.Close()
+	go func() { _, _ = conn.Write([]byte("to raft")) }()
+	got := make([]byte, len("to raft"))
+	if _, err := io.ReadFull(accepted, got); err != nil || string(got) != "to raft" {
+		t.Errorf("got %q, error %v; want to raft and none", got, err)
+	}
+	if got := nodes[1].Addr(); got.String() != "node2" || got.Network() != "node" {
+		t.Errorf("got address %v of %v; want the node's id", got, got.Network())
+	}
+}
+
+func TestNetworkThatCannotListen(t *testing.T) {
+	_, nodes := newTestNet(t, "node1")
+	n, err := newNetwork("node2", nodes[0].addr(), hclog.NewNullLogger())
+	if err == nil {
+		_ = n.Close()
+	}
+	for _, want := range []string{nodes[0].addr(), "RAFT_PORT"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got error %v; want one with %q", err, want)
+		}
+	}
+}
+
+// A connection has helloTimeout to say who it is, however busy it looks meanwhile.
+func TestConnectionThatDoesNotSayWhoItIs(t *testing.T) {
+	t.Parallel()
+	all, nodes := newTestNet(t, "node1", "node2")
+	all.start(nodes...)
+	silent, slow := dialRaw(t, nodes[1]), dialRaw(t, nodes[1])
+	began := time.Now()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	stop := make(chan struct{})
+	defer close(stop)
+	wg.Go(func() { // a byte at a time, and more of them than there is time for
+		ticker := time.NewTicker(helloTimeout / 10)
+		defer ticker.Stop()
+		for _, b := range testHello.encode() {
+			if _, err := slow.Write([]byte{b}); err != nil {
+				return
+			}
+			select {
+			case <-ticker.C:
+			case <-stop:
+				return
+			}
+		}
+	})
+	for name, conn := range map[string]net.Conn{"silent": silent, "slow": slow} {
+		if said := waitClosed(t, conn); len(said) > 0 {
+			t.Errorf("%s: got answer %q; want none", name, said)
+		}
+		if open := time.Since(began); open < helloTimeout/2 || open > helloTimeout*2 {
+			t.Errorf("%s: closed after %v; want about %v", name, open, helloTimeout)
+		}
+	}
+	checkEcho(t, nodes[0], nodes[1])
+}
+
+// greet takes the same time for one that says hello but does not hear the answer.
+func TestConnectionThatDoesNotHearTheAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		n := &network{
+			self: "node2", address: func(string) (string, bool) { return "", true },
+			cluster: func() string { return "" }, welcome: func(hello) error { return nil },
+		}
+		near, far := net.Pipe() // without a buffer, so the answer is not written before it is read
+		defer near.Close()
+		defer far.Close()
+		go func() { _, _ = far.Write(testHello.encode()) }()
+		began := time.Now()
+		_, err := n.greet(near)
+		if took := time.Since(began); !errors.Is(err, os.ErrDeadlineExceeded) || took != helloTimeout {
+			t.Errorf("got error %v after %v; want %v after %v", err, took, os.ErrDeadlineExceeded, helloTimeout)
+		}
+	})
+}
+
+func TestNetworkGoesOnServingAfterGarbage(t *testing.T) {
+	checkLeaks(t)
+	all, nodes := newTestNet(t, "node1", "node2")
+	all.start(nodes...)
+	for name, garbage := range map[string][]byte{
+		"http":           []byte("GET /key/a HTTP/1.1\r\nHost: localhost\r\n\r\n"),
+		"zeros":          make([]byte, 1<<20),
+		"another kind":   hello{kind: 'X', sender: "node1", target: "node2"}.encode(),
+		"half a hello":   testHello.encode()[:12],
+		"many megabytes": bytes.Repeat([]byte{0xff}, 8<<20),
+	} {
+		conn := dialRaw(t, nodes[1])
+		_, _ = conn.Write(garbage) // it may be cut off while it writes
+		_ = conn.(*net.TCPConn).CloseWrite()
+		if said := waitClosed(t, conn); len(said) > 0 && name != "another kind" {
+			t.Errorf("%s: got answer %q; want none", name, said)
+		}
+		checkEcho(t, nodes[0], nodes[1])
+	}
+	// What comes after a good hello goes to whoever serves it, so that may be anything.
+	conn, err := nodes[0].dial(t.Context(), "node2", kindPeer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkEchoOn(t, conn)
+	_ = conn.Close()
+}
+
+func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
+	checkLeaks(t)
+	all, nodes := newTestNet(t, "node1", "node2")
+	all.start(nodes...)
+	established, err := nodes[0].dial(t.Context(), "node2", kindPeer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer established.Close()
+	began := time.Now()
+	idle := make([]net.Conn, maxHandshakes)
+	for i := range idle {
+		idle[i] = dialRaw(t, nodes[1])
+	}
+	waitFor(t, "all to be taken", func() bool { return len(nodes[1].shaking) == maxHandshakes })
+	if said := waitClosed(t, dialRaw(t, nodes[1])); len(said) > 0 {
+		t.Errorf("got answer %q to one too many; want none", said)
+	}
+	if took := time.Since(began); took > helloTimeout {
+		t.Errorf("one too many was closed after %v; want it closed unheard", took)
+	}
+	checkEchoOn(t, established) // those that have said who they are do not suffer
+	for _, conn := range idle {
+		_ = conn.Close()
+	}
+	waitFor(t, "room for others", func() bool { return len(nodes[1].shaking) == 0 })
+	checkEcho(t, nodes[0], nodes[1])
+}
+
+func TestRefusalsAreLoggedOnceOfEachKind(t *testing.T) {
+	checkLeaks(t)
+	all, nodes := newTestNet(t, "node1", "node2", "node3")
+	nodes[1].cluster.Store("B")
+	all.start(nodes...)
+	server := nodes[1]
+	for round := 1; round <= 3; round++ {
+		refused := func(from string, h hello) {
+			t.Helper()
+			if err := introduce(t.Context(), dialRaw(t, server), h); err == nil {
+				t.Errorf("%s: got no refusal; want one", from)
+			}
+		}
+		refused("another cluster", hello{kindRaft, "node1", "node2", "A"})
+		refused("another node is meant", hello{kindRaft, "node3", "node1", ""})
+		refused("a stranger", hello{kindRaft, "node8", "node2", ""})
+		refused("another stranger", hello{kindRaft, "node9", "node2", ""})
+		conn := dialRaw(t, server)
+		_, _ = conn.Write([]byte("GET / HTTP/1.1\r\n\r\n"))
+		waitClosed(t, conn)
+		waitFor(t, "all to be logged", func() bool { return server.lines.count("refused a connection") == 5*round })
+		for _, kind := range []string{"cluster A", `not \"node1\"`, "node8", "node9", "no hello"} {
+			if got := server.lines.count("[WARN]", kind); got != 1 {
+				t.Errorf("round %d: got %d warnings with %q; want 1", round, got, kind)
+			}
+		}
+	}
+}
+
+// A load balancer that only looks whether the port is open is one kind, whatever port it comes from.
+func TestConnectionsThatBreakOffAreLoggedOnce(t *testing.T) {
+	checkLeaks(t)
+	all, nodes := newTestNet(t, "node1", "node2")
+	all.start(nodes...)
+	for range 5 {
+		conn := dialRaw(t, nodes[1])
+		if err := conn.(*net.TCPConn).SetLinger(0); err != nil { // it is reset, not closed
+			t.Fatal(err)
+		}
+		waitFor(t, "it to be taken", func() bool { return len(nodes[1].shaking) == 1 })
+		_ = conn.Close()
+		waitFor(t, "its end to be seen", func() bool { return len(nodes[1].shaking) == 0 })
+	}
+	waitFor(t, "all to be logged", func() bool { return nodes[1].lines.count("refused a connection") == 5 })
+	if got := nodes[1].lines.count("[WARN]"); got > 1 {
+		t.Errorf("got %d warnings; want 1 at most", got)
+	}
+}
+
+func TestStrangersDoNotFillTheMemory(t *testing.T) {
+	checkLeaks(t)
+	all, nodes := newTestNet(t, "node1", "node2")
+	all.start(nodes...)
+	const strangers = 300
+	for i := range strangers {
+		h := hello{kind: kindPeer, sender: fmt.Sprint("stranger", i), target: "node2"}
+		if err := introduce(t.Context(), dialRaw(t, nodes[1]), h); err == nil {
+			t.Fatal("got no refusal of a stranger; want one")
+		}
+	}
+	waitFor(t, "all to be logged", func() bool { return nodes[1].lines.count("refused a connection") == strangers })
+	nodes[1].mu.Lock()
+	kept := len(nodes[1].refused)
+	nodes[1].mu.Unlock()
+	if warned := nodes[1].lines.count("[WARN]"); warned > 110 || kept > 110 {
+		t.Errorf("got %d warnings, %d names kept; want about 100 of each for %d strangers", warned, kept, strangers)
+	}
+	waitFor(t, "all to be gone", func() bool {
+		nodes[1].mu.Lock()
+		defer nodes[1].mu.Unlock()
+		return len(nodes[1].conns) == 0
+	})
+}
+
+func TestDialErrors(t *testing.T) {
+	checkLeaks(t)
+	all, nodes := newTestNet(t, "node1", "node2")
+	nodes[1].unwelcome = errStarting
+	all.start(nodes...)
+	all.set("nobody listens", freeAddr(t))
+	all.set("has another id", nodes[1].addr())
+	all.set("no address", "no port here")
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // connections to it are made, and nobody takes them
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	all.set("is silent", silent.Addr().String())
+	hangsUp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var hanging sync.WaitGroup
+	defer hanging.Wait()
+	defer hangsUp.Close()
+	hanging.Go(func() {
+		for {
+			conn, err := hangsUp.Accept()
+			if err != nil {
+				return
+			}
+			_ = conn.Close()
+		}
+	})
+	all.set("hangs up", hangsUp.Addr().String())
+	ended, end := context.WithCancel(t.Context())
+	end()
+
+	for _, tt := range []struct {
+		name, to, want string
+		ctx            context.Context
+		within         time.Duration
+	}{
+		{"an id that is not known", "node9", "address is not known", t.Context(), 0},
+		{"nobody listens", "nobody listens", "refused", t.Context(), 0},
+		{"an address that is none", "no address", "missing port", t.Context(), 0},
+		{"another node is there", "has another id", `this is node "node2"`, t.Context(), 0},
+		{"the node refuses", "node2", errStarting.Error(), t.Context(), 0},
+		{"the node hangs up", "hangs up", "", t.Context(), 0},
+		{"the context has ended", "node2", "cancel", ended, 0},
+		{"the context ends while it waits for an answer", "is silent", "timeout", t.Context(), 50 * time.Millisecond},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ctx := tt.ctx
+			if tt.within > 0 {
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeout(ctx, tt.within)
+				defer cancel()
+			}
+			began := time.Now()
+			conn, err := nodes[0].dial(ctx, tt.to, kindRaft)
+			unmade := new(dialError)
+			if !errors.As(err, &unmade) || !strings.Contains(err.Error(), tt.want) || conn != nil {
+				t.Errorf("got connection %v, error %v; want a *dialError with %q", conn, err, tt.want)
+			} else if unmade.id != tt.to || !strings.Contains(err.Error(), tt.to) {
+				t.Errorf("got error %v; want it to name node %q", err, tt.to)
+			}
+			if took := time.Since(began); took > time.Second {
+				t.Errorf("took %v; want it at once", took)
+			}
+		})
+	}
+	nodes[0].mu.Lock()
+	defer nodes[0].mu.Unlock()
+	if diff := cmp.Diff(0, len(nodes[0].conns)); diff != "" {
+		t.Errorf("got %d connections left after dials that failed; want none", len(nodes[0].conns))
+	}
+}
+
+func TestCloseEndsEverything(t *testing.T) {
+	checkLeaks(t)
+	all, nodes := newTestNet(t, "node1", "node2")
+	all.start(nodes...)
+	server := nodes[1]
+	silent := dialRaw(t, server)
+	waitFor(t, "the silent connection to be taken", func() bool { return len(server.shaking) == 1 })
+	conns := map[string]net.Conn{"silent": silent}
+	for name, kind := range map[string]byte{"served by peers": kindPeer, "not yet taken by raft": kindRaft, "of raft": kindRaft} {
+		conn, err := nodes[0].dial(t.Context(), "node2", kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conns[name] = conn
+	}
+	ofRaft, err := server.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := server.dial(t.Context(), "node1", kindPeer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conns["accepted by raft"], conns["made by it"] = ofRaft, own
+
+	accepting := make(chan error, 1)
+	began := time.Now()
+	if err := server.Close(); err != nil {
+		t.Errorf("close: %v", err)
+	}
+	go func() {
+		conn, err := server.Accept()
+		if err == nil {
+			_ = conn.Close()
+		}
+		accepting <- err
+	}()
+	if took := time.Since(began); took > helloTimeout/2 {
+		t.Errorf("close took %v; want it at once", took)
+	}
+	for name, conn := range conns {
+		_ = conn.SetReadDeadline(time.Now().Add(5 * time.Second))
+		if _, err := conn.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s: got error %v; want the connection closed", name, err)
+		}
+		_ = conn.Close()
+	}
+	if err := <-accepting; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("accept: got error %v; want %v", err, net.ErrClosed)
+	}
+	unmade := new(dialError)
+	if _, err := server.dial(t.Context(), "node1", kindPeer); !errors.As(err, &unmade) || !errors.Is(err, net.ErrClosed) {
+		t.Errorf("dial: got error %v; want a *dialError with %v", err, net.ErrClosed)
+	}
+	if _, err := nodes[0].dial(t.Context(), "node2", kindPeer); !errors.As(err, &unmade) {
+		t.Errorf("dial to it: got error %v; want a *dialError", err)
+	}
+	if err := server.Close(); err != nil {
+		t.Errorf("close again: got error %v; want none", err)
+	}
+}

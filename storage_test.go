@@ -1,0 +1,635 @@
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
+)
+
+// openTestStorage opens a storage that fails the test when it fails, and closes it when the test ends, if the test has
+// not done so by calling its close.
+func openTestStorage(t *testing.T, kvStore, dir string) *storage {
+	t.Helper()
+	fail := func(err error) { t.Errorf("the storage failed: %v", err) }
+	s, err := openStorage(&Config{KVStore: kvStore, StateDir: dir}, hclog.NewNullLogger(), fail)
+	if err != nil {
+		t.Fatalf("open storage: %v", err)
+	}
+	t.Cleanup(func() { _ = s.close() })
+	return s
+}
+
+// recordingStable notes what is written to it.
+type recordingStable struct {
+	raft.StableStore
+	writes []string
+}
+
+func (r *recordingStable) Set(key, val []byte) error {
+	r.writes = append(r.writes, fmt.Sprintf("%s=%q", key, val))
+	return r.StableStore.Set(key, val)
+}
+
+func (r *recordingStable) SetUint64(key []byte, val uint64) error {
+	r.writes = append(r.writes, fmt.Sprintf("%s=%d", key, val))
+	return r.StableStore.SetUint64(key, val)
+}
+
+// castVote writes a vote as raft does.
+func castVote(t *testing.T, s raft.StableStore, term uint64, candidate string) {
+	t.Helper()
+	if err := errors.Join(s.SetUint64(keyLastVoteTerm, term), s.Set(keyLastVoteCand, []byte(candidate))); err != nil {
+		t.Fatalf("vote: %v", err)
+	}
+}
+
+// checkVote reads a vote as raft does.
+func checkVote(t *testing.T, s raft.StableStore, wantTerm uint64, wantCandidate string) {
+	t.Helper()
+	term, err := s.GetUint64(keyLastVoteTerm)
+	if err != nil || term != wantTerm {
+		t.Errorf("got term %d, error %v; want %d and none", term, err, wantTerm)
+	}
+	candidate, err := s.Get(keyLastVoteCand)
+	if err != nil || string(candidate) != wantCandidate {
+		t.Errorf("got candidate %q, error %v; want %q and none", candidate, err, wantCandidate)
+	}
+}
+
+func TestVoteIsOneWrite(t *testing.T) {
+	below := &recordingStable{StableStore: raft.NewInmemStore()}
+	s := &stableStore{StableStore: below}
+	castVote(t, s, 7, "node2")
+	want := []string{fmt.Sprintf("Vote=%q", "\x00\x00\x00\x00\x00\x00\x00\x07node2")}
+	if diff := cmp.Diff(want, below.writes); diff != "" {
+		t.Errorf("writes differ (-want +got):\n%s", diff)
+	}
+	checkVote(t, s, 7, "node2")
+	checkVote(t, &stableStore{StableStore: below}, 7, "node2")
+}
+
+func TestOtherKeysPassThroughTheStableStore(t *testing.T) {
+	below := &recordingStable{StableStore: raft.NewInmemStore()}
+	s := &stableStore{StableStore: below}
+	if err := errors.Join(s.SetUint64([]byte("CurrentTerm"), 4), s.Set([]byte("Cluster"), []byte("+x"))); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"CurrentTerm=4", `Cluster="+x"`}, below.writes); diff != "" {
+		t.Errorf("writes differ (-want +got):\n%s", diff)
+	}
+	if term, err := s.GetUint64([]byte("CurrentTerm")); err != nil || term != 4 {
+		t.Errorf("got %d, error %v; want 4 and none", term, err)
+	}
+	if cluster, err := s.Get([]byte("Cluster")); err != nil || string(cluster) != "+x" {
+		t.Errorf("got %q, error %v; want +x and none", cluster, err)
+	}
+}
+
+// Raft takes an error with exactly this text for a first start, and any other for a broken store.
+func TestVoteThatIsNotThere(t *testing.T) {
+	for _, kvStore := range []string{storeBolt, storeMemory} {
+		t.Run(kvStore, func(t *testing.T) {
+			s := openTestStorage(t, kvStore, t.TempDir()).stable
+			if term, err := s.GetUint64(keyLastVoteTerm); err == nil || err.Error() != "not found" {
+				t.Errorf("got term %d, error %v; want not found", term, err)
+			}
+			if candidate, err := s.Get(keyLastVoteCand); err == nil || err.Error() != "not found" {
+				t.Errorf("got candidate %q, error %v; want not found", candidate, err)
+			}
+		})
+	}
+}
+
+func TestCrashBetweenTheTwoWritesOfAVote(t *testing.T) {
+	for _, tt := range []struct {
+		name      string
+		term      uint64 // of an earlier vote, 0 for none
+		candidate string
+	}{
+		{"after an earlier vote", 3, "node2"},
+		{"of the first vote", 0, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			s := openTestStorage(t, storeBolt, dir)
+			if tt.term > 0 {
+				castVote(t, s.stable, tt.term, tt.candidate)
+			}
+			if err := s.stable.SetUint64(keyLastVoteTerm, tt.term+1); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.close(); err != nil {
+				t.Fatal(err)
+			}
+			s = openTestStorage(t, storeBolt, dir)
+			if tt.term > 0 {
+				checkVote(t, s.stable, tt.term, tt.candidate)
+			} else if term, err := s.stable.GetUint64(keyLastVoteTerm); !isNotFound(err) {
+				t.Errorf("got term %d, error %v; want not found", term, err)
+			}
+			castVote(t, s.stable, tt.term+2, "node3")
+			checkVote(t, s.stable, tt.term+2, "node3")
+		})
+	}
+}
+
+func TestStorageKeepsItsStateWhenOpenedAgain(t *testing.T) {
+	for _, tt := range []struct {
+		kvStore string
+		keeps   bool
+	}{{storeBolt, true}, {storeMemory, false}} {
+		t.Run(tt.kvStore, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "made", "when", "opened")
+			s := openTestStorage(t, tt.kvStore, dir)
+			castVote(t, s.stable, 9, "node1")
+			err := errors.Join(
+				s.stable.SetUint64([]byte("CurrentTerm"), 9),
+				s.logs.StoreLogs([]*raft.Log{{Index: 4, Term: 8, Data: []byte("four")}, {Index: 5, Term: 9, Data: []byte("five")}}),
+			)
+			if err != nil {
+				t.Fatal(err)
+			}
+			writeSnapshot(t, s.snapshots, 3, "state")
+			if err := s.close(); err != nil {
+				t.Fatalf("close: %v", err)
+			}
+			s = openTestStorage(t, tt.kvStore, dir)
+			if !tt.keeps {
+				if last, err := s.lastIndex(); err != nil || last != 0 {
+					t.Errorf("got last index %d, error %v; want 0 and none", last, err)
+				}
+				if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
+					t.Errorf("got %v for the state directory; want it not made", err)
+				}
+				return
+			}
+			checkVote(t, s.stable, 9, "node1")
+			if term, err := s.stable.GetUint64([]byte("CurrentTerm")); err != nil || term != 9 {
+				t.Errorf("got term %d, error %v; want 9 and none", term, err)
+			}
+			var entry raft.Log
+			if err := s.logs.GetLog(4, &entry); err != nil || string(entry.Data) != "four" || entry.Term != 8 {
+				t.Errorf("got entry %+v, error %v; want the one stored and none", entry, err)
+			}
+			if got := readSnapshots(t, s.snapshots); !reflect.DeepEqual(got, []string{"3: state"}) {
+				t.Errorf("got snapshots %q; want the one stored", got)
+			}
+		})
+	}
+}
+
+func TestLastIndex(t *testing.T) {
+	for _, kvStore := range []string{storeBolt, storeMemory} {
+		for _, tt := range []struct {
+			name      string
+			snapshots []uint64
+			logs      []uint64
+			want      uint64
+		}{
+			{"nothing", nil, nil, 0},
+			{"entries alone", nil, []uint64{1, 2, 3}, 3},
+			{"a snapshot alone", []uint64{8}, nil, 8},
+			{"two snapshots", []uint64{8, 12}, nil, 12},
+			{"entries after the snapshot", []uint64{8}, []uint64{7, 8, 9, 10}, 10},
+			{"a snapshot after the entries", []uint64{20}, []uint64{7, 8, 9, 10}, 20},
+		} {
+			t.Run(kvStore+"/"+tt.name, func(t *testing.T) {
+				s := openTestStorage(t, kvStore, t.TempDir())
+				for _, index := range tt.snapshots {
+					writeSnapshot(t, s.snapshots, index, "state")
+				}
+				for _, index := range tt.logs {
+					if err := s.logs.StoreLog(&raft.Log{Index: index}); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if got, err := s.lastIndex(); err != nil || got != tt.want {
+					t.Errorf("got %d, error %v; want %d and none", got, err, tt.want)
+				}
+			})
+		}
+	}
+}
+
+func TestLastIndexOfABrokenStorage(t *testing.T) {
+	broken := errors.New("input/output error")
+	for name, s := range map[string]*storage{
+		"log":       {logs: &brokenStore{err: broken}, snapshots: &memorySnapshots{}},
+		"snapshots": {logs: raft.NewInmemStore(), snapshots: brokenSnapshots{err: broken}},
+	} {
+		if index, err := s.lastIndex(); !errors.Is(err, broken) {
+			t.Errorf("%s: got %d, error %v; want %v", name, index, err, broken)
+		}
+	}
+}
+
+type brokenSnapshots struct {
+	raft.SnapshotStore
+	err error
+}
+
+func (b brokenSnapshots) List() ([]*raft.SnapshotMeta, error) { return nil, b.err }
+
+// brokenStore is a log and a stable store of which each call returns err beside something.
+type brokenStore struct{ err error }
+
+func (b *brokenStore) FirstIndex() (uint64, error)        { return 1, b.err }
+func (b *brokenStore) LastIndex() (uint64, error)         { return 2, b.err }
+func (b *brokenStore) GetLog(_ uint64, l *raft.Log) error { l.Index = 3; return b.err }
+func (b *brokenStore) StoreLog(*raft.Log) error           { return b.err }
+func (b *brokenStore) StoreLogs([]*raft.Log) error        { return b.err }
+func (b *brokenStore) DeleteRange(_, _ uint64) error      { return b.err }
+func (b *brokenStore) Set(_, _ []byte) error              { return b.err }
+func (b *brokenStore) Get([]byte) ([]byte, error)         { return []byte("4"), b.err }
+func (b *brokenStore) SetUint64([]byte, uint64) error     { return b.err }
+func (b *brokenStore) GetUint64([]byte) (uint64, error)   { return 5, b.err }
+
+func TestGuard(t *testing.T) {
+	var entry raft.Log
+	type call func(*guard) (value any, err error)
+	calls := []struct {
+		name string
+		call call
+		want any
+	}{
+		{"FirstIndex", func(g *guard) (any, error) { return g.FirstIndex() }, uint64(1)},
+		{"LastIndex", func(g *guard) (any, error) { return g.LastIndex() }, uint64(2)},
+		{"GetLog", func(g *guard) (any, error) { err := g.GetLog(3, &entry); return entry.Index, err }, uint64(3)},
+		{"StoreLog", func(g *guard) (any, error) { return nil, g.StoreLog(&entry) }, nil},
+		{"StoreLogs", func(g *guard) (any, error) { return nil, g.StoreLogs([]*raft.Log{&entry}) }, nil},
+		{"DeleteRange", func(g *guard) (any, error) { return nil, g.DeleteRange(1, 2) }, nil},
+		{"Set", func(g *guard) (any, error) { return nil, g.Set(nil, nil) }, nil},
+		{"Get", func(g *guard) (any, error) { v, err := g.Get(nil); return string(v), err }, "4"},
+		{"SetUint64", func(g *guard) (any, error) { return nil, g.SetUint64(nil, 1) }, nil},
+		{"GetUint64", func(g *guard) (any, error) { return g.GetUint64(nil) }, uint64(5)},
+	}
+	if got, want := reflect.TypeFor[*guard]().NumMethod(), len(calls); got != want {
+		t.Errorf("got %d exported methods of guard; want the %d that are tested here", got, want)
+	}
+	errs := []struct {
+		name  string
+		err   error
+		fails bool
+	}{
+		{"no error", nil, false},
+		{"log not found", raft.ErrLogNotFound, false},
+		{"log not found, wrapped", fmt.Errorf("get: %w", raft.ErrLogNotFound), false},
+		{"key not found", raftboltdb.ErrKeyNotFound, false},
+		{"key not found, of another store", errors.New("not found"), false},
+		{"disk full", syscall.ENOSPC, true},
+		{"input/output error", &os.PathError{Op: "write", Path: "raft.db", Err: syscall.EIO}, true},
+		{"database closed", io.ErrClosedPipe, true},
+		{"not found in another text", errors.New("page 7 not found"), true},
+	}
+	for _, call := range calls {
+		for _, tt := range errs {
+			t.Run(call.name+"/"+tt.name, func(t *testing.T) {
+				var failed []error
+				g := &guard{db: &brokenStore{err: tt.err}, fail: func(err error) { failed = append(failed, err) }}
+				value, err := call.call(g)
+				if err != tt.err || value != call.want { //nolint:errorlint // it must be this very error
+					t.Errorf("got %v, error %v; want %v, %v", value, err, call.want, tt.err)
+				}
+				switch {
+				case !tt.fails && len(failed) > 0:
+					t.Errorf("got failures %v; want none", failed)
+				case tt.fails && (len(failed) != 1 || !errors.Is(failed[0], tt.err) || !strings.HasPrefix(failed[0].Error(), "storage: ")):
+					t.Errorf("got failures %v; want one of the storage, with %v", failed, tt.err)
+				}
+			})
+		}
+	}
+}
+
+// The database is closed under the storage, so every call of it is an error.
+func TestStorageIsGuarded(t *testing.T) {
+	var failed []error
+	s, err := openStorage(&Config{KVStore: storeBolt, StateDir: t.TempDir()}, hclog.NewNullLogger(), func(err error) {
+		failed = append(failed, err)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.close(); err != nil {
+		t.Fatal(err)
+	}
+	for name, call := range map[string]func() error{
+		"the log":             func() error { return s.logs.StoreLogs([]*raft.Log{{Index: 1}}) },
+		"a vote":              func() error { return s.stable.Set(keyLastVoteCand, []byte("node1")) },
+		"a vote that is read": func() error { _, err := s.stable.GetUint64(keyLastVoteTerm); return err },
+		"a term":              func() error { return s.stable.SetUint64([]byte("CurrentTerm"), 1) },
+	} {
+		failed = nil
+		if err := call(); err == nil || len(failed) != 1 {
+			t.Errorf("%s: got error %v, failures %v; want one of each", name, err, failed)
+		}
+	}
+}
+
+func TestDatabaseThatIsLocked(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	openTestStorage(t, storeBolt, dir)
+	began := time.Now()
+	_, err := openStorage(&Config{KVStore: storeBolt, StateDir: dir}, hclog.NewNullLogger(), nil)
+	if waited := time.Since(began); waited > 5*time.Second {
+		t.Errorf("got an answer after %v; want one within 5 s", waited)
+	}
+	for _, want := range []string{filepath.Join(dir, "raft.db"), "locked by another process", "STATE_DIR"} {
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got error %v; want one with %q", err, want)
+		}
+	}
+}
+
+func TestStateDirThatCannotBeUsed(t *testing.T) {
+	parent := t.TempDir()
+	file := filepath.Join(parent, "file")
+	if err := os.WriteFile(file, []byte("somebody's"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	withDir := filepath.Join(parent, "with-a-directory-for-a-database")
+	if err := os.MkdirAll(filepath.Join(withDir, "raft.db"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, dir := range map[string]string{
+		"a file":                      file,
+		"below a file":                filepath.Join(file, "state"),
+		"its database is a directory": withDir,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, err := openStorage(&Config{KVStore: storeBolt, StateDir: dir}, hclog.NewNullLogger(), nil)
+			if err == nil {
+				_ = s.close()
+			}
+			for _, want := range []string{dir, "STATE_DIR"} {
+				if err == nil || !strings.Contains(err.Error(), want) {
+					t.Errorf("got error %v; want one with %q", err, want)
+				}
+			}
+		})
+	}
+	if got, err := os.ReadFile(file); err != nil || string(got) != "somebody's" {
+		t.Errorf("got %q, error %v; want the file unchanged", got, err)
+	}
+}
+
+// childDatabase names a file for TestOpenBoltInAChild to open.
+const childDatabase = "RAFTSTARTER_TEST_DATABASE"
+
+// TestOpenBoltInAChild is run by TestDamagedDatabase, in a process of its own: not every panic can be recovered from.
+func TestOpenBoltInAChild(t *testing.T) {
+	path := os.Getenv(childDatabase)
+	if path == "" {
+		t.Skip("only run by TestDamagedDatabase")
+	}
+	db, err := openBolt(path)
+	if err != nil {
+		fmt.Println("refused:", err)
+		return
+	}
+	last, err := db.LastIndex()
+	fmt.Printf("opened: last index %d, error %v\n", last, err)
+	_ = db.Close()
+}
+
+func TestDamagedDatabase(t *testing.T) {
+	t.Parallel()
+	const page = 4096 // of bbolt, which takes the system's
+	if os.Getpagesize() != page {
+		t.Skipf("written for pages of %d bytes", page)
+	}
+	good := goodDatabase(t)
+	garbage := func(size int) []byte { return bytes.Repeat([]byte("garbage!"), (size+7)/8)[:size] }
+	with := func(at int, b []byte) []byte {
+		damaged := bytes.Clone(good)
+		copy(damaged[at:], b)
+		return damaged
+	}
+	// bbolt numbers the pages in their heads; a page in use that says another number is damaged.
+	inUse := func(n int) []byte { return with(n*page, garbage(page)) }
+	newest := good // of its two meta pages: it names the root page and, after three more numbers, its transaction
+	if binary.LittleEndian.Uint64(good[page+16+48:]) > binary.LittleEndian.Uint64(good[16+48:]) {
+		newest = good[page:]
+	}
+	root := int(binary.LittleEndian.Uint64(newest[16+16:]))
+	if root < 2 || root >= len(good)/page {
+		t.Fatalf("got root page %d; want one of the %d pages", root, len(good)/page)
+	}
+	tests := []struct {
+		name string
+		file []byte
+		want string // what the child says
+	}{
+		{"a good one", good, "opened: last index 300, error <nil>"},
+		{"an empty file", nil, "opened: last index 0, error <nil>"},
+		{"a byte of garbage", garbage(1), "refused: "},
+		{"a line of garbage", garbage(100), "refused: "},
+		{"two pages of garbage", garbage(2 * page), "refused: "},
+		{"64 KiB of garbage", garbage(64 << 10), "refused: "},
+		{"64 KiB of zeros", make([]byte, 64<<10), "refused: "},
+		{"garbage before a database", append(garbage(page), good...), "refused: "},
+		{"cut in the first meta page", good[:50], "refused: "},
+		{"cut after the first meta page", good[:page], "refused: "},
+		{"cut after both meta pages", good[:2*page], "refused: "},
+		{"cut in the middle of the pages in use", good[:len(good)/4+100], "refused: "},
+		{"cut to a half", good[:len(good)/2], "refused: "},
+		{"both meta pages overwritten", with(0, garbage(2*page)), "refused: "},
+		{"one meta page overwritten", with(page, garbage(page)), "opened: "},
+		{"root page overwritten", inUse(root), "refused: "},
+		{"all but the meta pages overwritten", with(2*page, garbage(len(good)-2*page)), "refused: "},
+		{"all but the meta pages zeros", with(2*page, make([]byte, len(good)-2*page)), "refused: "},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, dbName)
+			if err := os.WriteFile(path, tt.file, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			child := exec.CommandContext(t.Context(), os.Args[0], "-test.run=^TestOpenBoltInAChild$", "-test.count=1")
+			child.Env = append(os.Environ(), childDatabase+"="+path, "GORACE=atexit_sleep_ms=0")
+			output, err := child.CombinedOutput()
+			if err != nil || !strings.HasPrefix(string(output), tt.want) {
+				t.Fatalf("got error %v and output %.300q; want none and output that begins with %q", err, output, tt.want)
+			}
+			if tt.want != "refused: " {
+				return
+			}
+			for _, want := range []string{path, "is damaged", "move the whole state directory away"} {
+				if !strings.Contains(string(output), want) {
+					t.Errorf("got %.300q; want %q in it", output, want)
+				}
+			}
+			if after, err := os.ReadFile(path); err != nil || !bytes.Equal(after, tt.file) {
+				t.Errorf("the file was changed (error %v)", err)
+			}
+			if files, err := os.ReadDir(dir); err != nil || len(files) != 1 {
+				t.Errorf("got files %v, error %v; want the database alone", files, err)
+			}
+		})
+	}
+}
+
+// goodDatabase returns the bytes of a database with 300 log entries, a term and a vote.
+func goodDatabase(t *testing.T) []byte {
+	t.Helper()
+	dir := t.TempDir()
+	s := openTestStorage(t, storeBolt, dir)
+	for batch := range 3 {
+		var entries []*raft.Log
+		for i := range 100 {
+			entries = append(entries, &raft.Log{Index: uint64(batch*100 + i + 1), Term: 1, Data: bytes.Repeat([]byte("x"), 1000)})
+		}
+		if err := s.logs.StoreLogs(entries); err != nil {
+			t.Fatal(err)
+		}
+	}
+	castVote(t, s.stable, 1, "node1")
+	if err := errors.Join(s.stable.SetUint64([]byte("CurrentTerm"), 1), s.close()); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(dir, dbName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// newSnapshot creates a snapshot with some bytes, and does not close it.
+func newSnapshot(t *testing.T, store raft.SnapshotStore, index uint64, data string) raft.SnapshotSink {
+	t.Helper()
+	members := raft.Configuration{Servers: []raft.Server{{ID: "node1", Address: "node1"}}}
+	_, transport := raft.NewInmemTransport("node1")
+	sink, err := store.Create(raft.SnapshotVersionMax, index, 2, members, 1, transport)
+	if err != nil {
+		t.Fatalf("create a snapshot: %v", err)
+	}
+	if n, err := io.WriteString(sink, data); err != nil || n != len(data) {
+		t.Fatalf("got %d bytes written, error %v; want %d and none", n, err, len(data))
+	}
+	return sink
+}
+
+func writeSnapshot(t *testing.T, store raft.SnapshotStore, index uint64, data string) (id string) {
+	t.Helper()
+	sink := newSnapshot(t, store, index, data)
+	if err := sink.Close(); err != nil {
+		t.Fatalf("close a snapshot: %v", err)
+	}
+	return sink.ID()
+}
+
+// readSnapshots returns the index and data of all that store lists.
+func readSnapshots(t *testing.T, store raft.SnapshotStore) (all []string) {
+	t.Helper()
+	metas, err := store.List()
+	if err != nil {
+		t.Fatalf("list snapshots: %v", err)
+	}
+	for _, listed := range metas {
+		meta, source, err := store.Open(listed.ID)
+		if err != nil {
+			t.Fatalf("open snapshot %q: %v", listed.ID, err)
+		}
+		data, err := io.ReadAll(source)
+		if err != nil || source.Close() != nil {
+			t.Fatalf("read snapshot %q: %v", listed.ID, err)
+		}
+		if meta.Size != int64(len(data)) || meta.ID != listed.ID {
+			t.Errorf("got meta %+v of %d bytes listed as %q", meta, len(data), listed.ID)
+		}
+		all = append(all, fmt.Sprintf("%d: %s", meta.Index, data))
+	}
+	return all
+}
+
+func TestMemorySnapshots(t *testing.T) {
+	check := func(t *testing.T, store raft.SnapshotStore, want ...string) {
+		t.Helper()
+		if got := readSnapshots(t, store); !reflect.DeepEqual(got, want) {
+			t.Errorf("got snapshots %q; want %q", got, want)
+		}
+	}
+	t.Run("none at first", func(t *testing.T) {
+		store := &memorySnapshots{}
+		check(t, store)
+		if _, _, err := store.Open("1-1-1"); err == nil {
+			t.Error("open of what is not there: got no error; want one")
+		}
+	})
+	t.Run("not there before it is closed", func(t *testing.T) {
+		store := &memorySnapshots{}
+		sink := newSnapshot(t, store, 5, "five")
+		check(t, store)
+		if _, _, err := store.Open(sink.ID()); err == nil {
+			t.Error("open before close: got no error; want one")
+		}
+		if err := sink.Close(); err != nil {
+			t.Fatal(err)
+		}
+		check(t, store, "5: five")
+		next := newSnapshot(t, store, 6, "six")
+		check(t, store, "5: five")
+		if err := next.Close(); err != nil {
+			t.Fatal(err)
+		}
+		check(t, store, "6: six")
+		if _, _, err := store.Open(sink.ID()); err == nil {
+			t.Error("open of a former snapshot: got no error; want one")
+		}
+	})
+	t.Run("canceled, which leaves the former", func(t *testing.T) {
+		store := &memorySnapshots{}
+		writeSnapshot(t, store, 5, "five")
+		if err := newSnapshot(t, store, 6, "half of si").Cancel(); err != nil {
+			t.Fatal(err)
+		}
+		check(t, store, "5: five")
+	})
+	t.Run("read on while a newer one comes", func(t *testing.T) {
+		store := &memorySnapshots{}
+		_, source, err := store.Open(writeSnapshot(t, store, 5, "five"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		writeSnapshot(t, store, 6, "six")
+		if data, err := io.ReadAll(source); err != nil || string(data) != "five" {
+			t.Errorf("got %q, error %v; want five and none", data, err)
+		}
+	})
+	t.Run("with what raft needs to know", func(t *testing.T) {
+		store := &memorySnapshots{}
+		id := writeSnapshot(t, store, 5, "five")
+		metas, err := store.List()
+		if err != nil || len(metas) != 1 {
+			t.Fatalf("got %d snapshots, error %v; want 1 and none", len(metas), err)
+		}
+		want := &raft.SnapshotMeta{
+			Version: raft.SnapshotVersionMax, ID: id, Index: 5, Term: 2, ConfigurationIndex: 1, Size: 4,
+			Configuration: raft.Configuration{Servers: []raft.Server{{ID: "node1", Address: "node1"}}},
+		}
+		if diff := cmp.Diff(want, metas[0]); diff != "" {
+			t.Errorf("meta differs (-want +got):\n%s", diff)
+		}
+		metas[0].Index = 99
+		if got, err := store.List(); err != nil || got[0].Index != 5 {
+			t.Errorf("got index %d, error %v; want 5: what List returns is a copy", got[0].Index, err)
+		}
+	})
+}
