@@ -13,6 +13,7 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
+	"go.uber.org/goleak"
 )
 
 func (n *testNode) put(t *testing.T, key, value string) {
@@ -391,4 +392,38 @@ func (b failingStore) StoreLogs(l []*raft.Log) error {
 		return io.ErrShortWrite
 	}
 	return b.InmemStore.StoreLogs(l)
+}
+
+// Not in parallel: what other tests do would look like left behind.
+func TestShutdownLeavesNothingBehind(t *testing.T) {
+	for _, store := range []string{storeBolt, storeMemory} {
+		t.Run(store, func(t *testing.T) {
+			before := goleak.IgnoreCurrent()
+			c := newTestCluster(t, 3, store)
+			leader := c.leader()
+			var wg sync.WaitGroup
+			for i := range 30 { // under load, and with requests that will not be answered in time
+				wg.Go(func() {
+					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*10*time.Millisecond)
+					defer cancel()
+					for ctx.Err() == nil {
+						_, _ = c.nodes[i%3].kv.Set(ctx, []Pair{{"k", "1"}}, Condition{})
+						_, _ = c.nodes[i%3].kv.Get(ctx, "k", Linearizable)
+					}
+				})
+			}
+			waitFor(t, "some load", func() bool { return c.nodes[leader].replica.applied.load() > 20 })
+			c.cut(leader, linkCut)
+			c.stop(leader) // without anybody to hand over to
+			wg.Wait()
+			for _, i := range c.followers(leader) {
+				c.stop(i)
+			}
+			for _, l := range c.links {
+				l.close()
+			}
+			http.DefaultTransport.(*http.Transport).CloseIdleConnections()
+			goleak.VerifyNone(t, before)
+		})
+	}
 }

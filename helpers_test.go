@@ -267,6 +267,7 @@ type link2 struct {
 	addr     string
 	target   string
 	listener net.Listener
+	wg       sync.WaitGroup
 
 	mu     sync.Mutex // guards what follows
 	change *sync.Cond
@@ -284,17 +285,18 @@ func newLink(t *testing.T, target string) *link2 {
 	}
 	l := &link2{addr: listener.Addr().String(), target: target, listener: listener, conns: make(map[net.Conn]struct{})}
 	l.change = sync.NewCond(&l.mu)
-	var wg sync.WaitGroup
-	wg.Go(func() { l.accept(&wg) })
-	t.Cleanup(func() {
-		l.mu.Lock()
-		l.closed = true
-		l.mu.Unlock()
-		l.set(linkCut)
-		_ = listener.Close()
-		wg.Wait()
-	})
+	l.wg.Go(func() { l.accept(&l.wg) })
+	t.Cleanup(l.close)
 	return l
+}
+
+func (l *link2) close() {
+	l.mu.Lock()
+	l.closed = true
+	l.mu.Unlock()
+	l.set(linkCut)
+	_ = l.listener.Close()
+	l.wg.Wait()
 }
 
 func (l *link2) set(mode linkMode) {
