@@ -44,7 +44,7 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	query, err := readQuery(r)
+	query, err := readQuery(r, "consistency")
 	if err != nil {
 		return err
 	}
@@ -147,7 +147,7 @@ func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
-	query, err := readQuery(r)
+	query, err := readQuery(r, "prefix", "after", "limit", "consistency")
 	if err != nil {
 		return err
 	}

@@ -125,7 +125,7 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, rt route) error {
 	}
 	allow := rt.allow()
 	if allow == "" {
-		return &httpError{http.StatusNotFound, "no such path; keys are under /key/"}
+		return &httpError{http.StatusNotFound, "there is no such path"}
 	}
 	h.Set("Allow", allow)
 	return &httpError{http.StatusMethodNotAllowed, r.Method + " is not allowed here; allowed are " + allow}
@@ -189,13 +189,13 @@ func rawPath(r *http.Request) string {
 	return r.URL.EscapedPath()
 }
 
-// readQuery returns the query, in which what this service knows stands at most once.
-func readQuery(r *http.Request) (url.Values, error) {
+// readQuery returns the query, in which none of names stands more than once.
+func readQuery(r *http.Request, names ...string) (url.Values, error) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return nil, badRequest("the query cannot be read: %v", err)
 	}
-	for _, name := range []string{"consistency", "prefix", "after", "limit"} {
+	for _, name := range names {
 		if n := len(query[name]); n > 1 {
 			return nil, badRequest("%s is given %d times; give it once", name, n)
 		}
