@@ -264,13 +264,13 @@ func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) err
 	return nil
 }
 
-// propose appends an entry to Raft's log; it returns nil when this node does not lead.
-func (s *Store) propose(entry []byte) raft.ApplyFuture {
+// propose appends an entry of these commands to Raft's log; it returns nil when this node does not lead.
+func (s *Store) propose(commands [][]byte) raft.ApplyFuture {
 	r := s.raft.Load()
 	if r == nil || r.State() != raft.Leader || s.handing.Load() {
 		return nil
 	}
-	return r.Apply(entry, requestTimeout)
+	return r.Apply(encodeEntry(time.Now(), commands), requestTimeout)
 }
 
 // callLeader asks the leader. The error is ErrNoLeader or ErrNotLeader when the call certainly had no effect, else

@@ -45,8 +45,8 @@ type write struct {
 type writes struct {
 	log     hclog.Logger
 	metrics *metrics
-	// propose appends an entry to Raft's log; it returns nil when this node does not lead.
-	propose func(entry []byte) raft.ApplyFuture
+	// propose appends an entry of these commands to Raft's log; it returns nil when this node does not lead.
+	propose func(commands [][]byte) raft.ApplyFuture
 	// callLeader asks the leader; see Store.callLeader.
 	callLeader func(op byte, request []byte, timeout time.Duration) ([]byte, error)
 
@@ -176,7 +176,10 @@ func (b *writes) wait(ctx context.Context, w *write) outcome {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if w.taken {
+	switch {
+	case len(w.done) > 0:
+		return <-w.done
+	case w.taken:
 		return outcome{err: ErrUnknownOutcome}
 	}
 	w.abandoned = true
@@ -190,7 +193,7 @@ func (b *writes) commit(batch []*write) {
 	for i, w := range batch {
 		commands[i] = w.command
 	}
-	if future := b.propose(encodeEntry(time.Now(), commands)); future != nil {
+	if future := b.propose(commands); future != nil {
 		b.await(future, batch)
 		return
 	}

@@ -33,7 +33,7 @@ func (f *fakeFuture) Index() uint64 { return f.index }
 func newTestWrites(t *testing.T) *writes {
 	t.Helper()
 	w := newWrites(newMetrics(), hclog.NewNullLogger())
-	w.propose = func([]byte) raft.ApplyFuture { return nil }
+	w.propose = func([][]byte) raft.ApplyFuture { return nil }
 	w.callLeader = func(byte, []byte, time.Duration) ([]byte, error) { return nil, ErrNoLeader }
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(func() {
@@ -47,8 +47,8 @@ func newTestWrites(t *testing.T) *writes {
 func TestOutcomeOfAWrite(t *testing.T) {
 	never := make(chan struct{})
 	one := [][]byte{[]byte("result")}
-	leads := func(f *fakeFuture) func([]byte) raft.ApplyFuture {
-		return func([]byte) raft.ApplyFuture { return f }
+	leads := func(f *fakeFuture) func([][]byte) raft.ApplyFuture {
+		return func([][]byte) raft.ApplyFuture { return f }
 	}
 	answers := func(answer []byte, err error) func(byte, []byte, time.Duration) ([]byte, error) {
 		return func(byte, []byte, time.Duration) ([]byte, error) { return answer, err }
@@ -61,7 +61,7 @@ func TestOutcomeOfAWrite(t *testing.T) {
 	}
 	tests := []struct {
 		name       string
-		propose    func([]byte) raft.ApplyFuture
+		propose    func([][]byte) raft.ApplyFuture
 		callLeader func(byte, []byte, time.Duration) ([]byte, error)
 		want       error
 		index      uint64
@@ -137,11 +137,7 @@ func TestWritesGatherWhileOthersAreCommitted(t *testing.T) {
 	release := make(chan struct{})
 	var mu sync.Mutex
 	var sizes []int
-	w.propose = func(entry []byte) raft.ApplyFuture {
-		_, commands, err := decodeEntry(entry)
-		if err != nil {
-			t.Errorf("decode: %v", err)
-		}
+	w.propose = func(commands [][]byte) raft.ApplyFuture {
 		mu.Lock()
 		defer mu.Unlock()
 		sizes = append(sizes, len(commands))
@@ -199,8 +195,7 @@ func TestWithdrawnWriteIsNeverExecuted(t *testing.T) {
 	w := newTestWrites(t)
 	release := make(chan struct{})
 	executed := make(chan string, 10)
-	w.propose = func(entry []byte) raft.ApplyFuture {
-		_, commands, _ := decodeEntry(entry)
+	w.propose = func(commands [][]byte) raft.ApplyFuture {
 		for _, c := range commands {
 			executed <- string(c)
 		}
