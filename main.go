@@ -131,6 +131,8 @@ func serve(cfg *Config, sig signals, log hclog.Logger) error {
 		case <-sig.reload:
 			log.Info("reload: nothing that is configured can change without a restart")
 		case err := <-store.Failed():
+			_ = listener.Close()
+			store.Abandon() // the process itself may hang in the kernel until the disk answers
 			return err
 		case err := <-httpFailed:
 			return fmt.Errorf("serve HTTP: %w", err)

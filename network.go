@@ -338,6 +338,13 @@ func (n *network) track(conn net.Conn) (net.Conn, error) {
 
 // Close stops listening, closes every connection and waits for what served them.
 func (n *network) Close() error {
+	err := n.sever()
+	n.wg.Wait()
+	return err
+}
+
+// sever is Close without the wait.
+func (n *network) sever() error {
 	n.mu.Lock()
 	select {
 	case <-n.closing:
@@ -353,7 +360,6 @@ func (n *network) Close() error {
 	for conn := range conns {
 		_ = conn.Close()
 	}
-	n.wg.Wait()
 	return err
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -24,6 +25,9 @@ const (
 	dbName          = "raft.db"
 	lockTimeout     = 3 * time.Second // how long another process may hold the database before we give up
 	snapshotsKept   = 2
+	stuckAfter      = 5 * time.Second // a call to the database that takes longer never comes back, for all we know
+	watchTick       = 250 * time.Millisecond
+	deleteStep      = 512 // log entries
 	logCacheEntries = 256 // entries kept in memory for followers that are a little behind
 )
 
@@ -62,7 +66,17 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	if err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
-	return &storage{logs: logs, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, close: db.Close}, nil
+	ticker := time.NewTicker(watchTick)
+	ctx, stop := context.WithCancel(context.Background())
+	go guarded.watch(ctx, ticker.C, int(stuckAfter/watchTick))
+	return &storage{
+		logs: logs, stable: &stableStore{StableStore: guarded}, snapshots: snapshots,
+		close: func() error {
+			ticker.Stop()
+			stop()
+			return db.Close()
+		},
+	}, nil
 }
 
 // lastIndex returns the index of the newest entry that is stored, or that a stored snapshot covers.
@@ -148,19 +162,65 @@ func readThrough(path string) error {
 // and after a failed fsync nobody can know what reached the disk (Rebello et al., "Can Applications Recover from fsync
 // Failures?", ATC 2020). So any error but "not found" goes to fail, which does not return while the process stops:
 // raft is never told and so never answers on broken storage.
+//
+// A call that does not come back is as bad, and nothing can end it. The watchdog counts its own ticks, not the clock's
+// time: a process or machine that was paused is not to blame.
 type guard struct {
 	db interface {
 		raft.LogStore
 		raft.StableStore
 	}
 	fail func(error)
+
+	mu    sync.Mutex // guards calls
+	calls map[*storeCall]struct{}
 }
 
-func (g *guard) check(op string, err error) error {
+// storeCall is a call to the database that is under way.
+type storeCall struct {
+	op    string
+	ticks int // of the watchdog, since it began
+}
+
+// do makes a call to the database.
+func (g *guard) do(op string, f func() error) error {
+	call := &storeCall{op: op}
+	g.mu.Lock()
+	if g.calls == nil {
+		g.calls = make(map[*storeCall]struct{})
+	}
+	g.calls[call] = struct{}{}
+	g.mu.Unlock()
+	err := f()
+	g.mu.Lock()
+	delete(g.calls, call)
+	g.mu.Unlock()
 	if err != nil && !errors.Is(err, raft.ErrLogNotFound) && !isNotFound(err) {
 		g.fail(fmt.Errorf("storage: %s: %w", op, err))
 	}
 	return err
+}
+
+// watch calls fail when a call is under way for more than the given number of ticks, until ctx ends.
+func (g *guard) watch(ctx context.Context, tick <-chan time.Time, limit int) {
+	for {
+		select {
+		case <-tick:
+		case <-ctx.Done():
+			return
+		}
+		g.mu.Lock()
+		stuck := ""
+		for call := range g.calls {
+			if call.ticks++; call.ticks > limit {
+				stuck = call.op
+			}
+		}
+		g.mu.Unlock()
+		if stuck != "" {
+			g.fail(fmt.Errorf("storage: %s has not come back for %v: the disk hangs", stuck, stuckAfter))
+		}
+	}
 }
 
 // isNotFound says whether a StableStore has no such key. The raft package goes by the text, so any store must.
@@ -168,48 +228,60 @@ func isNotFound(err error) bool {
 	return err != nil && err.Error() == raftboltdb.ErrKeyNotFound.Error()
 }
 
-func (g *guard) FirstIndex() (uint64, error) {
-	i, err := g.db.FirstIndex()
-	return i, g.check("first index", err)
+func (g *guard) FirstIndex() (index uint64, err error) {
+	err = g.do("first index", func() error { index, err = g.db.FirstIndex(); return err })
+	return index, err
 }
 
-func (g *guard) LastIndex() (uint64, error) {
-	i, err := g.db.LastIndex()
-	return i, g.check("last index", err)
+func (g *guard) LastIndex() (index uint64, err error) {
+	err = g.do("last index", func() error { index, err = g.db.LastIndex(); return err })
+	return index, err
 }
 
 func (g *guard) GetLog(index uint64, l *raft.Log) error {
-	return g.check("get log", g.db.GetLog(index, l))
+	return g.do("get log", func() error { return g.db.GetLog(index, l) })
 }
 
 func (g *guard) StoreLog(l *raft.Log) error {
-	return g.check("store log", g.db.StoreLog(l))
+	return g.do("store log", func() error { return g.db.StoreLog(l) })
 }
 
 func (g *guard) StoreLogs(l []*raft.Log) error {
-	return g.check("store logs", g.db.StoreLogs(l))
+	return g.do("store logs", func() error { return g.db.StoreLogs(l) })
 }
 
+// DeleteRange deletes the oldest entries in steps, for new ones must wait meanwhile. A conflicting end of the log goes at
+// once: a part of it would be another log.
 func (g *guard) DeleteRange(first, last uint64) error {
-	return g.check("delete logs", g.db.DeleteRange(first, last))
+	end, err := g.LastIndex()
+	if err != nil {
+		return err
+	}
+	for ; err == nil && last < end && last-first >= deleteStep; first += deleteStep {
+		err = g.do("delete logs", func() error { return g.db.DeleteRange(first, first+deleteStep-1) })
+	}
+	if err != nil {
+		return err
+	}
+	return g.do("delete logs", func() error { return g.db.DeleteRange(first, last) })
 }
 
 func (g *guard) Set(key, val []byte) error {
-	return g.check("set", g.db.Set(key, val))
+	return g.do("set", func() error { return g.db.Set(key, val) })
 }
 
-func (g *guard) Get(key []byte) ([]byte, error) {
-	val, err := g.db.Get(key)
-	return val, g.check("get", err)
+func (g *guard) Get(key []byte) (val []byte, err error) {
+	err = g.do("get", func() error { val, err = g.db.Get(key); return err })
+	return val, err
 }
 
 func (g *guard) SetUint64(key []byte, val uint64) error {
-	return g.check("set", g.db.SetUint64(key, val))
+	return g.do("set", func() error { return g.db.SetUint64(key, val) })
 }
 
-func (g *guard) GetUint64(key []byte) (uint64, error) {
-	val, err := g.db.GetUint64(key)
-	return val, g.check("get", err)
+func (g *guard) GetUint64(key []byte) (val uint64, err error) {
+	err = g.do("get", func() error { val, err = g.db.GetUint64(key); return err })
+	return val, err
 }
 
 // Raft's names for the two halves of a vote, and ours for the whole.

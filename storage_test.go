@@ -633,3 +633,98 @@ func TestMemorySnapshots(t *testing.T) {
 		}
 	})
 }
+
+// hangingStore is a database whose StoreLogs comes back when it is told to.
+type hangingStore struct {
+	*raft.InmemStore
+	release chan struct{}
+}
+
+func (h hangingStore) StoreLogs(l []*raft.Log) error {
+	<-h.release
+	return h.InmemStore.StoreLogs(l)
+}
+
+func TestWatchdogStopsOnACallThatHangs(t *testing.T) {
+	const limit = 3
+	release := make(chan struct{})
+	failed := make(chan error, 1)
+	g := &guard{db: hangingStore{raft.NewInmemStore(), release}, fail: func(err error) { failed <- err }}
+	tick := make(chan time.Time)
+	go g.watch(t.Context(), tick, limit)
+	tick <- time.Time{} // nothing is under way
+	done := make(chan error, 1)
+	store := func() { done <- g.StoreLogs([]*raft.Log{{Index: 1}}) }
+	underway := func() bool { g.mu.Lock(); defer g.mu.Unlock(); return len(g.calls) == 1 }
+
+	// A call that takes a while, and however long the clock says it took.
+	go store()
+	waitFor(t, "the call", underway)
+	for range limit {
+		tick <- time.Time{}
+	}
+	release <- struct{}{}
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	// One that does not come back.
+	go store()
+	waitFor(t, "the call", underway)
+	for range limit {
+		tick <- time.Time{}
+	}
+	select {
+	case err := <-failed:
+		t.Fatalf("failed too early: %v", err)
+	default:
+	}
+	tick <- time.Time{}
+	if err := <-failed; !strings.Contains(err.Error(), "store logs") {
+		t.Errorf("got %v; want it to name the call", err)
+	}
+	close(release)
+	<-done
+}
+
+func TestDeleteRangeGoesInSteps(t *testing.T) {
+	const entries = 3*deleteStep + 10
+	for _, tt := range []struct {
+		name                   string
+		first, last, wantFirst uint64
+		wantLast               uint64
+		calls                  int
+	}{
+		{"the oldest", 1, 3 * deleteStep, 3*deleteStep + 1, entries, 3},
+		{"a few of the oldest", 1, 7, 8, entries, 1},
+		{"the newest, in one", 8, entries, 1, 7, 1},
+		{"all, in one", 1, entries, 0, 0, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			db := &countingStore{InmemStore: raft.NewInmemStore()}
+			g := &guard{db: db, fail: func(err error) { t.Error(err) }}
+			for i := range entries {
+				if err := g.StoreLog(&raft.Log{Index: uint64(i + 1)}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := g.DeleteRange(tt.first, tt.last); err != nil {
+				t.Fatal(err)
+			}
+			first, _ := g.FirstIndex()
+			last, _ := g.LastIndex()
+			if first != tt.wantFirst || last != tt.wantLast || db.deletes != tt.calls {
+				t.Errorf("got entries %d to %d after %d calls; want %d to %d after %d", first, last, db.deletes, tt.wantFirst, tt.wantLast, tt.calls)
+			}
+		})
+	}
+}
+
+type countingStore struct {
+	*raft.InmemStore
+	deletes int
+}
+
+func (c *countingStore) DeleteRange(first, last uint64) error {
+	c.deletes++
+	return c.InmemStore.DeleteRange(first, last)
+}

@@ -576,6 +576,12 @@ func (s *Store) welcome(h hello) error {
 	return nil
 }
 
+// Abandon closes the port and all connections to other nodes, and waits for nothing: it is for a node that has failed.
+func (s *Store) Abandon() {
+	s.peers.close()
+	_ = s.network.sever()
+}
+
 // Shutdown hands leadership over if this node has it, stops Raft and closes the storage. It gives up waiting when ctx
 // ends; what was acknowledged is safe all the same.
 func (s *Store) Shutdown(ctx context.Context) error {
