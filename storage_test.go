@@ -683,7 +683,9 @@ func TestWatchdogStopsOnACallThatHangs(t *testing.T) {
 		t.Errorf("got %v; want it to name the call", err)
 	}
 	close(release)
-	<-done
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
 }
 
 func TestDeleteRangeGoesInSteps(t *testing.T) {
