@@ -168,7 +168,7 @@ func (c *testCluster) start(i int) {
 		node.observations = nil
 	}
 	node.kv = &KV{node.Store, machine}
-	node.server = newServer(node.cfg, node.Store, m, log, newAPI(node.cfg, node.Store, machine).routes())
+	node.server = newServer(node.cfg, node.Store, m, log, routes(node.cfg, node.Store, machine))
 	if err := node.Open(); err != nil {
 		c.t.Fatalf("open: %v", err)
 	}

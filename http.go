@@ -2,12 +2,10 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -23,16 +21,13 @@ const (
 
 // api is the HTTP API of a KV.
 type api struct {
-	kv  *KV
 	cfg *Config
+	kv  *KV
 }
 
-func newAPI(cfg *Config, store *Store, machine *kvMachine) *api {
-	return &api{kv: &KV{store, machine}, cfg: cfg}
-}
-
-// routes is what the server serves for the api.
-func (a *api) routes() []route {
+// routes returns what the server serves of the API.
+func routes(cfg *Config, store *Store, machine *kvMachine) []route {
+	a := &api{cfg, &KV{store, machine}}
 	return []route{
 		{path: "/key", get: a.listKeys, post: a.postKeys},
 		{path: keyPrefix, get: a.getKey, put: a.putKey, delete: a.deleteKey},
@@ -48,7 +43,7 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	consistency, err := a.consistency(query)
+	consistency, err := consistency(a.cfg, query)
 	if err != nil {
 		return err
 	}
@@ -63,7 +58,7 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	a.markStale(w, consistency)
+	markStale(w, a.kv.store, consistency)
 	value := item.Value
 	if item.Tag == 0 {
 		value = "null"
@@ -90,13 +85,11 @@ func (a *api) putKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
-	defer cancel()
 	value, err := readJSON(w, r, a.cfg.MaxBodyBytes)
 	if err != nil {
 		return err
 	}
-	written, err := a.kv.Set(ctx, []Pair{{key, string(value)}}, condition)
+	written, err := a.kv.Set(r.Context(), []Pair{{key, string(value)}}, condition)
 	if err != nil {
 		return conditionFailed(err)
 	}
@@ -126,8 +119,6 @@ func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
-	defer cancel()
 	object, err := readJSON(w, r, a.cfg.MaxBodyBytes)
 	if err != nil {
 		return err
@@ -139,7 +130,7 @@ func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
 	if len(pairs) == 0 {
 		return nil // nothing to write, so nothing for the log
 	}
-	written, err := a.kv.Set(ctx, pairs, Condition{})
+	written, err := a.kv.Set(r.Context(), pairs, Condition{})
 	if err != nil {
 		return err
 	}
@@ -159,7 +150,7 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 	}
-	consistency, err := a.consistency(query)
+	consistency, err := consistency(a.cfg, query)
 	if err != nil {
 		return err
 	}
@@ -185,7 +176,7 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	a.markStale(w, consistency)
+	markStale(w, a.kv.store, consistency)
 	if more {
 		query.Set("after", last)
 		w.Header().Set("Link", `</key?`+query.Encode()+`>; rel="next"`)
@@ -194,18 +185,11 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 	return nil
 }
 
-// markStale says of an answer that it may be from an old snapshot, if it may.
-func (a *api) markStale(w http.ResponseWriter, consistency Consistency) {
-	if consistency == Stale && !a.kv.store.Contacted() {
-		w.Header().Set("Raft-Stale", "since-start")
-	}
-}
-
-// pathKey returns the key that a path names: all that follows /key/, decoded once.
+// pathKey returns the key that a path names: all that follows /key/.
 func pathKey(r *http.Request) (string, error) {
-	key, err := url.PathUnescape(strings.TrimPrefix(rawPath(r), keyPrefix))
+	key, err := pathRest(r, keyPrefix)
 	if err != nil {
-		return "", badRequest("the path is not percent-encoded as it should be: %v", err)
+		return "", err
 	}
 	if err := checkKey(key); err != nil {
 		return "", badRequest("%v", err)
@@ -223,18 +207,6 @@ func checkKey(key string) error {
 		return errors.New("a key must be valid UTF-8")
 	}
 	return nil
-}
-
-// consistency returns what a read asks for, or what is configured where it does not say.
-func (a *api) consistency(query url.Values) (Consistency, error) {
-	if !query.Has("consistency") {
-		return a.cfg.ReadConsistency, nil
-	}
-	consistency, err := parseConsistency(query.Get("consistency"))
-	if err != nil {
-		return "", badRequest("consistency: %v", err)
-	}
-	return consistency, nil
 }
 
 // condition returns the preconditions of a write to one key.
@@ -255,6 +227,13 @@ func conditionFailed(err error) error {
 		return &httpError{http.StatusPreconditionFailed, ErrCondition.Error()}
 	}
 	return err
+}
+
+func refuse(r *http.Request, header, why string) error {
+	if _, present := r.Header[header]; present {
+		return badRequest("%s cannot be used here: %s", header, why)
+	}
+	return nil
 }
 
 // tags reads a header that lists entity tags (RFC 9110, 13.1), nil when there is none. A weak tag stands for the same

@@ -636,7 +636,7 @@ func TestWithoutLeader(t *testing.T) {
 			if !tt.early {
 				store.started = time.Now().Add(-time.Minute)
 			}
-			handler := newServer(cfg, store, store.metrics, log, newAPI(cfg, store, machine).routes())
+			handler := newServer(cfg, store, store.metrics, log, routes(cfg, store, machine))
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel() // a leader is not waited for
 			recorder := httptest.NewRecorder()

@@ -20,13 +20,14 @@ type StateMachine interface {
 	// Apply executes one committed command and returns its result, which reaches the caller of Store.Apply on whichever
 	// node that was. Every node executes it, so it may depend on nothing but the state, the command and at, the leader's
 	// clock when it took the command (which steps back when a leader with a slower clock follows). It must not keep the
-	// command's bytes. An error says that the command cannot be read: the process stops, for a node that skipped it
-	// would diverge from the others.
+	// command's bytes. What it refuses to do is a result like any other; a result is nil or empty alike. An error says
+	// that the command cannot be read, so a command should begin with what tells its kind: every node stops, now and
+	// whenever it starts, for one that skipped the command would diverge from the others.
 	Apply(command []byte, at time.Time) (result []byte, err error)
 	// Snapshot captures the state and returns quickly; the func it returns writes what was captured, while later
 	// commands are applied. Equal states must give equal bytes.
 	Snapshot() (write func(io.Writer) error)
-	// Restore reads what a snapshot's func wrote, up to io.EOF, without touching the state, and returns the func that
+	// Restore reads what a snapshot's func wrote, up to io.EOF (as io.ReadAll does; json.Decoder may not), without touching the state, and returns the func that
 	// puts it in the state's place. It alone may run while commands are read.
 	Restore(r io.Reader) (install func(), err error)
 	// Len returns how many keys, or other things that an operator wants to see counted, the state holds.
@@ -208,7 +209,7 @@ func decodeEntry(b []byte) (at time.Time, commands [][]byte, err error) {
 	if crc32.Checksum(b[5:], castagnoli) != binary.BigEndian.Uint32(b[1:]) {
 		return at, nil, errors.New("checksum mismatch: the log is damaged")
 	}
-	at = time.UnixMicro(int64(binary.BigEndian.Uint64(b[5:])))
+	at = time.UnixMicro(int64(binary.BigEndian.Uint64(b[5:]))).UTC() // in local time nodes would differ
 	commands, err = decodeCommands(b[entryHeader:])
 	return at, commands, err
 }

@@ -108,7 +108,7 @@ func serve(cfg *Config, sig signals, log hclog.Logger) error {
 	store.OnChange(func(s RaftState) { // here a service of your own can react to being the leader, or no longer
 		log.Info("new raft state", "state", s.State, "leader", s.Leader, "term", s.Term)
 	})
-	handler := newServer(cfg, store, m, log.Named("http"), newAPI(cfg, store, machine).routes())
+	handler := newServer(cfg, store, m, log.Named("http"), routes(cfg, store, machine))
 	web := handler.listener()
 
 	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.HTTPAddr)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -121,7 +122,9 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, rt route) error {
 		handle = nil
 	}
 	if handle != nil {
-		return handle(w, r)
+		ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
+		defer cancel()
+		return handle(w, r.WithContext(ctx))
 	}
 	allow := rt.allow()
 	if allow == "" {
@@ -189,6 +192,18 @@ func rawPath(r *http.Request) string {
 	return r.URL.EscapedPath()
 }
 
+// pathRest returns what follows prefix in the path, percent-decoded once.
+func pathRest(r *http.Request, prefix string) (string, error) {
+	rest, err := url.PathUnescape(strings.TrimPrefix(rawPath(r), prefix))
+	switch {
+	case err != nil:
+		return "", badRequest("the path is not percent-encoded as it should be: %v", err)
+	case !utf8.ValidString(rest):
+		return "", badRequest("the path must be valid UTF-8")
+	}
+	return rest, nil
+}
+
 // readQuery returns the query, in which none of names stands more than once.
 func readQuery(r *http.Request, names ...string) (url.Values, error) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
@@ -230,11 +245,23 @@ func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, erro
 	return compact.Bytes(), nil
 }
 
-func refuse(r *http.Request, header, why string) error {
-	if _, present := r.Header[header]; present {
-		return badRequest("%s cannot be used here: %s", header, why)
+// consistency returns what a read asks for, or what is configured where it does not say.
+func consistency(cfg *Config, query url.Values) (Consistency, error) {
+	if !query.Has("consistency") {
+		return cfg.ReadConsistency, nil
 	}
-	return nil
+	asked, err := parseConsistency(query.Get("consistency"))
+	if err != nil {
+		return "", badRequest("consistency: %v", err)
+	}
+	return asked, nil
+}
+
+// markStale says of the answer to a read that it may be from an old snapshot, if it may.
+func markStale(w http.ResponseWriter, store *Store, read Consistency) {
+	if read == Stale && !store.Contacted() {
+		w.Header().Set("Raft-Stale", "since-start")
+	}
 }
 
 func writeBody(w http.ResponseWriter, contentType string, body []byte) {

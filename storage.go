@@ -146,8 +146,13 @@ func readThrough(path string) error {
 	}
 	sum := byte(0)
 	err = db.View(func(tx *bbolt.Tx) error {
-		return tx.ForEach(func(_ []byte, b *bbolt.Bucket) error {
-			return b.ForEach(func(_, value []byte) error {
+		return tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
+			var last []byte
+			return b.ForEach(func(key, value []byte) error {
+				if last != nil && bytes.Compare(last, key) >= 0 {
+					return fmt.Errorf("the keys of bucket %q are out of order", name)
+				}
+				last = key
 				for i := len(value) - 1; i >= 0; i -= 4096 { // a byte of each page
 					sum ^= value[i]
 				}
