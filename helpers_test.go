@@ -17,7 +17,7 @@ import (
 )
 
 // waitFor waits until condition holds, and fails the test if it does not within 15 s.
-func waitFor(t *testing.T, what string, condition func() bool) {
+func waitFor(t testing.TB, what string, condition func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(15 * time.Second)
 	for !condition() {
@@ -29,7 +29,7 @@ func waitFor(t *testing.T, what string, condition func() bool) {
 }
 
 // testLogger writes to t's log, until the test is over.
-func testLogger(t *testing.T, name string) hclog.Logger {
+func testLogger(t testing.TB, name string) hclog.Logger {
 	t.Helper()
 	w := &testWriter{t: t}
 	t.Cleanup(w.stop)
@@ -38,7 +38,7 @@ func testLogger(t *testing.T, name string) hclog.Logger {
 
 type testWriter struct {
 	mu   sync.Mutex // guards done
-	t    *testing.T
+	t    testing.TB
 	done bool
 }
 
@@ -74,7 +74,7 @@ type testNode struct {
 }
 
 // stop shuts the node down gracefully.
-func (n *testNode) stop(t *testing.T) {
+func (n *testNode) stop(t testing.TB) {
 	t.Helper()
 	if !n.running {
 		return
@@ -91,19 +91,19 @@ func (n *testNode) stop(t *testing.T) {
 
 // testCluster is a cluster of nodes in this process. Every node reaches every other through a link of its own.
 type testCluster struct {
-	t     *testing.T
+	t     testing.TB
 	nodes []*testNode
 	links map[[2]int]*link2
 }
 
 // newTestNode starts a cluster of one node.
-func newTestNode(t *testing.T, store string) *testNode {
+func newTestNode(t testing.TB, store string) *testNode {
 	t.Helper()
 	return newTestCluster(t, 1, store).nodes[0]
 }
 
 // newTestCluster starts n nodes, waits until all of them are ready, and stops them when the test ends.
-func newTestCluster(t *testing.T, n int, store string) *testCluster {
+func newTestCluster(t testing.TB, n int, store string) *testCluster {
 	t.Helper()
 	c := unstartedCluster(t, n, store)
 	for i := range n {
@@ -115,7 +115,7 @@ func newTestCluster(t *testing.T, n int, store string) *testCluster {
 	return c
 }
 
-func unstartedCluster(t *testing.T, n int, store string) *testCluster {
+func unstartedCluster(t testing.TB, n int, store string) *testCluster {
 	t.Helper()
 	c := &testCluster{t: t, nodes: make([]*testNode, n), links: make(map[[2]int]*link2)}
 	addrs := make([]string, n)
@@ -232,7 +232,7 @@ func (c *testCluster) cut(i int, mode linkMode) {
 	}
 }
 
-func freeAddr(t *testing.T) string {
+func freeAddr(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -242,7 +242,7 @@ func freeAddr(t *testing.T) string {
 	return l.Addr().String()
 }
 
-func mustConfig(t *testing.T, env map[string]string) *Config {
+func mustConfig(t testing.TB, env map[string]string) *Config {
 	t.Helper()
 	cfg, err := loadConfig(func(name string) string { return env[name] }, system{
 		hostname: "test", hostIPv4: func() string { return "127.0.0.1" },
@@ -277,7 +277,7 @@ type link2 struct {
 	conns  map[net.Conn]struct{}
 }
 
-func newLink(t *testing.T, target string) *link2 {
+func newLink(t testing.TB, target string) *link2 {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -379,7 +379,7 @@ type answerTo struct {
 }
 
 // request makes an HTTP request; headers are given as name, value, ...
-func request(t *testing.T, method, url, body string, headers ...string) answerTo {
+func request(t testing.TB, method, url, body string, headers ...string) answerTo {
 	t.Helper()
 	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
 	if err != nil {

@@ -23,7 +23,7 @@ import (
 
 const (
 	maxHeader     = 64 << 10
-	answerTimeout = 14 * time.Second // for any answer, from the end of the request's header on
+	answerTimeout = 14 * time.Second // for the answer to a request with a body, from the end of its header on
 	jsonType      = "application/json"
 	textType      = "text/plain; charset=utf-8"
 )
@@ -121,10 +121,13 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, rt route) error {
 	default:
 		handle = nil
 	}
-	if handle != nil {
+	if handle != nil && r.ContentLength != 0 { // a body may take its time, of which the Store knows nothing
 		ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
 		defer cancel()
-		return handle(w, r.WithContext(ctx))
+		r = r.WithContext(ctx)
+	}
+	if handle != nil {
+		return handle(w, r)
 	}
 	allow := rt.allow()
 	if allow == "" {
