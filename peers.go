@@ -81,7 +81,7 @@ func (p *peers) link(ctx context.Context, id string) (*link, error) {
 	p.mu.Lock()
 	l := p.links[id]
 	if l == nil || l.failed(redialInterval) {
-		l = &link{ready: make(chan struct{}), calls: make(map[uint32]chan answer)}
+		l = &link{id: id, ready: make(chan struct{}), calls: make(map[uint32]chan answer)}
 		p.links[id] = l
 		p.mu.Unlock()
 		// Others wait for this dial, so it does not end with the caller that happened to be first.
@@ -151,6 +151,7 @@ func (p *peers) redial() {
 
 // link is one connection on which this node calls another.
 type link struct {
+	id      string        // of the other node
 	ready   chan struct{} // closed when what follows is set, which then does not change
 	conn    net.Conn
 	dialErr error
@@ -184,9 +185,9 @@ func (l *link) failed(ago time.Duration) bool {
 func (l *link) call(ctx context.Context, op byte, request []byte) (answer, error) {
 	done := make(chan answer, 1)
 	l.mu.Lock()
-	if l.err != nil {
+	if l.err != nil { // the connection was lost before this call
 		l.mu.Unlock()
-		return answer{}, l.err
+		return answer{}, &dialError{l.id, l.err}
 	}
 	l.last++
 	id := l.last

@@ -574,3 +574,11 @@ func TestMajority(t *testing.T) {
 		})
 	}
 }
+
+// A call on a connection that was already lost has reached nobody, and must not be taken for one whose outcome is unknown.
+func TestCallOnALostLinkWasNotMade(t *testing.T) {
+	l := &link{id: "node2", calls: make(map[uint32]chan answer), err: io.EOF}
+	if _, err := l.call(t.Context(), opApply, nil); !errors.As(err, new(*dialError)) {
+		t.Errorf("got %v; want a *dialError", err)
+	}
+}
