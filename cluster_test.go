@@ -423,7 +423,7 @@ func TestShutdownLeavesNothingBehind(t *testing.T) {
 				l.close()
 			}
 			http.DefaultTransport.(*http.Transport).CloseIdleConnections()
-			goleak.VerifyNone(t, before)
+			goleak.VerifyNone(t, before, unansweredFuture)
 		})
 	}
 }
