@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -232,14 +233,25 @@ func (c *testCluster) cut(i int, mode linkMode) {
 	}
 }
 
+// lastPort is the port that freeAddr has given out last. It begins anywhere, for the sake of other runs on this machine.
+var lastPort atomic.Uint32
+
+func init() { lastPort.Store(uint32(os.Getpid())) }
+
+// freeAddr returns a loopback address that nobody uses and that nobody gets by chance: the ports that the kernel gives to
+// outgoing connections are higher.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
+	const first, ports = 20000, 12000
+	for range ports {
+		addr := fmt.Sprintf("127.0.0.1:%d", first+lastPort.Add(1)%ports)
+		if l, err := net.Listen("tcp", addr); err == nil {
+			_ = l.Close()
+			return addr
+		}
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Fatal("no port is free")
+	return ""
 }
 
 func mustConfig(t testing.TB, env map[string]string) *Config {
