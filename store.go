@@ -183,7 +183,7 @@ func (s *Store) startRaft(bootstrap bool) (err error) {
 	conf.SnapshotInterval = s.cfg.SnapshotInterval
 	conf.TrailingLogs = s.cfg.TrailingLogs
 	conf.NoLegacyTelemetry = true
-	st, t := s.storage, newTransport(s.network, s.log.Named("transport"))
+	st, t := s.storage, newTransport(s.network, s.log.Named("transport"), s.leadsIn)
 	if bootstrap {
 		if err := writeFirstEntry(st, s.cfg.Peers); err != nil {
 			return fmt.Errorf("bootstrap: %w", err)
@@ -193,7 +193,6 @@ func (s *Store) startRaft(bootstrap bool) (err error) {
 	if err != nil {
 		return fmt.Errorf("start raft from %s: %w; nothing was changed", s.cfg.StateDir, err)
 	}
-	t.leading = func(term uint64) bool { return leads(r, term) }
 	r.RegisterObserver(raft.NewObserver(s.observations, false, nil))
 	s.transport = t
 	s.raft.Store(r)
@@ -222,6 +221,12 @@ func membership(peers []Peer) (c raft.Configuration) {
 // leads says whether r is the leader of term.
 func leads(r *raft.Raft, term uint64) bool {
 	return r.State() == raft.Leader && r.CurrentTerm() == term
+}
+
+// leadsIn says whether this node is the leader of term.
+func (s *Store) leadsIn(term uint64) bool {
+	r := s.raft.Load()
+	return r != nil && leads(r, term)
 }
 
 // Apply has the state machine execute command, and returns once a majority has it and the leader has executed it, or

@@ -22,7 +22,7 @@ type transport struct {
 	leading func(term uint64) bool
 }
 
-func newTransport(n *network, log hclog.Logger) *transport {
+func newTransport(n *network, log hclog.Logger, leading func(term uint64) bool) *transport {
 	t := &transport{
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 			Stream: n, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
@@ -30,7 +30,8 @@ func newTransport(n *network, log hclog.Logger) *transport {
 			MaxRPCsInFlight:       1,
 			ServerAddressProvider: idsAreAddresses{},
 		}),
-		rpcs: make(chan raft.RPC),
+		rpcs:    make(chan raft.RPC),
+		leading: leading,
 	}
 	n.goUnlessClosed(func() {
 		for {
