@@ -77,11 +77,7 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (a *api) putKey(w http.ResponseWriter, r *http.Request) error {
-	key, err := pathKey(r)
-	if err != nil {
-		return err
-	}
-	condition, err := condition(r)
+	key, condition, err := target(r)
 	if err != nil {
 		return err
 	}
@@ -98,11 +94,7 @@ func (a *api) putKey(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (a *api) deleteKey(w http.ResponseWriter, r *http.Request) error {
-	key, err := pathKey(r)
-	if err != nil {
-		return err
-	}
-	condition, err := condition(r)
+	key, condition, err := target(r)
 	if err != nil {
 		return err
 	}
@@ -183,6 +175,14 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 	}
 	writeBody(w, jsonType, append(body, '}'))
 	return nil
+}
+
+// target returns the key that a write is for, and its preconditions.
+func target(r *http.Request) (key string, c Condition, err error) {
+	if key, err = pathKey(r); err == nil {
+		c, err = condition(r)
+	}
+	return key, c, err
 }
 
 // pathKey returns the key that a path names: all that follows /key/.
