@@ -118,21 +118,30 @@ func serve(cfg *Config, sig signals, log hclog.Logger) error {
 	defer web.Close()
 	httpFailed := make(chan error, 1)
 	go func() { httpFailed <- web.Serve(listener) }()
-	if err := store.Open(); err != nil {
-		return err
-	}
-	log.Info("listening", "http", cfg.HTTPAddr, "raft", cfg.RaftAddr)
+	opened, open := make(chan error, 1), false // a large or locked database takes its time
+	go func() { opened <- store.Open() }()
 
 	for {
 		select {
+		case err := <-opened:
+			if err != nil {
+				return err
+			}
+			open = true
+			log.Info("listening", "http", cfg.HTTPAddr, "raft", cfg.RaftAddr)
 		case s := <-sig.stop:
+			if !open {
+				return nil // nothing has been done that could be left half done
+			}
 			log.Info("stopping; a second signal ends the process at once", "signal", s.String())
 			return shutdown(handler, web, cfg.ShutdownTimeout, sig)
 		case <-sig.reload:
 			log.Info("reload: nothing that is configured can change without a restart")
 		case err := <-store.Failed():
 			_ = listener.Close()
-			store.Abandon() // the process itself may hang in the kernel until the disk answers
+			if open {
+				store.Abandon() // the process itself may hang in the kernel until the disk answers
+			}
 			return err
 		case err := <-httpFailed:
 			return fmt.Errorf("serve HTTP: %w", err)

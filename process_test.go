@@ -471,6 +471,15 @@ func TestProcessThatDoesNotServe(t *testing.T) {
 }
 
 // A node that waits for its database is asked already: by load balancers, if by nobody else.
+func TestProcessStopsWhileItOpens(t *testing.T) {
+	t.Parallel()
+	running := startAll(newProc(t, nil))[0]
+	p := newProc(t, map[string]string{"STATE_DIR": running.env["STATE_DIR"]}) // locked for as long as it waits
+	p.start()
+	p.await(http.StatusOK, http.MethodGet, "/livez", "")
+	p.end(syscall.SIGTERM, 0)
+}
+
 func TestProcessAnswersWhileItOpens(t *testing.T) {
 	t.Parallel()
 	running := startAll(newProc(t, nil))[0]
