@@ -15,6 +15,7 @@ var (
 	ErrUnknownOutcome = errors.New("the command may or may not have been executed")
 	ErrNotConfirmed   = errors.New("no majority confirmed the leader in time")
 	ErrStarting       = errors.New("this node has not heard of a leader since it started")
+	ErrOutranked      = errors.New("this node's cluster is no more: a majority of the nodes has formed another one")
 )
 
 // requestTimeout bounds a command or a read, from beginning to end, on whichever nodes it visits.

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,264 +13,183 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 )
 
 const (
-	formInterval = 100 * time.Millisecond // between two looks at the other nodes
+	formInterval = 100 * time.Millisecond // between two looks at the other nodes, by one that has no cluster
+	stayInterval = 500 * time.Millisecond // by one that has a cluster but no leader
 	formPatience = 30 * time.Second       // a majority without state waits so long for nodes that do not answer
-	grantHold    = 5 * time.Second        // a node that has let one peer form the cluster lets no other do so for so long
+	grantHold    = 5 * time.Second        // what a node promises to one founder holds for so long
 	askTimeout   = 1 * time.Second
 	sayInterval  = 10 * time.Second // between two log lines about what is being waited for
 )
 
-// keyCluster is where the stable store has the cluster's id, behind a byte that is foundedHere or foundedElsewhere.
+// keyCluster is where the stable store has this node's standing: a byte that says which, for a founder the index with
+// which its log began (8 bytes), and the cluster's id. A crash may leave anything else beside it: what it says holds.
 var keyCluster = []byte("Cluster")
 
 const (
-	foundedHere      = '+'
-	foundedElsewhere = '-'
+	standFounder = '+' // it formed the cluster
+	standMember  = '-' // a full member
+	standGated   = '~' // the leader is bringing it up: see gate.go
 )
 
-// formation makes a node without state a member of a cluster, once: from then on its cluster id stands in its storage.
-// Raft runs only after that, so nothing that Raft stores was ever said under another id. DESIGN.md has the argument why
-// at most one cluster can come of it.
+// standing says of which cluster a node is, and as what.
+type standing struct {
+	kind    byte
+	base    uint64 // for a founder
+	cluster string // the id, "" while the node is of none
+}
+
+func (s standing) encode() []byte {
+	b := []byte{s.kind}
+	if s.kind == standFounder {
+		b = binary.BigEndian.AppendUint64(b, s.base)
+	}
+	return append(b, s.cluster...)
+}
+
+func decodeStanding(b []byte) (s standing, err error) {
+	if len(b) == 0 {
+		return standing{}, nil
+	}
+	s.kind, b = b[0], b[1:]
+	if s.kind == standFounder && len(b) > 8 {
+		s.base, b = binary.BigEndian.Uint64(b), b[8:]
+	} else if s.kind == standFounder || s.kind != standMember && s.kind != standGated || len(b) == 0 {
+		return standing{}, errors.New("the cluster id is damaged")
+	}
+	s.cluster = string(b)
+	return s, nil
+}
+
+// formation knows of which cluster this node is. For a node without state it finds that out, or forms a cluster; Raft
+// runs only after that, so nothing that Raft stores was ever said under another id. "Coming back with nothing" in
+// DESIGN.md has the argument why no acknowledged write is lost for it.
 type formation struct {
 	cfg   *Config
 	log   hclog.Logger
 	store *storage // set by open, as is peers
 	peers *peers
 	look  chan struct{} // holds one token: a peer has spoken, so another look at the others is worth it
+	leads func() bool   // this node is the leader
+
+	patience time.Duration // formPatience
 
 	mu        sync.Mutex // guards what follows
-	cluster   string     // the id, "" while this node is of no cluster
-	founder   bool       // it was this node that formed the cluster
-	granted   string     // the id under which grantee may form the cluster
-	grantee   string
+	standing  standing
+	granted   string // the node that may form a cluster with this one
 	grantedAt time.Time
 	waitsFor  string // for people
 }
 
-func newFormation(cfg *Config, log hclog.Logger) *formation {
-	return &formation{cfg: cfg, log: log, look: make(chan struct{}, 1), waitsFor: "the storage to open"}
+func newFormation(cfg *Config, log hclog.Logger, leads func() bool) *formation {
+	return &formation{cfg: cfg, log: log, leads: leads, patience: formPatience, look: make(chan struct{}, 1), waitsFor: "the storage is being opened"}
 }
 
 // open reads what the storage knows of a cluster.
 func (f *formation) open(st *storage, p *peers) error {
 	f.store, f.peers = st, p
 	stored, err := st.stable.Get(keyCluster)
-	switch {
-	case err == nil && len(stored) > 1:
-		f.mu.Lock()
-		f.founder, f.cluster = stored[0] == foundedHere, string(stored[1:])
-		f.mu.Unlock()
-		return nil
-	case err != nil && !isNotFound(err):
+	if err != nil && !isNotFound(err) {
 		return fmt.Errorf("read the cluster id: %w", err)
 	}
-	last, err := st.lastIndex()
-	if err == nil && last > 0 {
-		err = fmt.Errorf("STATE_DIR %q holds a Raft log or snapshot but no cluster id: it is of another program, or damaged; "+
-			"nothing was changed: set another STATE_DIR", f.cfg.StateDir)
+	s, err := decodeStanding(stored)
+	if err != nil {
+		return err
 	}
-	return err
+	if s.cluster == "" {
+		last, _, err := st.lastEntry()
+		if err == nil && last > 0 {
+			err = fmt.Errorf("STATE_DIR %q holds a Raft log or snapshot but no cluster id: it is of another program, or damaged; "+
+				"nothing was changed: set another STATE_DIR", f.cfg.StateDir)
+		}
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.standing = s
+	return nil
+}
+
+func (f *formation) current() standing {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.standing
 }
 
 // id returns the id of this node's cluster, "" while it has none.
-func (f *formation) id() string {
+func (f *formation) id() string { return f.current().cluster }
+
+// gated says whether this node has come back without its state and may not vote yet.
+func (f *formation) gated() bool { return f.current().kind == standGated }
+
+// become stores this node's standing, and only then lets it be known. founder is the node that has formed the cluster
+// just now, "" for a cluster that has had leaders.
+func (f *formation) become(s standing, founder string) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.cluster
+	if f.promised() && f.granted != founder {
+		return errPromised
+	}
+	if err := f.store.stable.Set(keyCluster, s.encode()); err != nil {
+		return fmt.Errorf("store the cluster id: %w", err)
+	}
+	f.standing = s
+	f.log.Info("this node is of a cluster", "cluster", s.cluster, "formed-it", s.kind == standFounder, "votes", s.kind != standGated)
+	return nil
 }
 
-// reason says what a node waits for whose Raft is not running.
+// waits says, to people, what this node is waiting for.
+func (f *formation) waits(reason string) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.waitsFor = reason
+}
+
 func (f *formation) reason() string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.cluster != "" {
-		return "the node is reading its snapshot and log"
-	}
-	return "the node is not of a cluster yet: " + f.waitsFor
-}
-
-// find returns once this node is of a cluster, with whether it is the one that formed it.
-func (f *formation) find(ctx context.Context) (founder bool, err error) {
-	if f.id() != "" {
-		return f.founder, nil
-	}
-	if len(f.cfg.Peers) == 1 {
-		return true, f.join(rand.Text(), true)
-	}
-	var ripe, said time.Time // since when a majority without state has been there; when that was last logged
-	for {
-		answers := f.askAll(ctx, f.others())
-		v := f.judge(answers, !ripe.IsZero() && time.Since(ripe) >= formPatience)
-		switch {
-		case v.join != "":
-			return false, f.join(v.join, false)
-		case v.form:
-			if id, granted := f.seekGrants(ctx, answers); granted {
-				return true, f.join(id, true)
-			}
-		}
-		if !v.majority {
-			ripe = time.Time{}
-		} else if ripe.IsZero() {
-			ripe = time.Now()
-		}
-		f.mu.Lock()
-		f.waitsFor = v.reason
-		f.mu.Unlock()
-		if time.Since(said) > sayInterval {
-			f.log.Info("looking for the cluster", "waits-for", v.reason)
-			said = time.Now()
-		}
-		timer := time.NewTimer(formInterval)
-		select {
-		case <-f.look:
-		case <-timer.C:
-		case <-ctx.Done():
-			return false, ctx.Err()
-		}
-		timer.Stop()
-	}
-}
-
-// verdict is what the answers of the other nodes mean for one without state.
-type verdict struct {
-	join     string // the cluster this node is of
-	form     bool   // it should form the cluster
-	majority bool   // a majority, itself included, holds nothing, and nobody that answers holds anything
-	reason   string // what it waits for, for people
-}
-
-// judge applies the contract's rules for a node without state. A node that has a cluster but no more in its log than
-// the entry with which a log begins counts as holding nothing: it formed that cluster and got no further, so nothing
-// was ever acknowledged in it.
-func (f *formation) judge(answers map[string]holding, patient bool) verdict {
-	f.mu.Lock()
-	granted := f.granted
-	f.mu.Unlock()
-	total := len(f.cfg.Peers)
-	empty := []string{f.cfg.NodeID}
-	nodesOf := make(map[string]int) // by cluster
-	begun, holders := "", 0
-	for node, h := range answers {
-		if h.Cluster != "" {
-			nodesOf[h.Cluster]++
-		}
-		if h.LastIndex > 1 {
-			holders++
-			continue
-		}
-		empty = append(empty, node)
-		if h.Cluster != "" && (begun == "" || h.Cluster < begun) {
-			begun = h.Cluster
-		}
-	}
-	for cluster, n := range nodesOf {
-		if n > total/2 || holders == 0 && cluster == granted {
-			return verdict{join: cluster} // a majority without this node is of it, or it formed with our consent
-		}
-	}
-	v := verdict{
-		majority: holders == 0 && len(empty) > total/2,
-		reason:   fmt.Sprintf("%d of %d nodes answer, %d of them hold state", len(answers)+1, total, holders),
-	}
-	switch {
-	case holders > 0:
-		v.reason += "; a majority that holds state must answer, for nothing that was acknowledged to be lost"
-	case !v.majority || len(empty) < total && !patient:
-		v.reason += fmt.Sprintf("; all must answer, or a majority for %v", formPatience)
-	case begun != "":
-		v.join = begun
-	default:
-		v.form = slices.Min(empty) == f.cfg.NodeID
-		v.reason += "; node " + slices.Min(empty) + " is to form the cluster"
-	}
-	return v
-}
-
-// seekGrants asks the nodes that answered to let this one form the cluster. It returns the new cluster's id, and
-// whether a majority, this node included, lets it.
-func (f *formation) seekGrants(ctx context.Context, answers map[string]holding) (cluster string, granted bool) {
-	cluster = rand.Text()
-	if f.grant(f.cfg.NodeID, cluster) != nil {
-		return "", false
-	}
-	ctx, cancel := context.WithTimeout(ctx, askTimeout)
-	defer cancel()
-	return cluster, majority(ctx, slices.Collect(maps.Keys(answers)), len(f.cfg.Peers)/2, func(ctx context.Context, node string) bool {
-		_, err := f.peers.call(ctx, node, opGrant, []byte(cluster))
-		return err == nil
-	})
-}
-
-// grant lets a node form a cluster with this one. It is good manners and no vote, so it is kept nowhere: if two nodes
-// form one each nothing is lost, but one of the two will have to be emptied by hand.
-func (f *formation) grant(to, cluster string) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.cluster != "" {
-		return errors.New("this node is of a cluster already")
-	}
-	if f.grantee != "" && f.grantee != to && time.Since(f.grantedAt) < grantHold {
-		return fmt.Errorf("node %s is forming the cluster", f.grantee)
-	}
-	f.granted, f.grantee, f.grantedAt = cluster, to, time.Now()
-	return nil
-}
-
-func (f *formation) handleGrant(_ context.Context, from string, request []byte) ([]byte, error) {
-	return nil, f.grant(from, string(request))
-}
-
-// hear is called when a peer speaks to this node in a cluster's name.
-func (f *formation) hear() {
-	select {
-	case f.look <- struct{}{}:
-	default:
-	}
-}
-
-// join makes this node one of the cluster, for good.
-func (f *formation) join(cluster string, founder bool) error {
-	by := byte(foundedElsewhere)
-	if founder {
-		by = foundedHere
-	}
-	if err := f.store.stable.Set(keyCluster, append([]byte{by}, cluster...)); err != nil {
-		return fmt.Errorf("store the cluster id: %w", err)
-	}
-	f.mu.Lock()
-	f.cluster, f.founder = cluster, founder
-	f.mu.Unlock()
-	f.log.Info("this node is of a cluster", "cluster", cluster, "formed-it", founder)
-	return nil
-}
-
-// others returns the ids of the other nodes in PEERS.
-func (f *formation) others() []string {
-	var ids []string
-	for _, p := range f.cfg.Peers {
-		if p.ID != f.cfg.NodeID {
-			ids = append(ids, p.ID)
-		}
-	}
-	return ids
+	return f.waitsFor
 }
 
 // holding is what a node tells another that it has.
 type holding struct {
 	Cluster   string `json:"cluster"`
-	LastIndex uint64 `json:"last_index"` // of its log or snapshot
+	LastTerm  uint64 `json:"last_term"` // of the newest entry in its log or snapshot
+	LastIndex uint64 `json:"last_index"`
+	// Lost says that the node counts as one without state: it has no cluster, or had lost all and has not been brought up.
+	Lost bool `json:"lost"`
+	// Fresh says that it formed its cluster, which has had no leader yet.
+	Fresh bool `json:"fresh"`
+	Leads bool `json:"leads"`
+	Votes bool `json:"votes"`
+}
+
+// nothing says whether h is all there is, nothing was ever acknowledged.
+func (h holding) nothing() bool { return h.LastIndex == 0 || h.Fresh && h.LastIndex == 1 }
+
+// holds returns what this node has.
+func (f *formation) holds() (holding, error) {
+	s := f.current() // before the index, which only grows: a founder must not look fresh when it is not
+	index, term, err := f.store.lastEntry()
+	return holding{
+		Cluster: s.cluster, LastTerm: term, LastIndex: index,
+		// A gated node's files are not given up for another cluster: with them on disk it waits.
+		Lost:  s.cluster == "" || s.kind == standGated && f.cfg.KVStore == storeMemory,
+		Fresh: s.kind == standFounder && index <= s.base,
+		Leads: f.leads(),
+		Votes: s.cluster != "" && s.kind != standGated,
+	}, err
 }
 
 func (f *formation) handleHolding(context.Context, string, []byte) ([]byte, error) {
-	last, err := f.store.lastIndex()
+	h, err := f.holds()
 	if err != nil {
 		return nil, err
 	}
-	return json.Marshal(holding{f.id(), last})
+	return json.Marshal(h)
 }
 
 // askAll asks nodes what they hold, all at once, and returns what was answered in time.
@@ -299,4 +219,289 @@ func (f *formation) askAll(ctx context.Context, nodes []string) map[string]holdi
 	}
 	wg.Wait()
 	return answers
+}
+
+// others returns the ids of the other nodes in PEERS.
+func (f *formation) others() []string {
+	var ids []string
+	for _, p := range f.cfg.Peers {
+		if p.ID != f.cfg.NodeID {
+			ids = append(ids, p.ID)
+		}
+	}
+	return ids
+}
+
+// census is what nodes say that they hold, those that answer and this one.
+type census struct {
+	total    int // in PEERS
+	answers  map[string]holding
+	lost     []string // in order
+	complete string   // the node with the most complete log, "" when none holds anything
+	leader   string   // a node that says it leads
+	founder  string   // a node whose cluster has had no leader yet; the first cluster's if there are several
+	ruling   string   // the cluster that a majority is of
+}
+
+// census asks the other nodes.
+func (f *formation) census(ctx context.Context) (census, error) {
+	answers := f.askAll(ctx, f.others())
+	mine, err := f.holds()
+	answers[f.cfg.NodeID] = mine
+	return newCensus(len(f.cfg.Peers), answers), err
+}
+
+func newCensus(total int, answers map[string]holding) census {
+	c := census{total: total, answers: answers}
+	members := make(map[string]int)
+	for _, node := range slices.Sorted(maps.Keys(answers)) {
+		h := answers[node]
+		if h.Lost {
+			c.lost = append(c.lost, node)
+		}
+		if h.Leads {
+			c.leader = node
+		}
+		if h.Fresh && (c.founder == "" || h.Cluster < answers[c.founder].Cluster) {
+			c.founder = node
+		}
+		best := answers[c.complete]
+		if !h.nothing() && (h.LastTerm > best.LastTerm || h.LastTerm == best.LastTerm && h.LastIndex > best.LastIndex) {
+			c.complete = node
+		}
+		if members[h.Cluster]++; h.Cluster != "" && members[h.Cluster] > total/2 {
+			c.ruling = h.Cluster
+		}
+	}
+	return c
+}
+
+// majorityLost says whether a majority of all nodes is without state.
+func (c census) majorityLost() bool { return len(c.lost) > c.total/2 }
+
+// forms returns the node that is to form a cluster from nothing, "" if none may: a majority must be without state, and
+// nobody hold any. It may be a majority only when that has been so for long.
+func (c census) forms(patient bool) string {
+	if c.complete == "" && c.majorityLost() && (patient || len(c.lost) == c.total) {
+		return c.lost[0]
+	}
+	return ""
+}
+
+// What a node does that is of a cluster and sees no leader.
+type stance int
+
+const (
+	staysOn    stance = iota
+	isOutdone         // a majority has formed another cluster: it must not serve any more
+	forgets           // it gives its cluster up, in which it has nothing to lose
+	isSurvivor        // it has the most complete log there is, and a majority has none
+)
+
+// stance returns what the given node should do.
+func (c census) stance(node string, store string) stance {
+	mine := c.answers[node]
+	toLose := !mine.Lost && !mine.nothing()
+	switch {
+	case c.ruling != "" && c.ruling != mine.Cluster && toLose:
+		return isOutdone
+	case c.ruling != "" && c.ruling != mine.Cluster,
+		len(c.answers) == c.total && c.complete == "" && c.founder == "", // its founder has lost all before anybody got anything
+		mine.Lost && c.founder != "" && c.answers[c.founder].Cluster != mine.Cluster:
+		return forgets
+	case store == storeMemory && c.majorityLost() && c.complete == node:
+		return isSurvivor
+	}
+	return staysOn
+}
+
+// String says what there is, to people.
+func (c census) String() string {
+	holders := 0
+	for _, h := range c.answers {
+		if !h.Lost && !h.nothing() {
+			holders++
+		}
+	}
+	return fmt.Sprintf("%d of %d nodes answer, %d of them without state, %d with it", len(c.answers), c.total, len(c.lost), holders)
+}
+
+// patience is how long something has been so without a break. Its zero value is ready.
+type patience struct{ since time.Time }
+
+// over says whether so has been true, in each call, for that long.
+func (p *patience) over(so bool, long time.Duration) bool {
+	if !so {
+		p.since = time.Time{}
+	} else if p.since.IsZero() {
+		p.since = time.Now()
+	}
+	return so && time.Since(p.since) >= long
+}
+
+// find returns once this node is of a cluster. admit asks a leader to bring this node up, and returns the cluster and
+// the term in which a majority without this node confirmed that leader.
+func (f *formation) find(ctx context.Context, admit func(ctx context.Context, leader string) (cluster string, term uint64, err error)) error {
+	var ripe patience
+	var said time.Time // when the log was last told what is being waited for
+	for f.id() == "" {
+		c, err := f.census(ctx)
+		if err != nil {
+			return err
+		}
+		patient := ripe.over(c.majorityLost() && c.complete == "", f.patience)
+		switch {
+		case c.leader != "" && f.joinLeader(ctx, c.leader, admit):
+		case c.founder != "":
+			// That cluster had had no leader when its founder answered, so nothing that this node could have said in it and
+			// forgotten counts.
+			err = f.become(standing{kind: standMember, cluster: c.answers[c.founder].Cluster}, c.founder)
+		case c.forms(patient) == f.cfg.NodeID:
+			if id, granted := f.seekGrants(ctx, c); granted {
+				err = f.become(standing{kind: standFounder, base: 1, cluster: id}, f.cfg.NodeID)
+			}
+		}
+		if err != nil && !errors.Is(err, errPromised) {
+			return err
+		}
+		f.waits("the node is of no cluster yet: " + f.advice(c))
+		if time.Since(said) > sayInterval && f.id() == "" {
+			f.log.Info("looking for the cluster", "waits-for", f.advice(c))
+			said = time.Now()
+		}
+		if !f.pause(ctx, formInterval) {
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+// joinLeader makes this node one that a leader brings up, if that leader is confirmed. Whatever this node acknowledged
+// or voted for before it lost it was in this term or an earlier one, so it must not listen to earlier leaders.
+func (f *formation) joinLeader(ctx context.Context, leader string,
+	admit func(ctx context.Context, leader string) (cluster string, term uint64, err error),
+) bool {
+	cluster, term, err := admit(ctx, leader)
+	if err == nil {
+		err = errors.Join(f.store.stable.SetUint64(keyCurrentTerm, term), f.become(standing{kind: standGated, cluster: cluster}, ""))
+	}
+	if err != nil {
+		f.log.Debug("a node that says it leads does not bring this one up", "node", leader, "error", err)
+	}
+	return err == nil
+}
+
+// keyCurrentTerm is where Raft keeps its term.
+var keyCurrentTerm = []byte("CurrentTerm")
+
+// advice says what a node without a leader waits for, and what people can do about it.
+func (f *formation) advice(c census) string {
+	switch {
+	case c.leader != "":
+		return c.String() + "; node " + c.leader + ", which leads, must be confirmed by a majority without this node"
+	case c.majorityLost() && c.complete == "":
+		return fmt.Sprintf("%v; all must answer, or a majority for %v; then node %s forms the cluster", c, f.patience, c.lost[0])
+	case c.majorityLost() && f.cfg.KVStore == storeMemory:
+		return fmt.Sprintf("%v; when this has been so for %v, node %s, whose log is the most complete, leads with what it has",
+			c, f.patience, c.complete)
+	case c.majorityLost():
+		return fmt.Sprintf("%v; a majority has lost its state, so what was acknowledged may be lost: start the missing nodes with their "+
+			"state directories; if those are gone, stop node %s, whose log is the most complete, copy its STATE_DIR to nodes without state "+
+			"until a majority has it, and start them", c, c.complete)
+	}
+	return c.String() + "; more nodes must answer, so that nothing that was acknowledged is lost"
+}
+
+// pause waits for a while or until a peer has spoken. It returns false when ctx has ended.
+func (f *formation) pause(ctx context.Context, interval time.Duration) bool {
+	timer := time.NewTimer(interval)
+	defer timer.Stop()
+	select {
+	case <-f.look:
+	case <-timer.C:
+	case <-ctx.Done():
+		return false
+	}
+	return true
+}
+
+// hear is called when a peer speaks to this node in a cluster's name.
+func (f *formation) hear() {
+	select {
+	case f.look <- struct{}{}:
+	default:
+	}
+}
+
+// seekGrants asks the nodes without state to let this node form a cluster with them. It returns an id for that, and
+// whether at this moment a majority of all nodes is without state and will be for the rest of grantHold: what a majority
+// of an older cluster acknowledged is lost by then, and the older cluster will never get anything done again.
+func (f *formation) seekGrants(ctx context.Context, c census) (cluster string, granted bool) {
+	began := time.Now()
+	others, needed := slices.Clone(c.lost), c.total/2+1
+	if i := slices.Index(others, f.cfg.NodeID); i >= 0 {
+		if f.grant(f.cfg.NodeID) != nil {
+			return "", false
+		}
+		others, needed = slices.Delete(others, i, i+1), needed-1
+	}
+	ctx, cancel := context.WithTimeout(ctx, askTimeout)
+	defer cancel()
+	granted = majority(ctx, others, needed, func(ctx context.Context, node string) bool {
+		_, err := f.peers.call(ctx, node, opGrant, nil)
+		return err == nil
+	})
+	return rand.Text(), granted && time.Since(began) < grantHold/2 // this process may have been paused
+}
+
+var errPromised = errors.New("this node has promised another one to form a cluster with it")
+
+// promised is called with f.mu held.
+func (f *formation) promised() bool {
+	return f.granted != "" && time.Since(f.grantedAt) < grantHold
+}
+
+// grant promises a node that this one is without state, and stays so for grantHold, but for a cluster which that node
+// forms.
+func (f *formation) grant(to string) error {
+	h, err := f.holds()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	switch {
+	case err != nil:
+		return err
+	case !h.Lost || f.standing.kind == standMember || f.standing.kind == standFounder:
+		return errors.New("this node is of a cluster")
+	case f.promised() && f.granted != to:
+		return errPromised
+	}
+	f.granted, f.grantedAt = to, time.Now()
+	return nil
+}
+
+func (f *formation) handleGrant(_ context.Context, from string, _ []byte) ([]byte, error) {
+	return nil, f.grant(from)
+}
+
+// lastEntry returns the index and term of the newest entry that is stored, or that a stored snapshot covers.
+func (s *storage) lastEntry() (index, term uint64, err error) {
+	snapshots, err := s.snapshots.List()
+	if err != nil {
+		return 0, 0, fmt.Errorf("list snapshots: %w", err)
+	}
+	if len(snapshots) > 0 {
+		index, term = snapshots[0].Index, snapshots[0].Term
+	}
+	last, err := s.logs.LastIndex()
+	if err != nil || last <= index {
+		return index, term, err
+	}
+	var entry raft.Log
+	if err := s.logs.GetLog(last, &entry); err != nil {
+		if errors.Is(err, raft.ErrLogNotFound) { // it has been replaced at this moment
+			return s.lastEntry()
+		}
+		return 0, 0, fmt.Errorf("read log entry %d: %w", last, err)
+	}
+	return last, entry.Term, nil
 }

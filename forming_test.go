@@ -1,7 +1,7 @@
 package main
 
 import (
-	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -21,11 +21,11 @@ import (
 // newTestFormation returns the formation of the node with the given id in a cluster of total nodes: node1, node2, ...
 func newTestFormation(t *testing.T, id string, total int) *formation {
 	t.Helper()
-	cfg := &Config{NodeID: id, KVStore: storeBolt} // although the storage is in memory, which is quicker
+	cfg := &Config{NodeID: id, KVStore: storeMemory}
 	for i := range total {
 		cfg.Peers = append(cfg.Peers, Peer{ID: fmt.Sprintf("node%d", i+1)})
 	}
-	f := newFormation(cfg, hclog.NewNullLogger())
+	f := newFormation(cfg, hclog.NewNullLogger(), func() bool { return false })
 	err := f.open(openTestStorage(t, storeMemory, ""), nil)
 	if err != nil {
 		t.Fatal(err)
@@ -33,208 +33,261 @@ func newTestFormation(t *testing.T, id string, total int) *formation {
 	return f
 }
 
-func TestJudgeOfWhatOthersHold(t *testing.T) {
-	// What a node can answer.
-	empty := holding{}
-	joined := func(cluster string) holding { return holding{cluster, 0} } // and got nothing yet
-	begun := func(cluster string) holding { return holding{cluster, 1} }  // with the entry that the log begins with
-	holds := func(cluster string) holding { return holding{cluster, 500} }
-	barely := func(cluster string) holding { return holding{cluster, 2} }
+// What a node can answer.
+func nothingHeld() holding              { return holding{Lost: true} }
+func joinedOnly(cluster string) holding { return holding{Cluster: cluster, Votes: true} }
+func founded(cluster string) holding {
+	return holding{Cluster: cluster, LastTerm: 1, LastIndex: 1, Fresh: true, Votes: true}
+}
 
+func holdsUpTo(cluster string, term, index uint64) holding {
+	return holding{Cluster: cluster, LastTerm: term, LastIndex: index, Votes: true}
+}
+
+func gatedAt(cluster string, index uint64, lost bool) holding {
+	return holding{Cluster: cluster, LastTerm: 2, LastIndex: index, Lost: lost}
+}
+
+func TestWhoFormsACluster(t *testing.T) {
 	type answers map[string]holding
-	waits := verdict{}
-	forms := verdict{form: true, majority: true}
-	ripens := verdict{majority: true} // it waits, and the time until it does not runs
-	joins := func(cluster string) verdict { return verdict{join: cluster} }
-	joinsBegun := func(cluster string) verdict { return verdict{join: cluster, majority: true} }
+	empty, holds := nothingHeld(), holdsUpTo("A", 2, 500)
 	tests := []struct {
-		name    string
-		self    string
-		total   int
-		granted string
-		patient bool
-		answers answers
-		want    verdict
+		name          string
+		total         int
+		answers       answers
+		at1, after30s string
 	}{
-		// (a) All say they have none: the first of them forms the cluster at once.
-		{"three, all empty, the first", "node1", 3, "", false, answers{"node2": empty, "node3": empty}, forms},
-		{"three, all empty, the second", "node2", 3, "", false, answers{"node1": empty, "node3": empty}, ripens},
-		{"three, all empty, the last", "node3", 3, "", false, answers{"node1": empty, "node2": empty}, ripens},
-		{"five, all empty, the first", "node1", 5, "", false, answers{"node2": empty, "node3": empty, "node4": empty, "node5": empty}, forms},
-		{"five, all empty, the last", "node5", 5, "", false, answers{"node1": empty, "node2": empty, "node3": empty, "node4": empty}, ripens},
-		{"two, both empty", "node1", 2, "", false, answers{"node2": empty}, forms},
-
-		// (b) A majority says so and nobody with state answers: they form it, but only after a while.
-		{"three, one silent, at first", "node1", 3, "", false, answers{"node2": empty}, ripens},
-		{"three, one silent, for long", "node1", 3, "", true, answers{"node2": empty}, forms},
-		{"three, the first silent, for long", "node2", 3, "", true, answers{"node3": empty}, forms},
-		{"three, the first silent, for long, the last", "node3", 3, "", true, answers{"node2": empty}, ripens},
-		{"five, two silent, at first", "node1", 5, "", false, answers{"node3": empty, "node5": empty}, ripens},
-		{"five, two silent, for long", "node1", 5, "", true, answers{"node3": empty, "node5": empty}, forms},
-		{"five, one silent, at first", "node1", 5, "", false, answers{"node2": empty, "node3": empty, "node5": empty}, ripens},
-		{"five, one silent, for long", "node2", 5, "", true, answers{"node3": empty, "node4": empty, "node5": empty}, forms},
-
-		// (e) No majority answers: it waits for ever.
-		{"three, alone", "node1", 3, "", false, answers{}, waits},
-		{"three, alone for long", "node1", 3, "", true, answers{}, waits},
-		{"two, alone for long", "node1", 2, "", true, answers{}, waits},
-		{"four, a half for long", "node1", 4, "", true, answers{"node2": empty}, waits},
-		{"five, two for long", "node1", 5, "", true, answers{"node2": empty}, waits},
-
-		// (c) A majority without it is of one cluster: it is of that, whatever the rest says.
-		{"three, the others hold state", "node1", 3, "", false, answers{"node2": holds("A"), "node3": holds("A")}, joins("A")},
-		{"three, the others hold state, one of them nothing yet", "node1", 3, "", false, answers{"node2": holds("A"), "node3": joined("A")}, joins("A")},
-		{"three, the others have begun", "node3", 3, "", false, answers{"node1": begun("A"), "node2": joined("A")}, joins("A")},
-		{"three, the others hold state, another was granted", "node1", 3, "B", false, answers{"node2": holds("A"), "node3": holds("A")}, joins("A")},
-		{"five, three hold state, one is silent", "node1", 5, "", false, answers{"node2": holds("A"), "node3": holds("A"), "node5": holds("A")}, joins("A")},
-		{"five, three hold state, one is empty", "node1", 5, "", false, answers{"node2": holds("A"), "node3": holds("A"), "node4": empty, "node5": holds("A")}, joins("A")},
-		{"five, three hold state, one of another cluster", "node1", 5, "", true, answers{"node2": holds("A"), "node3": holds("A"), "node4": holds("B"), "node5": holds("A")}, joins("A")},
-
-		// (e) Somebody holds state and no majority does: the silent ones may hold what was acknowledged.
-		{"three, one holds state, one is silent", "node1", 3, "", false, answers{"node2": holds("A")}, waits},
-		{"three, one holds state, one is silent for long", "node1", 3, "", true, answers{"node2": holds("A")}, waits},
-		{"three, one holds state, one is empty", "node1", 3, "", false, answers{"node2": holds("A"), "node3": empty}, waits},
-		{"three, one holds state, one is empty for long", "node1", 3, "", true, answers{"node2": holds("A"), "node3": empty}, waits},
-		{"three, one holds a single entry of its own", "node1", 3, "", true, answers{"node2": barely("A"), "node3": empty}, waits},
-		{"three, two clusters", "node1", 3, "", true, answers{"node2": holds("A"), "node3": holds("B")}, waits},
-		{"three, one holds state and had the grant", "node1", 3, "A", true, answers{"node2": holds("A"), "node3": empty}, waits},
-		{"four, a half holds state", "node1", 4, "", true, answers{"node2": holds("A"), "node3": holds("A")}, waits},
-		{"five, one holds state, a majority is empty", "node1", 5, "", true, answers{"node2": holds("A"), "node3": empty, "node4": empty, "node5": empty}, waits},
-		{"five, two hold state, two are silent", "node1", 5, "", true, answers{"node2": holds("A"), "node3": holds("A")}, waits},
-		{"five, two hold state, two are empty", "node1", 5, "", true, answers{"node2": holds("A"), "node3": holds("A"), "node4": empty, "node5": empty}, waits},
-		{"five, two clusters", "node1", 5, "", true, answers{"node2": holds("A"), "node3": holds("A"), "node4": holds("B"), "node5": holds("B")}, waits},
-
-		// A cluster that was formed and got no further counts as nothing, but there need be no second.
-		{"three, one has formed a cluster", "node2", 3, "", false, answers{"node1": begun("A"), "node3": empty}, joinsBegun("A")},
-		{"three, one has stored its id alone", "node2", 3, "", false, answers{"node1": joined("A"), "node3": empty}, joinsBegun("A")},
-		{"three, one has formed it, one is silent, at first", "node2", 3, "", false, answers{"node1": begun("A")}, ripens},
-		{"three, one has formed it, one is silent, for long", "node2", 3, "", true, answers{"node1": begun("A")}, joinsBegun("A")},
-		{"three, two have formed one each", "node3", 3, "", false, answers{"node1": begun("B"), "node2": begun("A")}, joinsBegun("A")},
-		{"five, two are of it", "node5", 5, "", false, answers{"node1": begun("A"), "node2": joined("A"), "node3": empty, "node4": empty}, joinsBegun("A")},
-		{"five, it formed, and no majority answers", "node5", 5, "", true, answers{"node1": begun("A")}, waits},
-
-		// One that was let form the cluster by this node has done so.
-		{"three, the grantee formed it, one is silent", "node2", 3, "A", false, answers{"node1": begun("A")}, joins("A")},
-		{"three, the grantee stored its id alone", "node2", 3, "A", false, answers{"node1": joined("A"), "node3": empty}, joins("A")},
-		{"five, the grantee formed it, the rest is silent", "node2", 5, "A", false, answers{"node1": begun("A")}, joins("A")},
-		{"three, the grantee has not formed it yet", "node2", 3, "A", false, answers{"node1": empty, "node3": empty}, ripens},
-		{"three, another formed one than the grantee", "node2", 3, "A", false, answers{"node1": begun("B")}, ripens},
+		// (a) All say they have none, or it is alone.
+		{"one", 1, answers{"node1": empty}, "node1", "node1"},
+		{"three, all empty", 3, answers{"node1": empty, "node2": empty, "node3": empty}, "node1", "node1"},
+		// (b) A majority says so and nobody with state answers.
+		{"three, one silent", 3, answers{"node2": empty, "node3": empty}, "", "node2"},
+		{"five, two silent", 5, answers{"node2": empty, "node3": empty, "node5": empty}, "", "node2"},
+		{"five, one silent", 5, answers{"node2": empty, "node3": empty, "node4": empty, "node5": empty}, "", "node2"},
+		{
+			"three, one was being brought up and had got nothing, on disk", 3,
+			answers{"node1": empty, "node2": empty, "node3": gatedAt("A", 0, false)},
+			"", "node1",
+		},
+		// (d), (e) Somebody holds something, or too few answer.
+		{"three, one silent, one holds state", 3, answers{"node1": empty, "node2": holds}, "", ""},
+		{"three, one holds state", 3, answers{"node1": empty, "node2": empty, "node3": holds}, "", ""},
+		{
+			"three, one was being brought up, in memory", 3,
+			answers{"node1": empty, "node2": empty, "node3": gatedAt("A", 7, true)},
+			"", "",
+		},
+		{
+			"three, one was being brought up, on disk", 3,
+			answers{"node1": empty, "node2": empty, "node3": gatedAt("A", 7, false)},
+			"", "",
+		},
+		{"three, alone", 3, answers{"node1": empty}, "", ""},
+		{"two, one silent", 2, answers{"node1": empty}, "", ""},
+		{"four, a half", 4, answers{"node1": empty, "node2": empty}, "", ""},
+		{"three, one of a cluster with nothing in it", 3, answers{"node1": empty, "node2": joinedOnly("A")}, "", ""},
 	}
 	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			f := newTestFormation(t, tt.self, tt.total)
-			f.granted = tt.granted
-			for range 5 { // the answers come in any order
-				got := f.judge(tt.answers, tt.patient)
-				if got.join == "" && !got.form && got.reason == "" {
-					t.Error("got no reason for waiting; want one")
-				}
-				got.reason = ""
-				if got != tt.want {
-					t.Fatalf("got %+v; want %+v", got, tt.want)
-				}
-			}
-		})
+		c := newCensus(tt.total, tt.answers)
+		if at1, after30s := c.forms(false), c.forms(true); at1 != tt.at1 || after30s != tt.after30s {
+			t.Errorf("%s: got %q at once, %q after a while; want %q, %q", tt.name, at1, after30s, tt.at1, tt.after30s)
+		}
 	}
 }
 
-// However the answers come out, and whatever was granted, a node forms no cluster and takes up no lesser one while any
-// node that answers holds state.
-func TestNoVerdictCostsAnAcknowledgedWrite(t *testing.T) {
+func TestStanceOfANodeWithoutALeader(t *testing.T) {
+	type answers map[string]holding // of node1, about which it is, and others
+	empty, holds := nothingHeld(), holdsUpTo("A", 2, 500)
+	tests := []struct {
+		name         string
+		total        int
+		answers      answers
+		memory, bolt stance
+	}{
+		{"alone", 3, answers{"node1": holds}, staysOn, staysOn},
+		{"with another that has state", 3, answers{"node1": holds, "node2": holds}, staysOn, staysOn},
+		{"a minority has lost its state", 5, answers{"node1": holds, "node2": empty, "node3": empty}, staysOn, staysOn},
+		{"a majority has lost its state", 3, answers{"node1": holds, "node2": empty, "node3": empty}, isSurvivor, staysOn},
+		{
+			"a majority has, and another survivor has a longer log", 5,
+			answers{"node1": holds, "node2": holdsUpTo("A", 2, 501), "node3": empty, "node4": empty, "node5": empty},
+			staysOn, staysOn,
+		},
+		{
+			"a majority has, and another survivor has a log of a later term", 5,
+			answers{"node1": holds, "node2": holdsUpTo("A", 3, 400), "node3": empty, "node4": empty, "node5": empty},
+			staysOn, staysOn,
+		},
+		{
+			"a majority has, and another survivor has a shorter log", 5,
+			answers{"node1": holds, "node2": holdsUpTo("A", 2, 499), "node3": empty, "node4": empty, "node5": empty},
+			isSurvivor, staysOn,
+		},
+		{
+			"it was being brought up, and the rest of a majority has lost its state", 3,
+			answers{"node1": gatedAt("A", 400, true), "node2": empty},
+			isSurvivor, isSurvivor,
+		},
+		{"a majority is of another cluster", 3, answers{"node1": holds, "node2": joinedOnly("B"), "node3": founded("B")}, isOutdone, isOutdone},
+		{"a minority is of another cluster", 3, answers{"node1": holds, "node2": founded("B")}, staysOn, staysOn},
+		{
+			"it was being brought up, and a majority is of another cluster", 3,
+			answers{"node1": gatedAt("A", 400, true), "node2": holdsUpTo("B", 2, 9), "node3": holdsUpTo("B", 2, 9)},
+			forgets, forgets,
+		},
+		{
+			"it was being brought up, and another cluster forms", 3,
+			answers{"node1": gatedAt("A", 400, true), "node2": founded("B")},
+			forgets, forgets,
+		},
+		{
+			"it was being brought up on disk, and another cluster forms", 3,
+			answers{"node1": gatedAt("A", 400, false), "node2": founded("B")},
+			staysOn, staysOn,
+		},
+		{
+			"it founded a cluster, and a majority is of another", 3,
+			answers{"node1": founded("A"), "node2": joinedOnly("B"), "node3": founded("B")},
+			forgets, forgets,
+		},
+		{
+			"its founder is without state, and nobody has anything", 3,
+			answers{"node1": joinedOnly("A"), "node2": joinedOnly("A"), "node3": empty},
+			forgets, forgets,
+		},
+		{
+			"its founder is silent, and nobody has anything", 3,
+			answers{"node1": joinedOnly("A"), "node2": joinedOnly("A")},
+			staysOn, staysOn,
+		},
+		{
+			"its founder has had no leader yet", 3,
+			answers{"node1": joinedOnly("A"), "node2": founded("A"), "node3": empty},
+			staysOn, staysOn,
+		},
+	}
+	for _, tt := range tests {
+		c := newCensus(tt.total, tt.answers)
+		if memory, bolt := c.stance("node1", storeMemory), c.stance("node1", storeBolt); memory != tt.memory || bolt != tt.bolt &&
+			!tt.answers["node1"].Lost { // which no node with files says of itself
+			t.Errorf("%s: got %v in memory, %v on disk; want %v, %v", tt.name, memory, bolt, tt.memory, tt.bolt)
+		}
+	}
+}
+
+// However the answers come out, a node with state gives it up only when a majority has none or has another cluster, and
+// none forms a cluster while somebody that answers has state.
+func TestNoStanceCostsAnAcknowledgedWrite(t *testing.T) {
 	random := rand.New(rand.NewPCG(5, 6))
-	for range 20_000 {
+	all := []holding{
+		nothingHeld(), joinedOnly("A"), joinedOnly("B"), founded("A"), founded("B"), holdsUpTo("A", 2, 7), holdsUpTo("A", 3, 6),
+		holdsUpTo("B", 2, 9), gatedAt("A", 5, true), gatedAt("B", 0, true),
+	}
+	for range 50_000 {
 		total := 3 + 2*random.IntN(2)
-		f := newTestFormation(t, fmt.Sprintf("node%d", 1+random.IntN(total)), total)
-		f.granted = []string{"", "A", "B"}[random.IntN(3)]
-		answers, holders := make(map[string]holding), 0
-		ofCluster := make(map[string]int)
-		for _, node := range f.others() {
-			h := holding{[]string{"", "A", "B"}[random.IntN(3)], []uint64{0, 1, 2, 500}[random.IntN(4)]}
-			if h.Cluster == "" {
-				h.LastIndex = 0
+		answers := map[string]holding{"node1": all[random.IntN(len(all))]}
+		lost, ofOther, holders := 0, 0, 0
+		for i := 2; i <= total; i++ {
+			if random.IntN(4) > 0 { // else it is silent
+				answers[fmt.Sprintf("node%d", i)] = all[random.IntN(len(all))]
 			}
-			if random.IntN(3) == 0 {
-				continue // silent
+		}
+		mine := answers["node1"]
+		for _, h := range answers {
+			if h.Lost {
+				lost++
 			}
-			answers[node] = h
-			if h.Cluster != "" {
-				ofCluster[h.Cluster]++
+			if h.Cluster != "" && h.Cluster != mine.Cluster {
+				ofOther++
 			}
 			if h.LastIndex > 1 {
 				holders++
 			}
 		}
-		v := f.judge(answers, random.IntN(2) == 0)
-		if holders > 0 && (v.form || v.join != "" && ofCluster[v.join] <= total/2) {
-			t.Fatalf("%d nodes, answers %+v: got %+v; want it to wait", total, answers, v)
+		c := newCensus(total, answers)
+		if c.forms(true) != "" && (holders > 0 || 2*lost <= total) {
+			t.Fatalf("%d nodes, answers %+v: %s forms a cluster; want none", total, answers, c.forms(true))
 		}
-		if v.form && (v.join != "" || 2*(len(answers)+1) <= total) {
-			t.Fatalf("%d nodes, answers %+v: got %+v; want a majority to form a cluster, and no other", total, answers, v)
+		got := c.stance("node1", storeMemory)
+		toLose := mine.LastIndex > 1 && !mine.Lost
+		if got == isOutdone && 2*ofOther <= total || got == isSurvivor && 2*lost <= total || got == forgets && toLose {
+			t.Fatalf("%d nodes, answers %+v: got stance %v of node1", total, answers, got)
 		}
 	}
 }
 
 func TestGrants(t *testing.T) {
 	f := newTestFormation(t, "node3", 3)
-	steps := []struct {
+	for _, step := range []struct {
 		name  string
 		to    string
-		id    string
 		after time.Duration // since the grant before
-		fails string
+		fails error
 	}{
-		{"the first", "node1", "A", 0, ""},
-		{"another node at once", "node2", "B", 0, "node node1 is forming the cluster"},
-		{"itself at once", "node3", "C", 0, "node node1 is forming the cluster"},
-		{"another node a little later", "node2", "B", grantHold - time.Second, "node node1 is forming the cluster"},
-		{"the same node again", "node1", "D", 0, ""},
-		{"another node when that is over", "node2", "B", grantHold, ""},
-		{"the former node", "node1", "A", 0, "node node2 is forming the cluster"},
-	}
-	granted := ""
-	for _, step := range steps {
+		{"the first", "node1", 0, nil},
+		{"another node at once", "node2", 0, errPromised},
+		{"itself at once", "node3", 0, errPromised},
+		{"another node a little later", "node2", grantHold - time.Second, errPromised},
+		{"the same node again", "node1", 0, nil},
+		{"another node when that is over", "node2", grantHold, nil},
+		{"the former node", "node1", 0, errPromised},
+	} {
 		f.grantedAt = f.grantedAt.Add(-step.after)
-		answer, err := f.handleGrant(t.Context(), step.to, []byte(step.id))
-		if step.fails == "" {
-			granted = step.id
-		}
-		if (err == nil) != (step.fails == "") || err != nil && err.Error() != step.fails || len(answer) > 0 {
-			t.Errorf("%s: got answer %q, error %v; want none and %q", step.name, answer, err, step.fails)
-		}
-		if f.granted != granted {
-			t.Errorf("%s: got %q granted; want %q", step.name, f.granted, granted)
+		if _, err := f.handleGrant(t.Context(), step.to, nil); !errors.Is(err, step.fails) {
+			t.Errorf("%s: got error %v; want %v", step.name, err, step.fails)
 		}
 		f.grantedAt = f.grantedAt.Add(step.after)
 	}
-	if err := f.join("X", false); err != nil {
+	member := standing{kind: standMember, cluster: "X"}
+	if err := f.become(member, "node1"); !errors.Is(err, errPromised) {
+		t.Errorf("got error %v for a cluster of another node than the promise was to; want %v", err, errPromised)
+	}
+	if err := f.become(standing{kind: standGated, cluster: "X"}, "node2"); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.handleGrant(t.Context(), "node2", []byte("B")); err == nil {
-		t.Error("of a cluster already: got no error; want one")
+	if _, err := f.handleGrant(t.Context(), "node2", nil); err != nil {
+		t.Errorf("being brought up, in memory: got error %v; want none", err)
+	}
+	if err := f.become(member, ""); !errors.Is(err, errPromised) {
+		t.Errorf("got error %v for passing the gate within the promise; want %v", err, errPromised)
+	}
+	f.grantedAt = f.grantedAt.Add(-grantHold)
+	if err := f.become(member, ""); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.handleGrant(t.Context(), "node2", nil); err == nil {
+		t.Error("a full member: got no error; want one")
 	}
 }
 
 func TestFormationFindsWhatItStored(t *testing.T) {
-	peers := []Peer{{ID: "node1"}, {ID: "node2"}, {ID: "node3"}}
-	for _, founder := range []bool{true, false} {
+	cfg := &Config{NodeID: "node1", KVStore: storeBolt, Peers: []Peer{{ID: "node1"}, {ID: "node2"}, {ID: "node3"}}}
+	open := func(dir string) (*formation, error) {
+		f := newFormation(cfg, hclog.NewNullLogger(), func() bool { return false })
+		return f, f.open(openTestStorage(t, storeBolt, dir), nil)
+	}
+	for _, want := range []standing{
+		{kind: standFounder, base: 1, cluster: "CLUSTER"}, {kind: standMember, cluster: "CLUSTER"}, {kind: standGated, cluster: "CLUSTER"},
+	} {
 		dir := t.TempDir()
-		cfg := &Config{NodeID: "node1", KVStore: storeBolt, StateDir: dir, Peers: peers}
-		s := openTestStorage(t, storeBolt, dir)
-		f := newFormation(cfg, hclog.NewNullLogger())
-		err := f.open(s, nil)
+		f, err := open(dir)
 		if err != nil || f.id() != "" {
 			t.Fatalf("got cluster %q, error %v; want none", f.id(), err)
 		}
-		if err := errors.Join(f.join("CLUSTER", founder), s.close()); err != nil {
+		if err := errors.Join(f.become(want, ""), f.store.close()); err != nil {
 			t.Fatal(err)
 		}
-		f = newFormation(cfg, hclog.NewNullLogger())
-		err = f.open(openTestStorage(t, storeBolt, dir), nil)
-		if err != nil || f.id() != "CLUSTER" {
-			t.Fatalf("got cluster %q, error %v; want CLUSTER and none", f.id(), err)
+		f, err = open(dir)
+		if err != nil || f.current() != want {
+			t.Errorf("got %v, error %v; want %v", f.current(), err, want)
 		}
-		if got, err := f.find(t.Context()); err != nil || got != founder { // without asking anybody
-			t.Errorf("got founder %v, error %v; want %v and none", got, err, founder)
+		if err := f.find(t.Context(), nil); err != nil { // without asking anybody
+			t.Errorf("got error %v; want none", err)
+		}
+	}
+	for _, damaged := range []string{"+", "+1234567", "+12345678", "-", "~", "?CLUSTER"} {
+		if s, err := decodeStanding([]byte(damaged)); err == nil {
+			t.Errorf("got %+v from %q; want an error", s, damaged)
 		}
 	}
 }
@@ -253,7 +306,7 @@ func TestFormationRefusesStateWithoutACluster(t *testing.T) {
 			dir := t.TempDir()
 			s := openTestStorage(t, storeBolt, dir)
 			write(t, s)
-			err := newFormation(&Config{StateDir: dir}, hclog.NewNullLogger()).open(s, nil)
+			err := newFormation(&Config{StateDir: dir}, hclog.NewNullLogger(), nil).open(s, nil)
 			if err == nil || !strings.Contains(err.Error(), dir) {
 				t.Errorf("got error %v; want one that names %s", err, dir)
 			}
@@ -264,12 +317,12 @@ func TestFormationRefusesStateWithoutACluster(t *testing.T) {
 func TestFormationOfABrokenStorage(t *testing.T) {
 	broken := errors.New("input/output error")
 	s := &storage{stable: &brokenStore{err: broken}, logs: &brokenStore{err: broken}, snapshots: &memorySnapshots{}}
-	if err := newFormation(&Config{}, hclog.NewNullLogger()).open(s, nil); !errors.Is(err, broken) {
+	if err := newFormation(&Config{}, hclog.NewNullLogger(), nil).open(s, nil); !errors.Is(err, broken) {
 		t.Errorf("got error %v; want %v", err, broken)
 	}
 	f := newTestFormation(t, "node1", 1)
 	f.store = s
-	if _, err := f.find(t.Context()); !errors.Is(err, broken) || f.id() != "" {
+	if err := f.find(t.Context(), nil); !errors.Is(err, broken) || f.id() != "" {
 		t.Errorf("got cluster %q, error %v; want none and %v", f.id(), err, broken)
 	}
 	if _, err := f.handleHolding(t.Context(), "node2", nil); !errors.Is(err, broken) {
@@ -301,7 +354,7 @@ func checkOneCluster(t *testing.T, c *testCluster) string {
 		if diff := cmp.Diff([]string{"node1", "node2", "node3"}, members); diff != "" {
 			t.Errorf("members of %s differ (-want +got):\n%s", node.cfg.NodeID, diff)
 		}
-		if node.form.founder {
+		if node.form.current().kind == standFounder {
 			founders = append(founders, node.cfg.NodeID)
 		}
 	}
@@ -353,7 +406,7 @@ func TestRestartOfAllNodesKeepsTheCluster(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t, 3, storeBolt)
 	want := checkOneCluster(t, c)
-	founder := slices.IndexFunc(c.nodes, func(n *testNode) bool { return n.form.founder })
+	founder := slices.IndexFunc(c.nodes, func(n *testNode) bool { return n.form.current().kind == standFounder })
 	if _, err := c.nodes[0].kv.Set(t.Context(), []Pair{{"k", "1"}}, Condition{}); err != nil {
 		t.Fatal(err)
 	}
@@ -383,7 +436,7 @@ func TestFounderThatStoppedBeforeAnybodyJoined(t *testing.T) {
 		do   func(*Config, *storage) error
 	}{
 		{"stored the cluster's id", func(_ *Config, s *storage) error {
-			return s.stable.Set(keyCluster, append([]byte{foundedHere}, cluster...))
+			return s.stable.Set(keyCluster, standing{kind: standFounder, base: 1, cluster: cluster}.encode())
 		}},
 		// The two writes of raft.BootstrapCluster.
 		{"stored the first term", func(_ *Config, s *storage) error {
@@ -443,7 +496,7 @@ func TestMajorityWithoutStateWaitsBesideASurvivor(t *testing.T) {
 	}
 	c.start(survivor)
 	for _, i := range c.followers(survivor) {
-		waitLooking(t, c.nodes[i], "hold state")
+		waitLooking(t, c.nodes[i], "without state, 1 with it")
 	}
 	if got := c.nodes[survivor].form.id(); got != want {
 		t.Errorf("got cluster %s; want %s", got, want)
@@ -550,8 +603,8 @@ func TestWipedNodeIsBroughtBack(t *testing.T) {
 	c.nodes[wiped].cfg.StateDir = t.TempDir()
 	c.start(wiped)
 	waitFor(t, "the wiped node to be ready", func() bool { return c.nodes[wiped].Ready() == nil })
-	if got := c.nodes[wiped].form.id(); got != want || c.nodes[wiped].form.founder {
-		t.Errorf("got cluster %s, founder %v; want %s, false", got, c.nodes[wiped].form.founder, want)
+	if got := c.nodes[wiped].form.id(); got != want || c.nodes[wiped].form.current().kind != standMember {
+		t.Errorf("got %+v; want a member of %s", c.nodes[wiped].form.current(), want)
 	}
 	if item, err := c.nodes[wiped].kv.Get(t.Context(), "k", Linearizable); err != nil || item.Value != "1" {
 		t.Errorf("got %q, error %v; want 1 and none", item.Value, err)
@@ -574,20 +627,31 @@ func TestHolding(t *testing.T) {
 	steps := []struct {
 		name string
 		do   func() error
-		want string
+		want holding
 	}{
-		{"nothing", func() error { return nil }, `{"cluster":"","last_index":0}`},
-		{"a cluster", func() error { return f.join("A", false) }, `{"cluster":"A","last_index":0}`},
-		{"entries", func() error { return f.store.logs.StoreLog(&raft.Log{Index: 7}) }, `{"cluster":"A","last_index":7}`},
-		{"a snapshot", func() error { writeSnapshot(t, f.store.snapshots, 9, ""); return nil }, `{"cluster":"A","last_index":9}`},
+		{"nothing", func() error { return nil }, holding{Lost: true}},
+		{"a cluster that it founds", func() error {
+			return f.become(standing{kind: standFounder, base: 1, cluster: "A"}, "")
+		}, holding{Cluster: "A", Fresh: true, Votes: true}},
+		{
+			"its first entry", func() error { return f.store.logs.StoreLog(&raft.Log{Index: 1, Term: 1}) },
+			holding{Cluster: "A", LastTerm: 1, LastIndex: 1, Fresh: true, Votes: true},
+		},
+		{"entries", func() error { return f.store.logs.StoreLog(&raft.Log{Index: 7, Term: 3}) }, holdsUpTo("A", 3, 7)},
+		{"a snapshot", func() error { writeSnapshot(t, f.store.snapshots, 9, ""); return nil }, holdsUpTo("A", 2, 9)},
+		{
+			"a gate", func() error { return f.become(standing{kind: standGated, cluster: "A"}, "") },
+			holding{Cluster: "A", LastTerm: 2, LastIndex: 9, Lost: true},
+		},
 	}
 	for _, step := range steps {
 		if err := step.do(); err != nil {
 			t.Fatal(err)
 		}
-		got, err := f.handleHolding(t.Context(), "node2", nil)
-		if err != nil || !bytes.Equal(got, []byte(step.want)) {
-			t.Errorf("%s: got %s, error %v; want %s and none", step.name, got, err, step.want)
+		answer, err := f.handleHolding(t.Context(), "node2", nil)
+		got := holding{}
+		if err = errors.Join(err, json.Unmarshal(answer, &got)); err != nil || got != step.want {
+			t.Errorf("%s: got %+v, error %v; want %+v and none", step.name, got, err, step.want)
 		}
 	}
 }

@@ -20,7 +20,13 @@ import (
 // waitFor waits until condition holds, and fails the test if it does not within 15 s.
 func waitFor(t testing.TB, what string, condition func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(15 * time.Second)
+	waitLong(t, 15*time.Second, what, condition)
+}
+
+// waitLong is waitFor with another limit.
+func waitLong(t testing.TB, limit time.Duration, what string, condition func() bool) {
+	t.Helper()
+	deadline := time.Now().Add(limit)
 	for !condition() {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited in vain for %s", what)

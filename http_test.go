@@ -660,7 +660,7 @@ func TestWithoutLeader(t *testing.T) {
 func TestErrorsHaveTheirStatus(t *testing.T) {
 	statuses := map[error]int{
 		conditionFailed(fmt.Errorf("%w", ErrCondition)): 412, ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503,
-		ErrNotConfirmed: 503, ErrStarting: 503, badRequest("what?"): 400, errors.New("node7 is broken"): 500,
+		ErrNotConfirmed: 503, ErrStarting: 503, ErrOutranked: 503, badRequest("what?"): 400, errors.New("node7 is broken"): 500,
 	}
 	for _, row := range statusOf {
 		if _, tested := statuses[row.err]; !tested {

@@ -34,6 +34,21 @@ type StateMachine interface {
 	Len() int
 }
 
+// Reformed is what a StateMachine may also be. Reformed is called when a cluster goes on from what a survivor has, after
+// a majority has lost its state: later commands may have been executed, and their results been seen, before at.
+type Reformed interface{ Reformed(at time.Time) }
+
+// survivor is the replica of a node whose log becomes the beginning of another cluster's (raft.RecoverCluster takes
+// the snapshot when all of the log is executed).
+type survivor struct{ *replica }
+
+func (s survivor) Snapshot() (raft.FSMSnapshot, error) {
+	if m, ok := s.machine.(Reformed); ok {
+		m.Reformed(time.Now())
+	}
+	return s.replica.Snapshot()
+}
+
 // replica is this node's copy of the state machine, as the raft package drives it (it is a raft.FSM).
 type replica struct {
 	mu      sync.RWMutex // guards machine: Apply and install write, Read reads

@@ -59,7 +59,11 @@ func run(args []string, getenv func(string) string, sig signals, stdout, stderr 
 	if action == "healthcheck" {
 		err = checkHealth(cfg)
 	} else {
-		err = serve(cfg, sig, newLogger(cfg, stderr))
+		log := newLogger(cfg, stderr)
+		again := new(startOver)
+		for err = serve(cfg, sig, log, nil); errors.As(err, &again); {
+			err = serve(cfg, sig, log, again.storage)
+		}
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "raftstarter:", err)
@@ -97,14 +101,17 @@ func newLogger(cfg *Config, w io.Writer) hclog.Logger {
 	return log
 }
 
-// serve runs the node until a signal or an error ends it.
-func serve(cfg *Config, sig signals, log hclog.Logger) error {
+// serve runs the node until a signal or an error ends it. If kept is not nil, it is the storage that the node goes on with.
+func serve(cfg *Config, sig signals, log hclog.Logger, kept *storage) error {
 	m := newMetrics()
 	if err := m.collectRaft(); err != nil {
 		return err
 	}
 	machine := newMachine()
 	store := NewStore(cfg, machine, m, log)
+	if kept != nil {
+		store.open = func(*Config, hclog.Logger, func(error)) (*storage, error) { return kept, nil }
+	}
 	store.OnChange(func(s RaftState) { // here a service of your own can react to being the leader, or no longer
 		log.Info("new raft state", "state", s.State, "leader", s.Leader, "term", s.Term)
 	})
@@ -138,6 +145,9 @@ func serve(cfg *Config, sig signals, log hclog.Logger) error {
 		case <-sig.reload:
 			log.Info("reload: nothing that is configured can change without a restart")
 		case err := <-store.Failed():
+			if errors.As(err, new(*startOver)) {
+				return errors.Join(err, shutdown(handler, web, time.Second, sig))
+			}
 			_ = listener.Close()
 			if open {
 				store.Abandon() // the process itself may hang in the kernel until the disk answers

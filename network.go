@@ -195,7 +195,8 @@ func (n *network) greet(conn net.Conn) (hello, error) {
 }
 
 // judge says why a hello is refused, if it is. Raft's messages carry neither target nor cluster, so a node of another
-// cluster, or one at an address that used to be ours, must be kept out here.
+// cluster, or one at an address that used to be ours, must be kept out here. Nodes of two clusters may still ask one
+// another what they hold (see peers.handle).
 func (n *network) judge(h hello) error {
 	if h.kind != kindRaft && h.kind != kindPeer {
 		return fmt.Errorf("connection kind %q is not known", h.kind)
@@ -206,7 +207,7 @@ func (n *network) judge(h hello) error {
 	if _, known := n.address(h.sender); !known || h.sender == n.self {
 		return fmt.Errorf("node %q is neither in the PEERS of node %q nor in its stored membership", h.sender, n.self)
 	}
-	if mine := n.cluster(); mine != "" && h.cluster != "" && mine != h.cluster {
+	if mine := n.cluster(); h.kind == kindRaft && mine != "" && h.cluster != "" && mine != h.cluster {
 		return fmt.Errorf("node %q is of cluster %s, node %q of cluster %s", h.sender, h.cluster, n.self, mine)
 	}
 	return n.welcome(h)

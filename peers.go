@@ -16,9 +16,11 @@ import (
 const (
 	opApply     byte = iota + 1 // execute these commands, if you are the leader
 	opReadIndex                 // which index must I have applied to read linearizably, if you are the leader?
-	opTerm                      // what is your current term?
+	opTerm                      // is this your current term?
+	opVoted                     // is your vote in this term for me?
 	opHolding                   // of which cluster are you, and how much of it do you hold?
-	opGrant                     // may I form the cluster?
+	opGrant                     // may I form a cluster with you?
+	opAdmit                     // I have no state: what must I have to vote, if you are the leader?
 )
 
 const (
@@ -135,6 +137,12 @@ func majority(ctx context.Context, nodes []string, needed int, ask func(ctx cont
 		}
 	}
 	return true
+}
+
+// agrees asks a node a question that it answers with yes or no. No answer is a no.
+func (p *peers) agrees(ctx context.Context, id string, op byte, request []byte) bool {
+	answer, err := p.call(ctx, id, op, request)
+	return err == nil && len(answer) == 1 && answer[0] == 1
 }
 
 // redial makes later calls to any node introduce this one anew, now that it is of a cluster.
@@ -283,7 +291,7 @@ func (p *peers) serve(conn net.Conn, h hello) {
 }
 
 func (p *peers) handle(h hello, op byte, request []byte) (status byte, reply []byte) {
-	if op != opHolding && op != opGrant && h.cluster != p.network.cluster() {
+	if op != opHolding && op != opGrant && op != opAdmit && h.cluster != p.network.cluster() {
 		return 1, []byte("this call is only for nodes of the same cluster")
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, requestTimeout)

@@ -274,6 +274,7 @@ type procStatus struct {
 	Leader     string
 	ClusterID  string `json:"cluster_id"`
 	PeersDrift bool   `json:"peers_drift"`
+	MayBeLost  bool   `json:"writes_may_be_lost"`
 	Peers      []struct{ ID, Address string }
 }
 

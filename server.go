@@ -298,6 +298,7 @@ var statusOf = []struct {
 	{ErrNotInTime, http.StatusServiceUnavailable},
 	{ErrNotConfirmed, http.StatusServiceUnavailable},
 	{ErrStarting, http.StatusServiceUnavailable},
+	{ErrOutranked, http.StatusServiceUnavailable},
 }
 
 // problem is an error's body: application/problem+json (RFC 9457).

@@ -38,6 +38,10 @@ type storage struct {
 	stable    raft.StableStore
 	snapshots raft.SnapshotStore
 	close     func() error
+	guard     *guard // of logs and stable, nil in memory
+
+	// survivor says that it was the most complete of what was left when a majority had lost its state.
+	survivor bool
 }
 
 // openStorage opens the node's storage, making it where there is none. From then on any failure of the log or of the
@@ -61,7 +65,7 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("STATE_DIR %q: %w", cfg.StateDir, err), db.Close())
 	}
-	guarded := &guard{db: db, fail: fail}
+	guarded := &guard{db: db, fail: fail, path: filepath.Join(cfg.StateDir, dbName), snapshots: snapshots}
 	logs, err := raft.NewLogCache(logCacheEntries, guarded)
 	if err != nil {
 		return nil, errors.Join(err, db.Close())
@@ -70,7 +74,7 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	ctx, stop := context.WithCancel(context.Background())
 	go guarded.watch(ctx, ticker.C, int(stuckAfter/watchTick))
 	return &storage{
-		logs: logs, stable: &stableStore{StableStore: guarded}, snapshots: snapshots,
+		logs: logs, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, guard: guarded,
 		close: func() error {
 			ticker.Stop()
 			stop()
@@ -79,31 +83,19 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	}, nil
 }
 
-// lastIndex returns the index of the newest entry that is stored, or that a stored snapshot covers.
-func (s *storage) lastIndex() (uint64, error) {
-	last, err := s.logs.LastIndex()
-	if err != nil {
-		return 0, fmt.Errorf("read the last log index: %w", err)
+// protect sets what tells how far the state machine has executed the log: what is executed is never cut off the log.
+// It must be called before Raft runs.
+func (s *storage) protect(applied func() uint64) {
+	if s.guard != nil {
+		s.guard.applied = applied
 	}
-	snapshots, err := s.snapshots.List()
-	if err != nil {
-		return 0, fmt.Errorf("list snapshots: %w", err)
-	}
-	if len(snapshots) > 0 {
-		last = max(last, snapshots[0].Index)
-	}
-	return last, nil
 }
 
 // openBolt opens the database. bbolt panics on many kinds of damage; here that becomes an error that names the cure.
 func openBolt(path string) (db *raftboltdb.BoltStore, err error) {
-	damaged := func(cause any) error {
-		return fmt.Errorf("%s is damaged (%v); nothing was changed: restore the disk, or move the whole state directory "+
-			"away and start this node without state, to be filled by the others", path, cause)
-	}
 	defer func() {
 		if cause := recover(); cause != nil {
-			err = damaged(cause)
+			err = damaged(path, cause)
 		}
 	}()
 	err = readThrough(path)
@@ -116,7 +108,7 @@ func openBolt(path string) (db *raftboltdb.BoltStore, err error) {
 	case errors.As(err, new(syscall.Errno)):
 		return nil, fmt.Errorf("open %s: %w; STATE_DIR must be a directory that this user can write", path, err)
 	case err != nil:
-		return nil, damaged(err)
+		return nil, damaged(path, err)
 	}
 	return db, nil
 }
@@ -144,13 +136,24 @@ func readThrough(path string) error {
 	if err != nil {
 		return err
 	}
+	if err := checkMeta(path); err != nil {
+		return errors.Join(err, db.Close())
+	}
 	sum := byte(0)
 	err = db.View(func(tx *bbolt.Tx) error {
+		// Both buckets are made in the first transaction after bbolt's own. A name that is damaged would be one of another
+		// bucket, and an empty one be made instead.
+		if fresh := tx.ID() < 2; !fresh && (tx.Bucket([]byte("conf")) == nil || tx.Bucket([]byte("logs")) == nil) {
+			return errors.New("a bucket is missing")
+		}
 		return tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
 			var last []byte
 			return b.ForEach(func(key, value []byte) error {
 				if last != nil && bytes.Compare(last, key) >= 0 {
 					return fmt.Errorf("the keys of bucket %q are out of order", name)
+				}
+				if err := checkPair(path, name, last, key, value); err != nil {
+					return err
 				}
 				last = key
 				for i := len(value) - 1; i >= 0; i -= 4096 { // a byte of each page
@@ -161,6 +164,22 @@ func readThrough(path string) error {
 		})
 	})
 	return errors.Join(err, db.Close())
+}
+
+// checkPair checks one key and value, last being the key before it in the bucket. The names are those of raft-boltdb.
+func checkPair(path string, bucket, last, key, value []byte) error {
+	switch {
+	case string(bucket) == "conf":
+		_, err := unseal(key, value)
+		return err
+	case string(bucket) == "logs" && len(key) != 8:
+		return fmt.Errorf("a log entry has the key %x", key)
+	case string(bucket) == "logs" && last != nil:
+		if a, b := binary.BigEndian.Uint64(last), binary.BigEndian.Uint64(key); b != a+1 {
+			return checkGap(filepath.Dir(path), a, b)
+		}
+	}
+	return nil
 }
 
 // guard makes the database fail-stop. Raft goes on after an error of its stores with a wrong idea of what is in them,
@@ -175,7 +194,10 @@ type guard struct {
 		raft.LogStore
 		raft.StableStore
 	}
-	fail func(error)
+	fail      func(error)
+	path      string             // of the database, for messages
+	snapshots raft.SnapshotStore // nil for none
+	applied   func() uint64      // index up to which the state machine has executed the log; nil for none of it
 
 	mu    sync.Mutex // guards calls
 	calls map[*storeCall]struct{}
@@ -196,7 +218,7 @@ func (g *guard) do(op string, f func() error) error {
 	}
 	g.calls[call] = struct{}{}
 	g.mu.Unlock()
-	err := f()
+	err := g.recovered(f)
 	g.mu.Lock()
 	delete(g.calls, call)
 	g.mu.Unlock()
@@ -204,6 +226,17 @@ func (g *guard) do(op string, f func() error) error {
 		g.fail(fmt.Errorf("storage: %s: %w", op, err))
 	}
 	return err
+}
+
+// recovered calls f. bbolt panics on many kinds of damage, and a page that cannot be read faults where it is mapped.
+func (g *guard) recovered(f func() error) (err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
+	defer func() {
+		if cause := recover(); cause != nil {
+			err = damaged(g.path, cause)
+		}
+	}()
+	return f()
 }
 
 // watch calls fail when a call is under way for more than the given number of ticks, until ctx ends.
@@ -244,15 +277,25 @@ func (g *guard) LastIndex() (index uint64, err error) {
 }
 
 func (g *guard) GetLog(index uint64, l *raft.Log) error {
-	return g.do("get log", func() error { return g.db.GetLog(index, l) })
+	return g.do("get log", func() error {
+		var stored raft.Log
+		if err := g.db.GetLog(index, &stored); err != nil {
+			return err
+		}
+		if err := unsealEntry(index, &stored); err != nil {
+			return damaged(g.path, err)
+		}
+		*l = stored
+		return nil
+	})
 }
 
 func (g *guard) StoreLog(l *raft.Log) error {
-	return g.do("store log", func() error { return g.db.StoreLog(l) })
+	return g.StoreLogs([]*raft.Log{l})
 }
 
 func (g *guard) StoreLogs(l []*raft.Log) error {
-	return g.do("store logs", func() error { return g.db.StoreLogs(l) })
+	return g.do("store logs", func() error { return g.db.StoreLogs(sealEntries(l)) })
 }
 
 // DeleteRange deletes the oldest entries in steps, for new ones must wait meanwhile. A conflicting end of the log goes at
@@ -268,25 +311,66 @@ func (g *guard) DeleteRange(first, last uint64) error {
 	if err != nil {
 		return err
 	}
-	return g.do("delete logs", func() error { return g.db.DeleteRange(first, last) })
+	return g.do("delete logs", func() error {
+		if last == end {
+			if err := g.checkCut(first, last); err != nil {
+				return err
+			}
+		}
+		return g.db.DeleteRange(first, last)
+	})
+}
+
+// checkCut refuses to delete the end of the log when the state machine has executed some of it. Raft never does so
+// while all nodes keep what they promised; if it does, this node has executed what the leader has not. What the newest
+// snapshot has may go: entries from before it was installed are replaced by the leader's.
+func (g *guard) checkCut(first, last uint64) error {
+	if g.applied == nil {
+		return nil
+	}
+	newest, err := newestSnapshot(g.snapshots)
+	if err != nil {
+		return err
+	}
+	if applied := g.applied(); last > newest && max(first, newest+1) <= applied {
+		return fmt.Errorf("the leader's log differs from entry %d on, but this node has executed its own up to %d: a node "+
+			"of the cluster has lost what it had stored; nothing was changed: compare the nodes' data, then move the state "+
+			"directory of each that is wrong away and start it without state, to be filled by the others", first, applied)
+	}
+	return nil
 }
 
 func (g *guard) Set(key, val []byte) error {
-	return g.do("set", func() error { return g.db.Set(key, val) })
+	return g.do("set", func() error { return g.db.Set(key, seal(key, val)) })
 }
 
 func (g *guard) Get(key []byte) (val []byte, err error) {
-	err = g.do("get", func() error { val, err = g.db.Get(key); return err })
+	err = g.do("get", func() error {
+		sealed, err := g.db.Get(key)
+		if err != nil {
+			return err
+		}
+		if val, err = unseal(key, sealed); err != nil {
+			return damaged(g.path, err)
+		}
+		return nil
+	})
 	return val, err
 }
 
 func (g *guard) SetUint64(key []byte, val uint64) error {
-	return g.do("set", func() error { return g.db.SetUint64(key, val) })
+	return g.Set(key, binary.BigEndian.AppendUint64(nil, val))
 }
 
-func (g *guard) GetUint64(key []byte) (val uint64, err error) {
-	err = g.do("get", func() error { val, err = g.db.GetUint64(key); return err })
-	return val, err
+func (g *guard) GetUint64(key []byte) (uint64, error) {
+	val, err := g.Get(key)
+	if err == nil && len(val) != 8 {
+		err = g.do("get", func() error { return damaged(g.path, fmt.Sprintf("value of %q is not a number", key)) })
+	}
+	if err != nil {
+		return 0, err
+	}
+	return binary.BigEndian.Uint64(val), nil
 }
 
 // Raft's names for the two halves of a vote, and ours for the whole.

@@ -2,10 +2,12 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -170,7 +172,7 @@ func TestStorageKeepsItsStateWhenOpenedAgain(t *testing.T) {
 			}
 			s = openTestStorage(t, tt.kvStore, dir)
 			if !tt.keeps {
-				if last, err := s.lastIndex(); err != nil || last != 0 {
+				if last, _, err := s.lastEntry(); err != nil || last != 0 {
 					t.Errorf("got last index %d, error %v; want 0 and none", last, err)
 				}
 				if _, err := os.Stat(dir); !errors.Is(err, os.ErrNotExist) {
@@ -218,7 +220,7 @@ func TestLastIndex(t *testing.T) {
 						t.Fatal(err)
 					}
 				}
-				if got, err := s.lastIndex(); err != nil || got != tt.want {
+				if got, _, err := s.lastEntry(); err != nil || got != tt.want {
 					t.Errorf("got %d, error %v; want %d and none", got, err, tt.want)
 				}
 			})
@@ -232,7 +234,7 @@ func TestLastIndexOfABrokenStorage(t *testing.T) {
 		"log":       {logs: &brokenStore{err: broken}, snapshots: &memorySnapshots{}},
 		"snapshots": {logs: raft.NewInmemStore(), snapshots: brokenSnapshots{err: broken}},
 	} {
-		if index, err := s.lastIndex(); !errors.Is(err, broken) {
+		if index, _, err := s.lastEntry(); !errors.Is(err, broken) {
 			t.Errorf("%s: got %d, error %v; want %v", name, index, err, broken)
 		}
 	}
@@ -248,16 +250,19 @@ func (b brokenSnapshots) List() ([]*raft.SnapshotMeta, error) { return nil, b.er
 // brokenStore is a log and a stable store of which each call returns err beside something.
 type brokenStore struct{ err error }
 
-func (b *brokenStore) FirstIndex() (uint64, error)        { return 1, b.err }
-func (b *brokenStore) LastIndex() (uint64, error)         { return 2, b.err }
-func (b *brokenStore) GetLog(_ uint64, l *raft.Log) error { l.Index = 3; return b.err }
-func (b *brokenStore) StoreLog(*raft.Log) error           { return b.err }
-func (b *brokenStore) StoreLogs([]*raft.Log) error        { return b.err }
-func (b *brokenStore) DeleteRange(_, _ uint64) error      { return b.err }
-func (b *brokenStore) Set(_, _ []byte) error              { return b.err }
-func (b *brokenStore) Get([]byte) ([]byte, error)         { return []byte("4"), b.err }
-func (b *brokenStore) SetUint64([]byte, uint64) error     { return b.err }
-func (b *brokenStore) GetUint64([]byte) (uint64, error)   { return 5, b.err }
+func (b *brokenStore) FirstIndex() (uint64, error) { return 1, b.err }
+func (b *brokenStore) LastIndex() (uint64, error)  { return 2, b.err }
+func (b *brokenStore) GetLog(_ uint64, l *raft.Log) error {
+	l.Index, l.Extensions = 3, binary.BigEndian.AppendUint32(nil, entrySum(&raft.Log{Index: 3}))
+	return b.err
+}
+func (b *brokenStore) StoreLog(*raft.Log) error         { return b.err }
+func (b *brokenStore) StoreLogs([]*raft.Log) error      { return b.err }
+func (b *brokenStore) DeleteRange(_, _ uint64) error    { return b.err }
+func (b *brokenStore) Set(_, _ []byte) error            { return b.err }
+func (b *brokenStore) Get([]byte) ([]byte, error)       { return seal(nil, []byte("12345678")), b.err }
+func (b *brokenStore) SetUint64([]byte, uint64) error   { return b.err }
+func (b *brokenStore) GetUint64([]byte) (uint64, error) { return 5, b.err }
 
 func TestGuard(t *testing.T) {
 	var entry raft.Log
@@ -274,9 +279,9 @@ func TestGuard(t *testing.T) {
 		{"StoreLogs", func(g *guard) (any, error) { return nil, g.StoreLogs([]*raft.Log{&entry}) }, nil},
 		{"DeleteRange", func(g *guard) (any, error) { return nil, g.DeleteRange(1, 2) }, nil},
 		{"Set", func(g *guard) (any, error) { return nil, g.Set(nil, nil) }, nil},
-		{"Get", func(g *guard) (any, error) { v, err := g.Get(nil); return string(v), err }, "4"},
+		{"Get", func(g *guard) (any, error) { v, err := g.Get(nil); return string(v), err }, "12345678"},
 		{"SetUint64", func(g *guard) (any, error) { return nil, g.SetUint64(nil, 1) }, nil},
-		{"GetUint64", func(g *guard) (any, error) { return g.GetUint64(nil) }, uint64(5)},
+		{"GetUint64", func(g *guard) (any, error) { return g.GetUint64(nil) }, uint64(0x3132333435363738)},
 	}
 	if got, want := reflect.TypeFor[*guard]().NumMethod(), len(calls); got != want {
 		t.Errorf("got %d exported methods of guard; want the %d that are tested here", got, want)
@@ -302,7 +307,7 @@ func TestGuard(t *testing.T) {
 				var failed []error
 				g := &guard{db: &brokenStore{err: tt.err}, fail: func(err error) { failed = append(failed, err) }}
 				value, err := call.call(g)
-				if err != tt.err || value != call.want { //nolint:errorlint // it must be this very error
+				if err != tt.err || (err == nil && value != call.want) { //nolint:errorlint // it must be this very error
 					t.Errorf("got %v, error %v; want %v, %v", value, err, call.want, tt.err)
 				}
 				switch {
@@ -450,7 +455,7 @@ func TestDamagedDatabase(t *testing.T) {
 		{"cut in the middle of the pages in use", good[:len(good)/4+100], "refused: "},
 		{"cut to a half", good[:len(good)/2], "refused: "},
 		{"both meta pages overwritten", with(0, garbage(2*page)), "refused: "},
-		{"one meta page overwritten", with(page, garbage(page)), "opened: "},
+		{"one meta page overwritten", with(page, garbage(page)), "refused: "},
 		{"root page overwritten", inUse(root), "refused: "},
 		{"all but the meta pages overwritten", with(2*page, garbage(len(good)-2*page)), "refused: "},
 		{"all but the meta pages zeros", with(2*page, make([]byte, len(good)-2*page)), "refused: "},
@@ -729,4 +734,265 @@ type countingStore struct {
 func (c *countingStore) DeleteRange(first, last uint64) error {
 	c.deletes++
 	return c.InmemStore.DeleteRange(first, last)
+}
+
+// contents is all that a database says when it is opened and read back.
+func contents(path string) (said string, err error) {
+	var failed error
+	defer func() {
+		if cause := recover(); cause != nil {
+			err = fmt.Errorf("panic: %v", cause)
+		}
+	}()
+	db, err := openBolt(path)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = db.Close() }()
+	g := &guard{db: db, path: path, fail: func(err error) { failed = errors.Join(failed, err) }}
+	first, err1 := g.FirstIndex()
+	last, err2 := g.LastIndex()
+	said = fmt.Sprintf("entries %d to %d;", first, last)
+	if err := errors.Join(err1, err2); err != nil || last-first > 1000 {
+		return said, err
+	}
+	for i := first; i <= last; i++ {
+		var l raft.Log
+		if err := g.GetLog(i, &l); err != nil {
+			return said, err
+		}
+		said += fmt.Sprintf(" %d %d %d %q %x;", l.Index, l.Term, l.Type, l.Data, l.Extensions)
+	}
+	s := &stableStore{StableStore: g}
+	term, err1 := s.GetUint64([]byte("CurrentTerm"))
+	voteTerm, err2 := s.GetUint64(keyLastVoteTerm)
+	candidate, err3 := s.Get(keyLastVoteCand)
+	cluster, err4 := s.Get([]byte("Cluster"))
+	said += fmt.Sprintf(" %d %v %d %v %q %v %q %v", term, err1, voteTerm, err2, candidate, err3, cluster, err4)
+	return said, failed
+}
+
+// smallDatabase returns the bytes of a database that has been written to in many commits.
+func smallDatabase(t *testing.T) []byte {
+	t.Helper()
+	dir := t.TempDir()
+	s := openTestStorage(t, storeBolt, dir)
+	for i := range 12 {
+		castVote(t, s.stable, uint64(i), fmt.Sprintf("node%d", i%3+1))
+		entries := make([]*raft.Log, 5)
+		for j := range entries {
+			index := uint64(5*i + j + 1)
+			entries[j] = &raft.Log{Index: index, Term: uint64(i), Data: fmt.Appendf(nil, "entry %d %0150d", index, index)}
+		}
+		err := errors.Join(s.stable.SetUint64([]byte("CurrentTerm"), uint64(i)), s.stable.Set([]byte("Cluster"), []byte("+the cluster")),
+			s.logs.StoreLogs(entries))
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(s.logs.DeleteRange(1, 7), s.close()); err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile(filepath.Join(dir, dbName))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// readBackDatabase names a file for TestReadBackInAChild to read.
+const readBackDatabase = "RAFTSTARTER_TEST_READ_BACK"
+
+// TestReadBackInAChild is run by TestFlippedByteNeverChangesWhatIsRead: bbolt may crash in a goroutine of its own.
+func TestReadBackInAChild(t *testing.T) {
+	path := os.Getenv(readBackDatabase)
+	if path == "" {
+		t.Skip("only run by TestFlippedByteNeverChangesWhatIsRead")
+	}
+	said, err := contents(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Println(said)
+}
+
+func TestFlippedByteNeverChangesWhatIsRead(t *testing.T) {
+	t.Parallel()
+	good := smallDatabase(t)
+	path := filepath.Join(t.TempDir(), dbName)
+	write := func(b []byte) {
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	read := func() (string, error) { // a crash of the child is an error too, and so is that it does not come to an end
+		ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+		defer cancel()
+		child := exec.CommandContext(ctx, os.Args[0], "-test.run=^TestReadBackInAChild$", "-test.count=1")
+		child.Env = append(os.Environ(), readBackDatabase+"="+path, "GORACE=atexit_sleep_ms=0")
+		output, err := child.Output()
+		said, _, _ := strings.Cut(string(output), "\n")
+		return said, err
+	}
+	write(good)
+	want, err := read()
+	if err != nil || !strings.Contains(want, "entries 8 to 60;") || !strings.Contains(want, "+the cluster") {
+		t.Fatalf("got %.300q, error %v; want what was written", want, err)
+	}
+	const seed = 1
+	random := rand.New(rand.NewPCG(seed, 0))
+	stopped, same := 0, 0
+	for range 300 {
+		at, bits := random.IntN(len(good)), byte(1+random.IntN(255))
+		if random.IntN(2) == 0 { // the heads of the pages and what follows: flags, counts, positions, page numbers
+			at = at&^4095 + random.IntN(100)
+		}
+		b := bytes.Clone(good)
+		b[at] ^= bits
+		write(b)
+		switch got, err := read(); {
+		case err != nil:
+			stopped++
+		case got == want:
+			same++
+		default:
+			t.Errorf("byte %d of page %d flipped by %#x: got %.600q; want %.600q or an error (seed %d)",
+				at%4096, at/4096, bits, got, want, seed)
+		}
+	}
+	t.Logf("%d of %d flips stopped the node, %d changed nothing, of %d bytes; seed %d", stopped, stopped+same, same, len(good), seed)
+	if stopped == 0 || same == 0 {
+		t.Errorf("got %d stopped and %d without effect; want some of both", stopped, same)
+	}
+}
+
+func TestCutOfWhatIsExecuted(t *testing.T) {
+	for _, tt := range []struct {
+		name                  string
+		snapshot, applied     uint64
+		first, last, wantLast uint64
+		fails                 bool
+	}{
+		{"the end, not executed", 0, 6, 7, 10, 6, false},
+		{"the end, some of it executed", 0, 7, 7, 10, 10, true},
+		{"the oldest", 0, 10, 1, 5, 10, false},
+		{"all, in the snapshot", 10, 10, 1, 10, 0, false},
+		{"the end, executed in the snapshot alone", 5, 5, 3, 10, 2, false},
+		{"the end, executed after the snapshot", 5, 6, 3, 10, 10, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var failed []error
+			snapshots := &memorySnapshots{}
+			g := &guard{
+				db: raft.NewInmemStore(), fail: func(err error) { failed = append(failed, err) },
+				snapshots: snapshots, applied: func() uint64 { return tt.applied },
+			}
+			if tt.snapshot > 0 {
+				writeSnapshot(t, snapshots, tt.snapshot, "state")
+			}
+			for i := range uint64(10) {
+				if err := g.StoreLog(&raft.Log{Index: i + 1}); err != nil {
+					t.Fatal(err)
+				}
+			}
+			err := g.DeleteRange(tt.first, tt.last)
+			if last, _ := g.LastIndex(); (err != nil) != tt.fails || (len(failed) > 0) != tt.fails || last != tt.wantLast {
+				t.Errorf("got error %v, failures %v, last index %d; want failure %v and %d", err, failed, last, tt.fails, tt.wantLast)
+			}
+		})
+	}
+}
+
+func TestStoreSaysWhatItHasExecuted(t *testing.T) {
+	s := openTestStorage(t, storeBolt, t.TempDir())
+	s.protect(func() uint64 { return 7 })
+	if s.guard.applied == nil || s.guard.applied() != 7 {
+		t.Error("the guard was not told")
+	}
+	openTestStorage(t, storeMemory, "").protect(func() uint64 { return 7 })
+}
+
+// Raft keeps old entries when it installs a snapshot that is ahead of them. Any other hole is damage.
+func TestHoleInTheLog(t *testing.T) {
+	for _, tt := range []struct {
+		snapshot uint64
+		fails    bool
+	}{{0, true}, {8, true}, {9, false}, {12, false}} {
+		dir := t.TempDir()
+		s := openTestStorage(t, storeBolt, dir)
+		if tt.snapshot > 0 {
+			writeSnapshot(t, s.snapshots, tt.snapshot, "state")
+		}
+		err := errors.Join(s.logs.StoreLogs([]*raft.Log{{Index: 1}, {Index: 2}, {Index: 10}, {Index: 11}}), s.close())
+		if err != nil {
+			t.Fatal(err)
+		}
+		db, err := openBolt(filepath.Join(dir, dbName))
+		if err == nil {
+			_ = db.Close()
+		}
+		if (err != nil) != tt.fails || err != nil && !strings.Contains(err.Error(), "is damaged (log entry 2 is followed by 10)") {
+			t.Errorf("with a snapshot at %d: got error %v; want one: %v", tt.snapshot, err, tt.fails)
+		}
+	}
+}
+
+// alteredStore is a database that another value or entry is read from than was written, or that panics.
+type alteredStore struct {
+	*raft.InmemStore
+	alter func(*raft.Log)
+}
+
+func (a alteredStore) GetLog(index uint64, l *raft.Log) error {
+	err := a.InmemStore.GetLog(index, l)
+	a.alter(l)
+	return err
+}
+
+func (a alteredStore) Get(key []byte) ([]byte, error) {
+	b, err := a.InmemStore.Get(key)
+	if len(b) > 0 {
+		b = bytes.Clone(b)
+		b[0] ^= 1
+	}
+	return b, err
+}
+
+func TestAlteredDataStopsTheNode(t *testing.T) {
+	var failed []error
+	other := &raft.Log{Index: 4, Term: 1, Data: []byte("other")}
+	store := &alteredStore{InmemStore: raft.NewInmemStore()}
+	g := &guard{db: store, path: "raft.db", fail: func(err error) { failed = append(failed, err) }}
+	stored := &raft.Log{Index: 3, Term: 1, Type: raft.LogCommand, Data: []byte("three")}
+	if err := errors.Join(g.StoreLog(stored), g.SetUint64([]byte("n"), 5), g.Set([]byte("k"), []byte("v"))); err != nil {
+		t.Fatal(err)
+	}
+	if stored.Extensions != nil {
+		t.Error("raft's own entry was changed")
+	}
+	getLog := func(alter func(*raft.Log)) func() error {
+		return func() error { store.alter = alter; return g.GetLog(3, new(raft.Log)) }
+	}
+	for name, call := range map[string]func() error{
+		"index":         getLog(func(l *raft.Log) { l.Index++ }),
+		"term":          getLog(func(l *raft.Log) { l.Term++ }),
+		"type":          getLog(func(l *raft.Log) { l.Type++ }),
+		"data":          getLog(func(l *raft.Log) { l.Data = []byte("thref") }),
+		"no checksum":   getLog(func(l *raft.Log) { l.Extensions = nil }),
+		"another entry": getLog(func(l *raft.Log) { *l = *sealEntries([]*raft.Log{other})[0] }),
+		"a panic":       getLog(func(*raft.Log) { panic("page 7: unexpected type") }),
+		"number":        func() error { _, err := g.GetUint64([]byte("n")); return err },
+		"value":         func() error { _, err := g.Get([]byte("k")); return err },
+	} {
+		failed = nil
+		err := call()
+		if err == nil || len(failed) != 1 || !strings.Contains(failed[0].Error(), "raft.db is damaged (") {
+			t.Errorf("%s: got error %v, failures %v; want one of each that says that raft.db is damaged", name, err, failed)
+		}
+	}
+	failed = nil
+	var got raft.Log
+	if err := getLog(func(*raft.Log) {})(); err != nil || g.GetLog(3, &got) != nil || got.Extensions != nil || len(failed) > 0 {
+		t.Errorf("got %+v, error %v, failures %v; want the entry as it was", got, err, failed)
+	}
 }

@@ -58,6 +58,8 @@ type Store struct {
 	ready        atomic.Uint64         // the term in which this node, as leader, has executed all of earlier terms
 	caughtUp     atomic.Bool           // since it started, this node has once had all that was committed
 	handing      atomic.Bool           // leadership is being handed over: no more entries
+	lossy        atomic.Bool           // this node goes on with what it has, after a majority has lost its state
+	halted       atomic.Pointer[error] // why this node serves no more; nil while it does
 
 	ctx    context.Context // of every goroutine, ended by Shutdown
 	cancel context.CancelFunc
@@ -70,13 +72,13 @@ func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *
 	s := &Store{
 		cfg: cfg, log: log, metrics: m, started: time.Now(), open: openStorage,
 		leadership:   newLeadership(RaftState{State: "starting"}),
-		form:         newFormation(cfg, log.Named("forming")),
 		writes:       newWrites(m, log.Named("writes")),
 		running:      make(chan struct{}),
 		observations: make(chan raft.Observation, 16),
 		failed:       make(chan error, 1),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.form = newFormation(cfg, log.Named("forming"), func() bool { return s.State().State == "leader" })
 	s.replica = &replica{machine: machine, metrics: m, fail: s.fail}
 	s.rounds = newReadRounds(m, s.findReadIndex)
 	m.gauge("keys", "Keys that this node has.", func() float64 { return float64(s.replica.size()) })
@@ -116,6 +118,8 @@ func (s *Store) Open() error {
 	if s.storage, err = s.open(s.cfg, s.log, s.fail); err != nil {
 		return errors.Join(err, s.network.Close())
 	}
+	s.storage.protect(s.replica.applied.load)
+	s.lossy.Store(s.storage.survivor)
 	s.peers = newPeers(s.network)
 	if err := s.form.open(s.storage, s.peers); err != nil {
 		return errors.Join(err, s.storage.close(), s.network.Close())
@@ -124,8 +128,10 @@ func (s *Store) Open() error {
 		opApply:     s.writes.handleApply,
 		opReadIndex: s.handleReadIndex,
 		opTerm:      s.handleTerm,
+		opVoted:     s.handleVoted,
 		opHolding:   s.form.handleHolding,
 		opGrant:     s.form.handleGrant,
+		opAdmit:     s.handleAdmit,
 	}
 	s.network.start(s.address, s.form.id, s.welcome, s.peers.serve)
 	s.wg.Go(func() { s.writes.run(s.ctx) })
@@ -139,36 +145,37 @@ func (s *Store) Open() error {
 	return nil
 }
 
-// join makes this node a member of its cluster, starts Raft, and waits until the node has caught up.
+// join makes this node one of a cluster, starts Raft, and waits until the node has caught up.
 func (s *Store) join() error {
-	founder, err := s.form.find(s.ctx)
+	err := s.form.find(s.ctx, func(ctx context.Context, leader string) (string, uint64, error) {
+		a, err := s.askAdmission(ctx, leader)
+		return a.Cluster, a.Term, err
+	})
 	if err != nil {
 		return err
 	}
 	s.peers.redial()
-	last, err := s.storage.lastIndex()
-	if err != nil {
+	s.form.waits("the node is reading its snapshot and log")
+	if err := s.startRaft(); err != nil {
 		return err
 	}
-	bootstrap := founder && last == 0
-	if err := s.startRaft(bootstrap); err != nil {
-		return err
-	}
-	if bootstrap || len(s.members()) == 1 {
+	if h, err := s.form.holds(); err == nil && h.Fresh || len(s.members()) == 1 {
 		s.transport.campaign(s.ctx.Done()) // nobody else can be leader yet, so there is nobody to wait for
 	}
 	if s.drift() {
 		s.log.Warn("PEERS names other nodes than the stored membership, which stays as it is", "peers", s.cfg.Peers,
 			"membership", s.members())
 	}
+	s.wg.Go(s.stay)
+	s.passGate()
 	for !s.caughtUp.Load() && s.ctx.Err() == nil {
 		s.caughtUp.Store(s.Read(s.ctx, Linearizable, func() {}) == nil)
 	}
 	return nil
 }
 
-// startRaft starts Raft from what is stored, or from nothing but PEERS if bootstrap says so.
-func (s *Store) startRaft(bootstrap bool) (err error) {
+// startRaft starts Raft from what is stored; a founder's log begins with PEERS, or with all that a survivor has.
+func (s *Store) startRaft() (err error) {
 	defer func() {
 		if cause := recover(); cause != nil { // bbolt and raft panic on damaged data
 			err = fmt.Errorf("start raft from %s: %v; nothing was changed", s.cfg.StateDir, cause)
@@ -183,11 +190,18 @@ func (s *Store) startRaft(bootstrap bool) (err error) {
 	conf.SnapshotInterval = s.cfg.SnapshotInterval
 	conf.TrailingLogs = s.cfg.TrailingLogs
 	conf.NoLegacyTelemetry = true
-	st, t := s.storage, newTransport(s.network, s.log.Named("transport"), s.leadsIn)
-	if bootstrap {
-		if err := writeFirstEntry(st, s.cfg.Peers); err != nil {
-			return fmt.Errorf("bootstrap: %w", err)
-		}
+	st, t := s.storage, newTransport(s.network, s.log.Named("transport"), transportHooks{
+		leading: s.leadsIn, gated: s.form.gated, needed: func() int { return s.voters() / 2 }, standsBy: s.standsBy,
+	})
+	h, err := s.form.holds()
+	switch {
+	case err == nil && st.survivor && h.Fresh:
+		err = raft.RecoverCluster(conf, survivor{s.replica}, st.logs, st.stable, st.snapshots, t, membership(s.cfg.Peers))
+	case err == nil && h.Fresh && h.LastIndex == 0:
+		err = writeFirstEntry(st, s.cfg.Peers)
+	}
+	if err != nil {
+		return fmt.Errorf("begin the log: %w", err)
 	}
 	r, err := raft.NewRaft(conf, s.replica, st.logs, st.stable, st.snapshots, t)
 	if err != nil {
@@ -195,6 +209,7 @@ func (s *Store) startRaft(bootstrap bool) (err error) {
 	}
 	r.RegisterObserver(raft.NewObserver(s.observations, false, nil))
 	s.transport = t
+	s.form.waits("no leader is known")
 	s.raft.Store(r)
 	close(s.running)
 	return nil
@@ -203,7 +218,7 @@ func (s *Store) startRaft(bootstrap bool) (err error) {
 // writeFirstEntry begins a log with the cluster's membership, as raft.BootstrapCluster does. That one however refuses to
 // go on where a crash between its two writes has left it.
 func writeFirstEntry(st *storage, peers []Peer) error {
-	if err := st.stable.SetUint64([]byte("CurrentTerm"), 1); err != nil {
+	if err := st.stable.SetUint64(keyCurrentTerm, 1); err != nil {
 		return err
 	}
 	return st.logs.StoreLog(&raft.Log{
@@ -232,6 +247,9 @@ func (s *Store) leadsIn(term uint64) bool {
 // Apply has the state machine execute command, and returns once a majority has it and the leader has executed it, or
 // with one of the errors in errors.go. The Store owns command from then on.
 func (s *Store) Apply(ctx context.Context, command []byte) (Result, error) {
+	if s.halted.Load() != nil {
+		return Result{}, ErrOutranked
+	}
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
 	var o outcome
@@ -245,6 +263,9 @@ func (s *Store) Apply(ctx context.Context, command []byte) (Result, error) {
 // Read calls f, which reads the state machine, while no command is executed. With Linearizable, f sees every command
 // that was acknowledged, anywhere, before Read was called; with Stale it sees what this node has.
 func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) error {
+	if s.halted.Load() != nil {
+		return ErrOutranked
+	}
 	if consistency == Stale {
 		if !s.Contacted() && time.Since(s.started) < staleAfter {
 			return ErrStarting
@@ -306,7 +327,8 @@ func (s *Store) findReadIndex() (uint64, error) {
 		return 0, ErrNoLeader
 	}
 	if r.State() == raft.Leader {
-		return s.confirmLeadership(r)
+		_, index, err := s.confirmLeadership(s.ctx, r, "")
+		return index, err
 	}
 	answer, err := s.callLeader(opReadIndex, binary.BigEndian.AppendUint64(nil, r.CommitIndex()), confirmTimeout)
 	if err != nil || len(answer) != 8 {
@@ -315,38 +337,38 @@ func (s *Store) findReadIndex() (uint64, error) {
 	return binary.BigEndian.Uint64(answer), nil
 }
 
-// confirmLeadership returns the index of the last entry this node has executed, once a majority has said that it still
-// is in the term in which this node leads. See "Linearizable reads" in DESIGN.md.
-func (s *Store) confirmLeadership(r *raft.Raft) (uint64, error) {
-	term := r.CurrentTerm()
+// confirmLeadership returns the term in which this node leads and the index of the last entry it has executed, once a
+// majority has said that it still is in that term. The node that is left out is not asked. See "Linearizable reads" in
+// DESIGN.md.
+func (s *Store) confirmLeadership(ctx context.Context, r *raft.Raft, leftOut string) (term, index uint64, err error) {
+	term = r.CurrentTerm()
 	if s.ready.Load() != term || !leads(r, term) {
-		return 0, ErrNotLeader
+		return 0, 0, ErrNotLeader
 	}
-	index := s.replica.applied.load()
+	index = s.replica.applied.load()
 	var others []string
 	for _, m := range s.members() {
-		if m.Suffrage == raft.Voter && string(m.ID) != s.cfg.NodeID {
+		if m.Suffrage == raft.Voter && string(m.ID) != s.cfg.NodeID && string(m.ID) != leftOut {
 			others = append(others, string(m.ID))
 		}
 	}
 	request := binary.BigEndian.AppendUint64(nil, term)
-	voters := len(others) + 1
-	ctx, cancel := context.WithTimeout(s.ctx, confirmTimeout)
+	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
 	defer cancel()
-	confirmed := majority(ctx, others, voters/2, func(ctx context.Context, id string) bool {
-		answer, err := s.peers.call(ctx, id, opTerm, request)
-		return err == nil && len(answer) == 1 && answer[0] == 1
+	confirmed := majority(ctx, others, s.voters()/2, func(ctx context.Context, id string) bool {
+		return s.peers.agrees(ctx, id, opTerm, request)
 	})
 	if !confirmed || !leads(r, term) {
-		return 0, ErrNotLeader
+		return 0, 0, ErrNotLeader
 	}
-	return index, nil
+	return term, index, nil
 }
 
 // handleTerm says whether this node's term is the one asked about. Raft persists a new term before it votes in it, so
-// after a yes a newer leader may be elected with this node's vote, but none was before.
+// after a yes a newer leader may be elected with this node's vote, but none was before. A gated node does not know what
+// it has voted for.
 func (s *Store) handleTerm(_ context.Context, _ string, request []byte) ([]byte, error) {
-	if r := s.raft.Load(); r != nil && len(request) == 8 && r.CurrentTerm() == binary.BigEndian.Uint64(request) {
+	if r := s.raft.Load(); r != nil && !s.form.gated() && len(request) == 8 && r.CurrentTerm() == binary.BigEndian.Uint64(request) {
 		return []byte{1}, nil
 	}
 	return []byte{0}, nil
@@ -464,10 +486,10 @@ func (s *Store) Contacted() bool {
 // Ready returns nil when this node can do its part: it knows the leader, has caught up since it started, and votes.
 func (s *Store) Ready() error {
 	switch {
-	case s.raft.Load() == nil:
+	case s.halted.Load() != nil:
+		return *s.halted.Load()
+	case s.raft.Load() == nil || s.Leader() == "" || s.form.gated():
 		return errors.New(s.form.reason())
-	case s.Leader() == "":
-		return errors.New("no leader is known")
 	case !s.caughtUp.Load():
 		return errors.New("this node has not caught up with the leader since it started")
 	case !s.votes(s.cfg.NodeID):
@@ -507,6 +529,7 @@ func (s *Store) Status() Status {
 	status := Status{
 		ID: s.cfg.NodeID, State: state.State, Leader: state.Leader, Term: state.Term, LastContactMS: -1,
 		KVStore: s.cfg.KVStore, Version: version, Cluster: s.form.id(), Keys: s.replica.size(), Peers: []PeerStatus{}, PeersDrift: s.drift(),
+		WritesMayBeLost: s.lossy.Load(),
 	}
 	r := s.raft.Load()
 	if r == nil {
@@ -531,6 +554,16 @@ func (s *Store) members() []raft.Server {
 		return r.GetConfiguration().Configuration().Servers
 	}
 	return nil
+}
+
+// voters returns the number of voting members.
+func (s *Store) voters() (n int) {
+	for _, m := range s.members() {
+		if m.Suffrage == raft.Voter {
+			n++
+		}
+	}
+	return n
 }
 
 func (s *Store) votes(id string) bool {
@@ -656,7 +689,7 @@ func (s *Store) handOver(ctx context.Context, r *raft.Raft) {
 func (s *Store) mostAdvanced(ctx context.Context) (best string) {
 	longest := uint64(0)
 	for id, has := range s.form.askAll(ctx, s.form.others()) {
-		if s.votes(id) && has.Cluster == s.form.id() && has.LastIndex > longest {
+		if s.votes(id) && has.Votes && has.Cluster == s.form.id() && has.LastIndex > longest {
 			best, longest = id, has.LastIndex
 		}
 	}

@@ -17,12 +17,21 @@ const (
 // transport is Raft's own transport, but for what this service does differently.
 type transport struct {
 	*raft.NetworkTransport
-	rpcs chan raft.RPC
-	// leading says whether this node is the leader of the given term.
-	leading func(term uint64) bool
+	transportHooks
+	rpcs    chan raft.RPC
+	closing <-chan struct{}
+	ballots ballots
 }
 
-func newTransport(n *network, log hclog.Logger, leading func(term uint64) bool) *transport {
+// transportHooks is what transport must know of the node.
+type transportHooks struct {
+	leading  func(term uint64) bool               // this node is the leader of the term
+	gated    func() bool                          // see gate.go
+	needed   func() int                           // so many others make a majority with this node
+	standsBy func(voter string, term uint64) bool // the voter's vote in the term is for this node
+}
+
+func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport {
 	t := &transport{
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 			Stream: n, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
@@ -30,13 +39,17 @@ func newTransport(n *network, log hclog.Logger, leading func(term uint64) bool) 
 			MaxRPCsInFlight:       1,
 			ServerAddressProvider: idsAreAddresses{},
 		}),
-		rpcs:    make(chan raft.RPC),
-		leading: leading,
+		transportHooks: hooks,
+		rpcs:           make(chan raft.RPC),
+		closing:        n.closing,
 	}
 	n.goUnlessClosed(func() {
 		for {
 			select {
 			case rpc := <-t.NetworkTransport.Consumer():
+				if t.refuse(rpc) {
+					continue
+				}
 				select {
 				case t.rpcs <- rpc:
 				case <-n.closing:

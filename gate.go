@@ -1,0 +1,272 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// A node that has lost its log and votes is of no use to an election, and dangerous in one: it would vote twice in a
+// term, or help a candidate that lacks what this node had acknowledged. So it is gated: it takes the leader's entries,
+// but neither votes nor stands for election nor confirms a leader, until it has all that the leader had when the node
+// came. See "Coming back with nothing" in DESIGN.md.
+
+// admission is a leader's answer to a gated node.
+type admission struct {
+	Cluster string `json:"cluster"`
+	Term    uint64 `json:"term"`
+	Index   uint64 `json:"index"` // with all entries up to here the node may vote
+}
+
+// handleAdmit tells a gated node what it must have before it may vote. The index is that of the newest entry and not the
+// newest committed one: what the node acknowledged before it lost its log may be committed by just that.
+func (s *Store) handleAdmit(ctx context.Context, from string, _ []byte) ([]byte, error) {
+	r := s.raft.Load()
+	if r == nil {
+		return nil, ErrNotLeader
+	}
+	term, _, err := s.confirmLeadership(ctx, r, from)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(admission{s.form.id(), term, r.LastIndex()})
+}
+
+func (s *Store) askAdmission(ctx context.Context, leader string) (a admission, err error) {
+	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
+	defer cancel()
+	answer, err := s.peers.call(ctx, leader, opAdmit, nil)
+	if err == nil {
+		err = json.Unmarshal(answer, &a)
+	}
+	return a, err
+}
+
+// passGate returns when this node may vote.
+func (s *Store) passGate() {
+	var goal admission
+	for s.form.gated() && s.pause(formInterval) {
+		leader := s.Leader()
+		if goal.Index == 0 && leader != "" && leader != s.cfg.NodeID {
+			goal, _ = s.askAdmission(s.ctx, leader)
+		}
+		have := s.raft.Load().CommitIndex()
+		s.form.waits(fmt.Sprintf("the node has come back without its state: it has %d of the %d log entries that it needs to vote", have, goal.Index))
+		if goal.Index == 0 || have < goal.Index {
+			continue
+		}
+		if err := s.form.become(standing{kind: standMember, cluster: s.form.id()}, ""); err != nil {
+			s.log.Debug("the node may not vote yet", "error", err)
+		}
+	}
+}
+
+// startOver ends this Store for a new one that begins with storage, or without state if that is nil.
+type startOver struct{ storage *storage }
+
+func (*startOver) Error() string { return "the node starts over in another cluster" }
+
+// stay watches over a node that is of a cluster but sees no leader: the others may have formed another cluster without
+// it, or be without state and in need of what it has.
+func (s *Store) stay() {
+	var ripe patience
+	for s.pause(stayInterval) {
+		if s.Leader() != "" {
+			ripe = patience{}
+			continue
+		}
+		c, err := s.form.census(s.ctx)
+		if err != nil || s.Leader() != "" {
+			continue
+		}
+		s.form.waits("no leader is known; " + s.form.advice(c))
+		stance := c.stance(s.cfg.NodeID, s.cfg.KVStore)
+		patient := ripe.over(stance == isSurvivor, s.form.patience)
+		switch {
+		case stance == isOutdone:
+			s.outranked(c.ruling)
+			return
+		case stance == forgets:
+			s.forget()
+			return
+		case patient:
+			if id, granted := s.form.seekGrants(s.ctx, c); granted && s.Leader() == "" {
+				s.takeOver(id)
+				return
+			}
+		}
+	}
+}
+
+// outranked stops a node whose cluster is no more: a majority is of another one. What this node holds may be all that
+// is left of the older cluster, so its files stay.
+func (s *Store) outranked(ruling string) {
+	err := fmt.Errorf("node %s is of cluster %s, but a majority of the nodes is of cluster %s, formed while they were without state; "+
+		"this node does not serve any more", s.cfg.NodeID, s.form.id(), ruling)
+	if s.cfg.KVStore == storeMemory {
+		s.fail(fmt.Errorf("%w: start it again to join the others", err))
+	}
+	err = fmt.Errorf("%w; nothing was deleted: if its data are not needed, move STATE_DIR %q away and start it again to join the others",
+		err, s.cfg.StateDir)
+	s.log.Error("outranked", "error", err)
+	s.halted.Store(&err)
+	s.raft.Load().Shutdown()
+}
+
+// forget gives up a cluster in which this node has no part to lose: it has no entry, or was gated.
+func (s *Store) forget() {
+	s.log.Warn("the node's cluster is no more; it begins again without state", "cluster", s.form.id())
+	s.leave(func(st *storage) (*storage, error) {
+		if s.cfg.KVStore == storeMemory {
+			return nil, nil
+		}
+		first, err := st.logs.FirstIndex()
+		if err == nil && first > 0 { // a founder's first entry
+			err = st.logs.DeleteRange(first, first)
+		}
+		return nil, errors.Join(err, st.stable.Set(keyCluster, nil))
+	})
+}
+
+// takeOver makes this node, which has the most complete log of those that survived, the founder of a cluster that goes
+// on with what it has.
+func (s *Store) takeOver(cluster string) {
+	s.log.Warn("a majority has lost its state; this node goes on with what it has, and acknowledged writes may be lost",
+		"old-cluster", s.form.id(), "cluster", cluster)
+	s.leave(func(st *storage) (*storage, error) {
+		last, _, err := st.lastEntry()
+		st.survivor = true
+		return st, errors.Join(err, st.stable.Set(keyCluster, standing{kind: standFounder, base: last, cluster: cluster}.encode()))
+	})
+}
+
+// leave stops Raft and has the process begin again with the storage that prepare returns.
+func (s *Store) leave(prepare func(*storage) (*storage, error)) {
+	stopped := make(chan error, 1)
+	stop := s.raft.Load().Shutdown()
+	go func() { stopped <- stop.Error() }()
+	var next *storage
+	var err error
+	select {
+	case err = <-stopped:
+	case <-s.ctx.Done():
+		return
+	}
+	if err == nil {
+		next, err = prepare(s.storage)
+	}
+	if err == nil {
+		err = &startOver{next}
+	}
+	select {
+	case s.failed <- err:
+	default: // the node stops for another reason
+	}
+}
+
+// pause returns false when the Store shuts down.
+func (s *Store) pause(interval time.Duration) bool { return s.form.pause(s.ctx, interval) }
+
+// handleVoted says whether this node's vote in a term is the caller's. A candidate asks when a majority has voted for
+// it: a voter that has lost its state meanwhile does not count.
+func (s *Store) handleVoted(_ context.Context, from string, request []byte) ([]byte, error) {
+	r := s.raft.Load()
+	if r == nil || len(request) != 8 || s.form.gated() || r.CurrentTerm() != binary.BigEndian.Uint64(request) {
+		return []byte{0}, nil
+	}
+	vote, err := s.storage.stable.Get(keyVote)
+	if err != nil || string(vote) != string(request)+from {
+		return []byte{0}, nil
+	}
+	return []byte{1}, nil
+}
+
+// standsBy asks a voter whether it stands by its vote for this node.
+func (s *Store) standsBy(voter string, term uint64) bool {
+	ctx, cancel := context.WithTimeout(s.ctx, askTimeout)
+	defer cancel()
+	return s.peers.agrees(ctx, voter, opVoted, binary.BigEndian.AppendUint64(nil, term))
+}
+
+// ballot gathers the votes that this node gets in one term.
+type ballot struct {
+	term    uint64
+	missing int           // votes of other nodes until a majority has voted
+	enough  chan struct{} // closed then
+}
+
+// ballots is the newest ballot. Its zero value is ready.
+type ballots struct {
+	mu     sync.Mutex // guards newest
+	newest *ballot
+}
+
+// granted notes a vote and returns the channel that is closed when there are enough; nil when the vote is for a term
+// that has passed. needed is how many other nodes make a majority with this one.
+func (b *ballots) granted(term uint64, needed int) <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.newest == nil || b.newest.term < term {
+		b.newest = &ballot{term, needed, make(chan struct{})}
+	}
+	if b.newest.term > term {
+		return nil
+	}
+	if b.newest.missing--; b.newest.missing == 0 {
+		close(b.newest.enough)
+	}
+	return b.newest.enough
+}
+
+// RequestVote asks a node for its vote, and when a majority has voted asks once more: only a vote that its voter still
+// stands by then counts.
+func (t *transport) RequestVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestVoteRequest, resp *raft.RequestVoteResponse) error {
+	if t.gated() {
+		return nil
+	}
+	if err := t.NetworkTransport.RequestVote(id, target, args, resp); err != nil || !resp.Granted {
+		return err
+	}
+	resp.Granted = false
+	timer := time.NewTimer(2 * heartbeatTimeout) // the election is over by then
+	defer timer.Stop()
+	select {
+	case <-t.ballots.granted(args.Term, t.needed()):
+		resp.Granted = t.standsBy(string(id), args.Term)
+	case <-timer.C:
+	case <-t.closing:
+	}
+	return nil
+}
+
+// RequestPreVote asks nobody while this node may not be elected: the answer is no.
+func (t *transport) RequestPreVote(id raft.ServerID, target raft.ServerAddress, args *raft.RequestPreVoteRequest, resp *raft.RequestPreVoteResponse) error {
+	if t.gated() {
+		return nil
+	}
+	return t.NetworkTransport.RequestPreVote(id, target, args, resp)
+}
+
+// refuse answers in Raft's stead what a gated node must not say yes to. It returns false for all other messages.
+func (t *transport) refuse(rpc raft.RPC) bool {
+	if !t.gated() {
+		return false
+	}
+	switch rpc.Command.(type) {
+	case *raft.RequestVoteRequest:
+		rpc.Respond(&raft.RequestVoteResponse{}, nil)
+	case *raft.RequestPreVoteRequest:
+		rpc.Respond(&raft.RequestPreVoteResponse{}, nil)
+	case *raft.TimeoutNowRequest:
+		rpc.Respond(nil, errors.New("this node may not vote yet"))
+	default:
+		return false
+	}
+	return true
+}
