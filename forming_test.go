@@ -300,7 +300,7 @@ func TestFormationRefusesStateWithoutACluster(t *testing.T) {
 				t.Fatal(err)
 			}
 		},
-		"a snapshot": func(t *testing.T, s *storage) { t.Helper(); writeSnapshot(t, s.snapshots, 1, "state") },
+		"a snapshot": func(t *testing.T, s *storage) { t.Helper(); writeSnapshot(t, s.snapshots, 1, framed("state")) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -638,7 +638,7 @@ func TestHolding(t *testing.T) {
 			holding{Cluster: "A", LastTerm: 1, LastIndex: 1, Fresh: true, Votes: true},
 		},
 		{"entries", func() error { return f.store.logs.StoreLog(&raft.Log{Index: 7, Term: 3}) }, holdsUpTo("A", 3, 7)},
-		{"a snapshot", func() error { writeSnapshot(t, f.store.snapshots, 9, ""); return nil }, holdsUpTo("A", 2, 9)},
+		{"a snapshot", func() error { writeSnapshot(t, f.store.snapshots, 9, framed("")); return nil }, holdsUpTo("A", 2, 9)},
 		{
 			"a gate", func() error { return f.become(standing{kind: standGated, cluster: "A"}, "") },
 			holding{Cluster: "A", LastTerm: 2, LastIndex: 9, Lost: true},

@@ -111,7 +111,7 @@ func checkMeta(path string) error {
 // missing: Raft keeps its old entries when it installs a snapshot that is ahead of them, and goes on after the snapshot.
 func checkGap(stateDir string, last, next uint64) error {
 	missing := fmt.Errorf("log entry %d is followed by %d", last, next)
-	if _, err := os.Stat(filepath.Join(stateDir, "snapshots")); err != nil {
+	if _, err := os.Stat(filepath.Join(stateDir, snapshotsDir)); err != nil {
 		return missing
 	}
 	snapshots, err := raft.NewFileSnapshotStoreWithLogger(stateDir, snapshotsKept, hclog.NewNullLogger())

@@ -103,9 +103,18 @@ func (r *replica) Snapshot() (raft.FSMSnapshot, error) {
 	return &snapshot{index: r.applied.load(), write: r.machine.Snapshot()}, nil
 }
 
-// Restore replaces the state by that of a snapshot. Readers see the old state until all of the new one has been read
-// and its checksums have been found right.
+// Restore replaces the state by that of a snapshot. One that cannot be read stops the process, like an entry: raft would
+// go on with an older one.
 func (r *replica) Restore(source io.ReadCloser) error {
+	err := r.restore(source)
+	if err != nil {
+		r.fail(fmt.Errorf("restore a snapshot: %w", err))
+	}
+	return err
+}
+
+// restore leaves readers the old state until all of the new one has been read and its checksums have been found right.
+func (r *replica) restore(source io.Reader) error {
 	frames := &frameReader{r: bufio.NewReader(source)}
 	index, err := frames.header()
 	if err != nil {

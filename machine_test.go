@@ -154,7 +154,7 @@ func snapshotOf(t *testing.T, r *replica) []byte {
 }
 
 func restoreFrom(r *replica, snapshot []byte) error {
-	return r.Restore(io.NopCloser(bytes.NewReader(snapshot)))
+	return r.restore(bytes.NewReader(snapshot))
 }
 
 // newTestReplica returns a replica whose failure fails the test.
@@ -399,7 +399,7 @@ func TestRestoreReturnsTheErrorOfItsSource(t *testing.T) {
 	broken := errors.New("input/output error")
 	for read := range snapshot {
 		source := io.MultiReader(bytes.NewReader(snapshot[:read]), iotest.ErrReader(broken))
-		err := newTestReplica(t, new(blobMachine)).Restore(io.NopCloser(source))
+		err := newTestReplica(t, new(blobMachine)).restore(source)
 		if !errors.Is(err, broken) {
 			t.Fatalf("after %d bytes: got error %v; want %v", read, err, broken)
 		}
@@ -629,4 +629,13 @@ func TestProgress(t *testing.T) {
 			}
 		})
 	})
+}
+
+// Raft would go on with an older snapshot.
+func TestSnapshotThatCannotBeRestoredStopsTheNode(t *testing.T) {
+	var failed []error
+	r := &replica{machine: new(blobMachine), metrics: newMetrics(), fail: func(err error) { failed = append(failed, err) }}
+	if err := r.Restore(io.NopCloser(strings.NewReader(framed("five")[:20]))); err == nil || len(failed) != 1 {
+		t.Errorf("got error %v, failures %v; want one of each", err, failed)
+	}
 }

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -24,7 +23,6 @@ import (
 const (
 	dbName          = "raft.db"
 	lockTimeout     = 3 * time.Second // how long another process may hold the database before we give up
-	snapshotsKept   = 2
 	stuckAfter      = 5 * time.Second // a call to the database that takes longer never comes back, for all we know
 	watchTick       = 250 * time.Millisecond
 	deleteStep      = 512 // log entries
@@ -50,21 +48,29 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	if cfg.KVStore == storeMemory {
 		mem := raft.NewInmemStore()
 		return &storage{
-			logs: mem, stable: &stableStore{StableStore: mem}, snapshots: &memorySnapshots{},
+			logs: mem, stable: &stableStore{StableStore: mem}, snapshots: checkedSnapshots{&memorySnapshots{}},
 			close: func() error { return nil },
 		}, nil
 	}
 	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("STATE_DIR %q: %w; set STATE_DIR to a directory that this user can write", cfg.StateDir, err)
 	}
+	aside, err := setAsideSnapshots(cfg.StateDir)
+	if err != nil {
+		return nil, fmt.Errorf("STATE_DIR %q: %w", cfg.StateDir, err)
+	}
+	if aside != "" {
+		log.Warn(dbName+" is missing: this node counts as one without state; the snapshots that were beside it are kept", "in", aside)
+	}
 	db, err := openBolt(filepath.Join(cfg.StateDir, dbName))
 	if err != nil {
 		return nil, err
 	}
-	snapshots, err := raft.NewFileSnapshotStoreWithLogger(cfg.StateDir, snapshotsKept, log.Named("snapshot"))
+	files, err := openSnapshots(cfg.StateDir, log.Named("snapshot"), fail)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("STATE_DIR %q: %w", cfg.StateDir, err), db.Close())
 	}
+	snapshots := checkedSnapshots{files}
 	guarded := &guard{db: db, fail: fail, path: filepath.Join(cfg.StateDir, dbName), snapshots: snapshots}
 	logs, err := raft.NewLogCache(logCacheEntries, guarded)
 	if err != nil {
@@ -436,59 +442,4 @@ func (s *stableStore) vote() ([]byte, error) {
 		return nil, raftboltdb.ErrKeyNotFound
 	}
 	return vote, err
-}
-
-// memorySnapshots keeps the newest complete snapshot in memory. Raft's own in-memory store publishes a snapshot before
-// its bytes are there.
-type memorySnapshots struct {
-	mu     sync.Mutex      // guards newest
-	newest *memorySnapshot // nil before the first
-}
-
-type memorySnapshot struct {
-	store *memorySnapshots
-	meta  raft.SnapshotMeta
-	data  bytes.Buffer
-}
-
-func (m *memorySnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
-	configurationIndex uint64, _ raft.Transport,
-) (raft.SnapshotSink, error) {
-	return &memorySnapshot{store: m, meta: raft.SnapshotMeta{
-		Version: version, ID: fmt.Sprintf("%d-%d-%d", term, index, time.Now().UnixMilli()),
-		Index: index, Term: term, Configuration: configuration, ConfigurationIndex: configurationIndex,
-	}}, nil
-}
-
-func (m *memorySnapshots) List() ([]*raft.SnapshotMeta, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.newest == nil {
-		return nil, nil
-	}
-	meta := m.newest.meta
-	return []*raft.SnapshotMeta{&meta}, nil
-}
-
-func (m *memorySnapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.newest == nil || m.newest.meta.ID != id {
-		return nil, nil, fmt.Errorf("snapshot %q is gone", id)
-	}
-	meta := m.newest.meta
-	return &meta, io.NopCloser(bytes.NewReader(m.newest.data.Bytes())), nil
-}
-
-func (s *memorySnapshot) Write(p []byte) (int, error) { return s.data.Write(p) }
-func (s *memorySnapshot) ID() string                  { return s.meta.ID }
-func (s *memorySnapshot) Cancel() error               { return nil }
-
-// Close publishes the snapshot.
-func (s *memorySnapshot) Close() error {
-	s.store.mu.Lock()
-	defer s.store.mu.Unlock()
-	s.meta.Size = int64(s.data.Len())
-	s.store.newest = s
-	return nil
 }

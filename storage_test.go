@@ -166,7 +166,7 @@ func TestStorageKeepsItsStateWhenOpenedAgain(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			writeSnapshot(t, s.snapshots, 3, "state")
+			writeSnapshot(t, s.snapshots, 3, framed("state"))
 			if err := s.close(); err != nil {
 				t.Fatalf("close: %v", err)
 			}
@@ -188,7 +188,7 @@ func TestStorageKeepsItsStateWhenOpenedAgain(t *testing.T) {
 			if err := s.logs.GetLog(4, &entry); err != nil || string(entry.Data) != "four" || entry.Term != 8 {
 				t.Errorf("got entry %+v, error %v; want the one stored and none", entry, err)
 			}
-			if got := readSnapshots(t, s.snapshots); !reflect.DeepEqual(got, []string{"3: state"}) {
+			if got := readSnapshots(t, s.snapshots); !reflect.DeepEqual(got, []string{"3: " + framed("state")}) {
 				t.Errorf("got snapshots %q; want the one stored", got)
 			}
 		})
@@ -213,7 +213,7 @@ func TestLastIndex(t *testing.T) {
 			t.Run(kvStore+"/"+tt.name, func(t *testing.T) {
 				s := openTestStorage(t, kvStore, t.TempDir())
 				for _, index := range tt.snapshots {
-					writeSnapshot(t, s.snapshots, index, "state")
+					writeSnapshot(t, s.snapshots, index, framed("state"))
 				}
 				for _, index := range tt.logs {
 					if err := s.logs.StoreLog(&raft.Log{Index: index}); err != nil {
@@ -516,129 +516,6 @@ func goodDatabase(t *testing.T) []byte {
 	return b
 }
 
-// newSnapshot creates a snapshot with some bytes, and does not close it.
-func newSnapshot(t *testing.T, store raft.SnapshotStore, index uint64, data string) raft.SnapshotSink {
-	t.Helper()
-	members := raft.Configuration{Servers: []raft.Server{{ID: "node1", Address: "node1"}}}
-	_, transport := raft.NewInmemTransport("node1")
-	sink, err := store.Create(raft.SnapshotVersionMax, index, 2, members, 1, transport)
-	if err != nil {
-		t.Fatalf("create a snapshot: %v", err)
-	}
-	if n, err := io.WriteString(sink, data); err != nil || n != len(data) {
-		t.Fatalf("got %d bytes written, error %v; want %d and none", n, err, len(data))
-	}
-	return sink
-}
-
-func writeSnapshot(t *testing.T, store raft.SnapshotStore, index uint64, data string) (id string) {
-	t.Helper()
-	sink := newSnapshot(t, store, index, data)
-	if err := sink.Close(); err != nil {
-		t.Fatalf("close a snapshot: %v", err)
-	}
-	return sink.ID()
-}
-
-// readSnapshots returns the index and data of all that store lists.
-func readSnapshots(t *testing.T, store raft.SnapshotStore) (all []string) {
-	t.Helper()
-	metas, err := store.List()
-	if err != nil {
-		t.Fatalf("list snapshots: %v", err)
-	}
-	for _, listed := range metas {
-		meta, source, err := store.Open(listed.ID)
-		if err != nil {
-			t.Fatalf("open snapshot %q: %v", listed.ID, err)
-		}
-		data, err := io.ReadAll(source)
-		if err != nil || source.Close() != nil {
-			t.Fatalf("read snapshot %q: %v", listed.ID, err)
-		}
-		if meta.Size != int64(len(data)) || meta.ID != listed.ID {
-			t.Errorf("got meta %+v of %d bytes listed as %q", meta, len(data), listed.ID)
-		}
-		all = append(all, fmt.Sprintf("%d: %s", meta.Index, data))
-	}
-	return all
-}
-
-func TestMemorySnapshots(t *testing.T) {
-	check := func(t *testing.T, store raft.SnapshotStore, want ...string) {
-		t.Helper()
-		if got := readSnapshots(t, store); !reflect.DeepEqual(got, want) {
-			t.Errorf("got snapshots %q; want %q", got, want)
-		}
-	}
-	t.Run("none at first", func(t *testing.T) {
-		store := &memorySnapshots{}
-		check(t, store)
-		if _, _, err := store.Open("1-1-1"); err == nil {
-			t.Error("open of what is not there: got no error; want one")
-		}
-	})
-	t.Run("not there before it is closed", func(t *testing.T) {
-		store := &memorySnapshots{}
-		sink := newSnapshot(t, store, 5, "five")
-		check(t, store)
-		if _, _, err := store.Open(sink.ID()); err == nil {
-			t.Error("open before close: got no error; want one")
-		}
-		if err := sink.Close(); err != nil {
-			t.Fatal(err)
-		}
-		check(t, store, "5: five")
-		next := newSnapshot(t, store, 6, "six")
-		check(t, store, "5: five")
-		if err := next.Close(); err != nil {
-			t.Fatal(err)
-		}
-		check(t, store, "6: six")
-		if _, _, err := store.Open(sink.ID()); err == nil {
-			t.Error("open of a former snapshot: got no error; want one")
-		}
-	})
-	t.Run("canceled, which leaves the former", func(t *testing.T) {
-		store := &memorySnapshots{}
-		writeSnapshot(t, store, 5, "five")
-		if err := newSnapshot(t, store, 6, "half of si").Cancel(); err != nil {
-			t.Fatal(err)
-		}
-		check(t, store, "5: five")
-	})
-	t.Run("read on while a newer one comes", func(t *testing.T) {
-		store := &memorySnapshots{}
-		_, source, err := store.Open(writeSnapshot(t, store, 5, "five"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		writeSnapshot(t, store, 6, "six")
-		if data, err := io.ReadAll(source); err != nil || string(data) != "five" {
-			t.Errorf("got %q, error %v; want five and none", data, err)
-		}
-	})
-	t.Run("with what raft needs to know", func(t *testing.T) {
-		store := &memorySnapshots{}
-		id := writeSnapshot(t, store, 5, "five")
-		metas, err := store.List()
-		if err != nil || len(metas) != 1 {
-			t.Fatalf("got %d snapshots, error %v; want 1 and none", len(metas), err)
-		}
-		want := &raft.SnapshotMeta{
-			Version: raft.SnapshotVersionMax, ID: id, Index: 5, Term: 2, ConfigurationIndex: 1, Size: 4,
-			Configuration: raft.Configuration{Servers: []raft.Server{{ID: "node1", Address: "node1"}}},
-		}
-		if diff := cmp.Diff(want, metas[0]); diff != "" {
-			t.Errorf("meta differs (-want +got):\n%s", diff)
-		}
-		metas[0].Index = 99
-		if got, err := store.List(); err != nil || got[0].Index != 5 {
-			t.Errorf("got index %d, error %v; want 5: what List returns is a copy", got[0].Index, err)
-		}
-	})
-}
-
 // hangingStore is a database whose StoreLogs comes back when it is told to.
 type hangingStore struct {
 	*raft.InmemStore
@@ -888,7 +765,7 @@ func TestCutOfWhatIsExecuted(t *testing.T) {
 				snapshots: snapshots, applied: func() uint64 { return tt.applied },
 			}
 			if tt.snapshot > 0 {
-				writeSnapshot(t, snapshots, tt.snapshot, "state")
+				writeSnapshot(t, snapshots, tt.snapshot, framed("state"))
 			}
 			for i := range uint64(10) {
 				if err := g.StoreLog(&raft.Log{Index: i + 1}); err != nil {
@@ -921,7 +798,7 @@ func TestHoleInTheLog(t *testing.T) {
 		dir := t.TempDir()
 		s := openTestStorage(t, storeBolt, dir)
 		if tt.snapshot > 0 {
-			writeSnapshot(t, s.snapshots, tt.snapshot, "state")
+			writeSnapshot(t, s.snapshots, tt.snapshot, framed("state"))
 		}
 		err := errors.Join(s.logs.StoreLogs([]*raft.Log{{Index: 1}, {Index: 2}, {Index: 10}, {Index: 11}}), s.close())
 		if err != nil {

@@ -1,0 +1,311 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+)
+
+const (
+	snapshotsKept = 2
+	snapshotsDir  = "snapshots" // in STATE_DIR: raft's file store names it so
+	metaName      = "meta.json" // in a snapshot's directory, likewise
+	stateName     = "state.bin"
+	sealName      = "seal" // ours, beside them
+	tmpSuffix     = ".tmp" // of the directory, until the snapshot is complete
+)
+
+// checkedSnapshots is a raft.SnapshotStore that publishes no snapshot but one whose checksums are right to its end, be it
+// this node's own or one that the leader has sent; raft would publish it first and read it after.
+type checkedSnapshots struct{ raft.SnapshotStore }
+
+func (c checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
+	configurationIndex uint64, t raft.Transport,
+) (raft.SnapshotSink, error) {
+	sink, err := c.SnapshotStore.Create(version, index, term, configuration, configurationIndex, t)
+	if err != nil {
+		return nil, err
+	}
+	r, w := io.Pipe()
+	checked := &checkedSink{SnapshotSink: sink, w: w, verdict: make(chan error, 1)}
+	go func() { // ended by Close or Cancel, which close w
+		err := checkFrames(r, index)
+		_ = r.CloseWithError(err) // ends the Write that waits for more to be read
+		checked.verdict <- err
+	}()
+	return checked, nil
+}
+
+type checkedSink struct {
+	raft.SnapshotSink
+	w       *io.PipeWriter
+	verdict chan error
+	closed  bool
+}
+
+func (s *checkedSink) Write(p []byte) (int, error) {
+	if _, err := s.w.Write(p); err != nil {
+		return 0, err
+	}
+	return s.SnapshotSink.Write(p)
+}
+
+func (s *checkedSink) Close() error {
+	if s.closed { // raft closes what Persist has closed
+		return nil
+	}
+	s.closed = true
+	_ = s.w.Close()
+	if err := <-s.verdict; err != nil {
+		return errors.Join(err, s.SnapshotSink.Cancel())
+	}
+	return s.SnapshotSink.Close()
+}
+
+func (s *checkedSink) Cancel() error {
+	s.closed = true
+	_ = s.w.CloseWithError(io.ErrUnexpectedEOF)
+	return s.SnapshotSink.Cancel()
+}
+
+// checkFrames reads a snapshot of the log up to index and says whether all its checksums are right.
+func checkFrames(r io.Reader, index uint64) error {
+	frames := &frameReader{r: bufio.NewReader(r)}
+	applied, err := frames.header()
+	switch {
+	case err != nil:
+		return err
+	case applied > index:
+		return fmt.Errorf("the snapshot of entry %d says that it is of %d", index, applied)
+	}
+	if _, err := io.Copy(io.Discard, frames); err != nil {
+		return err
+	}
+	return frames.end()
+}
+
+// fileSnapshots keeps snapshots in STATE_DIR. It is fail-stop like guard: a snapshot that cannot be written, or that
+// reads otherwise than it was written, goes to fail. Raft would say so in its log and go on without it.
+//
+// Raft has a checksum over a snapshot's state but none over what describes it, so a seal lies beside each.
+type fileSnapshots struct {
+	raft.SnapshotStore
+	dir  string
+	fail func(error)
+}
+
+// openSnapshots opens the snapshots in a state directory and checks what describes them.
+func openSnapshots(stateDir string, log hclog.Logger, fail func(error)) (*fileSnapshots, error) {
+	store, err := raft.NewFileSnapshotStoreWithLogger(stateDir, snapshotsKept, log)
+	if err != nil {
+		return nil, err
+	}
+	f := &fileSnapshots{store, filepath.Join(stateDir, snapshotsDir), fail}
+	entries, err := os.ReadDir(f.dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, entry := range entries {
+		path := filepath.Join(f.dir, entry.Name())
+		if strings.HasSuffix(path, tmpSuffix) { // a crash has left it half written
+			if err := os.RemoveAll(path); err != nil {
+				return nil, err
+			}
+		} else if entry.IsDir() {
+			if err := f.check(entry.Name()); err != nil {
+				return nil, damaged(path, err)
+			}
+		}
+	}
+	return f, nil
+}
+
+// setAsideSnapshots renames what snapshots there are: without a database beside them nobody knows of which cluster they
+// are, so the node counts as one that has lost its state. It returns the new name, "" when there was none.
+func setAsideSnapshots(stateDir string) (string, error) {
+	dir := filepath.Join(stateDir, snapshotsDir)
+	if _, err := os.Stat(filepath.Join(stateDir, dbName)); !errors.Is(err, fs.ErrNotExist) {
+		return "", err
+	}
+	if found, err := filepath.Glob(filepath.Join(dir, "*", metaName)); err != nil || len(found) == 0 {
+		return "", err
+	}
+	aside := fmt.Sprintf("%s.without-raft.db.%d", dir, time.Now().UnixMilli())
+	return aside, os.Rename(dir, aside)
+}
+
+// sealOf is the CRC-32C over what describes a snapshot and raft's store has no checksum for.
+func sealOf(id string, index, term, configurationIndex uint64, configuration raft.Configuration) []byte {
+	b := []byte(id)
+	for _, n := range []uint64{index, term, configurationIndex} {
+		b = binary.BigEndian.AppendUint64(b, n)
+	}
+	b = append(b, raft.EncodeConfiguration(configuration)...)
+	return fmt.Appendf(nil, "%08x\n", crc32.Checksum(b, castagnoli))
+}
+
+// check says whether what describes a snapshot is what was written.
+func (f *fileSnapshots) check(id string) error {
+	dir := filepath.Join(f.dir, id)
+	description, err1 := os.ReadFile(filepath.Join(dir, metaName))
+	seal, err2 := os.ReadFile(filepath.Join(dir, sealName))
+	state, err3 := os.Stat(filepath.Join(dir, stateName))
+	if err := errors.Join(err1, err2, err3); err != nil {
+		return err
+	}
+	var m struct {
+		raft.SnapshotMeta
+		CRC []byte
+	}
+	if err := json.Unmarshal(description, &m); err != nil {
+		return fmt.Errorf("%s: %w", metaName, err)
+	}
+	if m.Version != raft.SnapshotVersionMax || m.ID != id || m.Size != state.Size() ||
+		!bytes.Equal(seal, sealOf(m.ID, m.Index, m.Term, m.ConfigurationIndex, m.Configuration)) {
+		return fmt.Errorf("%s is not what was written", metaName)
+	}
+	return nil
+}
+
+func (f *fileSnapshots) failed(op string, err error) error {
+	err = fmt.Errorf("storage: %s: %w", op, err)
+	f.fail(err)
+	return err
+}
+
+func (f *fileSnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
+	configurationIndex uint64, t raft.Transport,
+) (raft.SnapshotSink, error) {
+	sink, err := f.SnapshotStore.Create(version, index, term, configuration, configurationIndex, t)
+	if err != nil {
+		return nil, f.failed("begin a snapshot", err)
+	}
+	path := filepath.Join(f.dir, sink.ID()+tmpSuffix, sealName)
+	if err := writeSynced(path, sealOf(sink.ID(), index, term, configurationIndex, configuration)); err != nil {
+		return nil, f.failed("seal a snapshot", err)
+	}
+	return &fileSink{sink, f}, nil
+}
+
+func writeSynced(path string, b []byte) error {
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(b)
+	return errors.Join(err, file.Sync(), file.Close())
+}
+
+func (f *fileSnapshots) List() ([]*raft.SnapshotMeta, error) {
+	list, err := f.SnapshotStore.List()
+	if err != nil {
+		return nil, f.failed("list snapshots", err)
+	}
+	return list, nil
+}
+
+// Open reads the whole snapshot, to compare it with its checksum, before it returns it.
+func (f *fileSnapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
+	var meta *raft.SnapshotMeta
+	var state io.ReadCloser
+	err := f.check(id)
+	if err == nil {
+		meta, state, err = f.SnapshotStore.Open(id)
+	}
+	if err == nil {
+		return meta, state, nil
+	}
+	if _, gone := os.Stat(filepath.Join(f.dir, id)); errors.Is(gone, fs.ErrNotExist) { // two newer ones have taken its place
+		return nil, nil, err
+	}
+	return nil, nil, f.failed("open a snapshot", damaged(filepath.Join(f.dir, id), err))
+}
+
+type fileSink struct {
+	raft.SnapshotSink
+	store *fileSnapshots
+}
+
+func (s *fileSink) Write(p []byte) (int, error) {
+	n, err := s.SnapshotSink.Write(p)
+	if err != nil {
+		err = s.store.failed("write a snapshot", err)
+	}
+	return n, err
+}
+
+func (s *fileSink) Close() error {
+	if err := s.SnapshotSink.Close(); err != nil {
+		return s.store.failed("complete a snapshot", err)
+	}
+	return nil
+}
+
+// memorySnapshots keeps the newest complete snapshot in memory. Raft's own in-memory store publishes a snapshot before
+// its bytes are there.
+type memorySnapshots struct {
+	mu     sync.Mutex      // guards newest
+	newest *memorySnapshot // nil before the first
+}
+
+type memorySnapshot struct {
+	store *memorySnapshots
+	meta  raft.SnapshotMeta
+	data  bytes.Buffer
+}
+
+func (m *memorySnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
+	configurationIndex uint64, _ raft.Transport,
+) (raft.SnapshotSink, error) {
+	return &memorySnapshot{store: m, meta: raft.SnapshotMeta{
+		Version: version, ID: fmt.Sprintf("%d-%d-%d", term, index, time.Now().UnixMilli()),
+		Index: index, Term: term, Configuration: configuration, ConfigurationIndex: configurationIndex,
+	}}, nil
+}
+
+func (m *memorySnapshots) List() ([]*raft.SnapshotMeta, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.newest == nil {
+		return nil, nil
+	}
+	meta := m.newest.meta
+	return []*raft.SnapshotMeta{&meta}, nil
+}
+
+func (m *memorySnapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.newest == nil || m.newest.meta.ID != id {
+		return nil, nil, fmt.Errorf("snapshot %q is gone", id)
+	}
+	meta := m.newest.meta
+	return &meta, io.NopCloser(bytes.NewReader(m.newest.data.Bytes())), nil
+}
+
+func (s *memorySnapshot) Write(p []byte) (int, error) { return s.data.Write(p) }
+func (s *memorySnapshot) ID() string                  { return s.meta.ID }
+func (s *memorySnapshot) Cancel() error               { return nil }
+
+// Close publishes the snapshot.
+func (s *memorySnapshot) Close() error {
+	s.store.mu.Lock()
+	defer s.store.mu.Unlock()
+	s.meta.Size = int64(s.data.Len())
+	s.store.newest = s
+	return nil
+}

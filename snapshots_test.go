@@ -1,0 +1,314 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+)
+
+// framed returns a snapshot of no commands, with that state.
+func framed(state string) string { return framedAt(0, state) }
+
+func framedAt(index uint64, state string) string {
+	var b bytes.Buffer
+	frames := &frameWriter{w: &b}
+	if err := errors.Join(frames.header(index), func() error { _, err := frames.Write([]byte(state)); return err }(), frames.end()); err != nil {
+		panic(err) // a bytes.Buffer takes everything
+	}
+	return b.String()
+}
+
+// newSnapshot creates a snapshot with some bytes, and does not close it.
+func newSnapshot(t *testing.T, store raft.SnapshotStore, index uint64, data string) raft.SnapshotSink {
+	t.Helper()
+	members := raft.Configuration{Servers: []raft.Server{{ID: "node1", Address: "node1"}}}
+	_, transport := raft.NewInmemTransport("node1")
+	sink, err := store.Create(raft.SnapshotVersionMax, index, 2, members, 1, transport)
+	if err != nil {
+		t.Fatalf("create a snapshot: %v", err)
+	}
+	if n, err := io.WriteString(sink, data); err != nil || n != len(data) {
+		t.Fatalf("got %d bytes written, error %v; want %d and none", n, err, len(data))
+	}
+	return sink
+}
+
+func writeSnapshot(t *testing.T, store raft.SnapshotStore, index uint64, data string) (id string) {
+	t.Helper()
+	sink := newSnapshot(t, store, index, data)
+	if err := sink.Close(); err != nil {
+		t.Fatalf("close a snapshot: %v", err)
+	}
+	return sink.ID()
+}
+
+// readSnapshots returns the index and data of all that store lists.
+func readSnapshots(t *testing.T, store raft.SnapshotStore) (all []string) {
+	t.Helper()
+	metas, err := store.List()
+	if err != nil {
+		t.Fatalf("list snapshots: %v", err)
+	}
+	for _, listed := range metas {
+		meta, source, err := store.Open(listed.ID)
+		if err != nil {
+			t.Fatalf("open snapshot %q: %v", listed.ID, err)
+		}
+		data, err := io.ReadAll(source)
+		if err != nil || source.Close() != nil {
+			t.Fatalf("read snapshot %q: %v", listed.ID, err)
+		}
+		if meta.Size != int64(len(data)) || meta.ID != listed.ID {
+			t.Errorf("got meta %+v of %d bytes listed as %q", meta, len(data), listed.ID)
+		}
+		all = append(all, fmt.Sprintf("%d: %s", meta.Index, data))
+	}
+	return all
+}
+
+func TestMemorySnapshots(t *testing.T) {
+	check := func(t *testing.T, store raft.SnapshotStore, want ...string) {
+		t.Helper()
+		if got := readSnapshots(t, store); !reflect.DeepEqual(got, want) {
+			t.Errorf("got snapshots %q; want %q", got, want)
+		}
+	}
+	t.Run("none at first", func(t *testing.T) {
+		store := &memorySnapshots{}
+		check(t, store)
+		if _, _, err := store.Open("1-1-1"); err == nil {
+			t.Error("open of what is not there: got no error; want one")
+		}
+	})
+	t.Run("not there before it is closed", func(t *testing.T) {
+		store := &memorySnapshots{}
+		sink := newSnapshot(t, store, 5, "five")
+		check(t, store)
+		if _, _, err := store.Open(sink.ID()); err == nil {
+			t.Error("open before close: got no error; want one")
+		}
+		if err := sink.Close(); err != nil {
+			t.Fatal(err)
+		}
+		check(t, store, "5: five")
+		next := newSnapshot(t, store, 6, "six")
+		check(t, store, "5: five")
+		if err := next.Close(); err != nil {
+			t.Fatal(err)
+		}
+		check(t, store, "6: six")
+		if _, _, err := store.Open(sink.ID()); err == nil {
+			t.Error("open of a former snapshot: got no error; want one")
+		}
+	})
+	t.Run("canceled, which leaves the former", func(t *testing.T) {
+		store := &memorySnapshots{}
+		writeSnapshot(t, store, 5, "five")
+		if err := newSnapshot(t, store, 6, "half of si").Cancel(); err != nil {
+			t.Fatal(err)
+		}
+		check(t, store, "5: five")
+	})
+	t.Run("read on while a newer one comes", func(t *testing.T) {
+		store := &memorySnapshots{}
+		_, source, err := store.Open(writeSnapshot(t, store, 5, "five"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		writeSnapshot(t, store, 6, "six")
+		if data, err := io.ReadAll(source); err != nil || string(data) != "five" {
+			t.Errorf("got %q, error %v; want five and none", data, err)
+		}
+	})
+	t.Run("with what raft needs to know", func(t *testing.T) {
+		store := &memorySnapshots{}
+		id := writeSnapshot(t, store, 5, "five")
+		metas, err := store.List()
+		if err != nil || len(metas) != 1 {
+			t.Fatalf("got %d snapshots, error %v; want 1 and none", len(metas), err)
+		}
+		want := &raft.SnapshotMeta{
+			Version: raft.SnapshotVersionMax, ID: id, Index: 5, Term: 2, ConfigurationIndex: 1, Size: 4,
+			Configuration: raft.Configuration{Servers: []raft.Server{{ID: "node1", Address: "node1"}}},
+		}
+		if diff := cmp.Diff(want, metas[0]); diff != "" {
+			t.Errorf("meta differs (-want +got):\n%s", diff)
+		}
+		metas[0].Index = 99
+		if got, err := store.List(); err != nil || got[0].Index != 5 {
+			t.Errorf("got index %d, error %v; want 5: what List returns is a copy", got[0].Index, err)
+		}
+	})
+}
+
+// What arrives otherwise than it was sent is never published: raft would only then find out, and send it on later.
+func TestDamagedSnapshotIsNotPublished(t *testing.T) {
+	good := framed("the state of five")
+	for _, kind := range []string{storeBolt, storeMemory} {
+		store := openTestStorage(t, kind, t.TempDir()).snapshots
+		writeSnapshot(t, store, 4, framed("the state of four"))
+		refused := func(name, data string) {
+			t.Helper()
+			if !fails(newSnapshotOrNone(t, store, 5, data)) {
+				t.Errorf("%s, %s: got it published; want an error", kind, name)
+			}
+			if got, want := readSnapshots(t, store), []string{"4: " + framed("the state of four")}; !reflect.DeepEqual(got, want) {
+				t.Errorf("%s, %s: got snapshots %q; want %q", kind, name, got, want)
+			}
+		}
+		for i := range len(good) {
+			refused(fmt.Sprint("cut short at ", i), good[:i])
+			b := []byte(good)
+			b[i] ^= 0x10
+			refused(fmt.Sprint("flipped at ", i), string(b))
+		}
+		refused("more after its end", good+"x")
+		refused("of a later entry", framedAt(6, "the state of six"))
+		if err := newSnapshot(t, store, 5, good).Close(); err != nil {
+			t.Errorf("%s: got error %v; want none", kind, err)
+		}
+	}
+}
+
+// newSnapshotOrNone is newSnapshot for a store that may refuse the bytes; it returns nil then.
+func newSnapshotOrNone(t *testing.T, store raft.SnapshotStore, index uint64, data string) raft.SnapshotSink {
+	t.Helper()
+	sink := newSnapshot(t, store, index, "")
+	if _, err := io.WriteString(sink, data); err != nil {
+		if err := sink.Cancel(); err != nil {
+			t.Error(err)
+		}
+		return nil
+	}
+	return sink
+}
+
+// fails closes a sink, and says whether the snapshot was refused.
+func fails(sink raft.SnapshotSink) bool { return sink == nil || sink.Close() != nil }
+
+// A snapshot on disk that is not what was written is never restored and never sent on, whatever byte of whatever file
+// has changed: either the node does not start, or it stops when it opens the snapshot.
+func TestDamagedSnapshotOnDiskStopsTheNode(t *testing.T) {
+	dir := t.TempDir()
+	s := openTestStorage(t, storeBolt, dir)
+	id := writeSnapshot(t, s.snapshots, 5, framed("the state of five"))
+	want := readSnapshots(t, s.snapshots)
+	half := filepath.Join(dir, snapshotsDir, "2-6-1700000000000"+tmpSuffix)
+	if err := errors.Join(s.close(), os.Mkdir(half, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	log := hclog.NewNullLogger()
+	read := func() (said []string, failed error) {
+		files, err := openSnapshots(dir, log, func(err error) { failed = errors.Join(failed, err) })
+		if err != nil {
+			return nil, err
+		}
+		list, err := files.List()
+		for _, meta := range list {
+			_, source, err := files.Open(meta.ID)
+			if err != nil {
+				return nil, errors.Join(failed, err)
+			}
+			data, err := io.ReadAll(source)
+			if err := errors.Join(err, source.Close()); err != nil {
+				t.Fatal(err)
+			}
+			said = append(said, fmt.Sprintf("%d: %s", meta.Index, data))
+		}
+		return said, errors.Join(failed, err)
+	}
+	check := func(what string, harmless bool) {
+		t.Helper()
+		switch got, err := read(); {
+		case err == nil && !(harmless && reflect.DeepEqual(got, want)):
+			t.Errorf("%s: got %q; want an error", what, got)
+		case err != nil && !strings.Contains(err.Error(), "is damaged (") || err != nil && !strings.Contains(err.Error(), id):
+			t.Errorf("%s: got error %v; want one that says that %s is damaged", what, err, id)
+		}
+	}
+	for _, name := range []string{metaName, stateName, sealName} {
+		path := filepath.Join(dir, snapshotsDir, id, name)
+		good, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write := func(b []byte) {
+			if err := os.WriteFile(path, b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for i := range good {
+			b := bytes.Clone(good)
+			b[i] ^= 1
+			write(b)
+			check(fmt.Sprintf("%s, byte %d flipped", name, i), name == metaName) // some say nothing, such as the old Peers
+			write(good[:i])
+			check(fmt.Sprintf("%s, cut short at %d", name, i), name == metaName && i == len(good)-1) // a final newline
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		check(name+" missing", false)
+		write(good)
+	}
+	if got, err := read(); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("got %q, error %v; want %q as at first", got, err, want)
+	}
+	if _, err := os.Stat(half); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("got %v for what a crash left half written; want it gone", err)
+	}
+}
+
+// Raft only logs that a snapshot could not be written, and goes on.
+func TestSnapshotThatCannotBeWrittenStopsTheNode(t *testing.T) {
+	dir := t.TempDir()
+	var failed []error
+	files, err := openSnapshots(dir, hclog.NewNullLogger(), func(err error) { failed = append(failed, err) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	sink := newSnapshot(t, files, 5, framed("five"))
+	if err := os.RemoveAll(filepath.Join(dir, snapshotsDir)); err != nil {
+		t.Fatal(err)
+	}
+	if err := sink.Close(); err == nil || len(failed) != 1 {
+		t.Errorf("complete: got error %v, failures %v; want one of each", err, failed)
+	}
+	if err := os.WriteFile(filepath.Join(dir, snapshotsDir), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := files.Create(raft.SnapshotVersionMax, 6, 2, raft.Configuration{}, 1, nil); err == nil || len(failed) != 2 {
+		t.Errorf("begin: got error %v, failures %v; want two failures", err, failed)
+	}
+	if _, err := files.List(); err == nil || len(failed) != 3 {
+		t.Errorf("list: got error %v, failures %v; want three failures", err, failed)
+	}
+}
+
+// Without raft.db nobody knows of which cluster the snapshots beside it are; the node counts as one without state, and
+// the files are kept.
+func TestSnapshotsWithoutADatabaseAreSetAside(t *testing.T) {
+	dir := t.TempDir()
+	s := openTestStorage(t, storeBolt, dir)
+	writeSnapshot(t, s.snapshots, 5, framed("five"))
+	if err := errors.Join(s.close(), os.Remove(filepath.Join(dir, dbName))); err != nil {
+		t.Fatal(err)
+	}
+	if index, _, err := openTestStorage(t, storeBolt, dir).lastEntry(); index != 0 || err != nil {
+		t.Errorf("got a last entry %d, error %v; want none", index, err)
+	}
+	if kept, err := filepath.Glob(filepath.Join(dir, snapshotsDir+".without-raft.db.*", "*", stateName)); len(kept) != 1 || err != nil {
+		t.Errorf("got %q kept, error %v; want one", kept, err)
+	}
+}
