@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -17,6 +18,7 @@ import (
 const (
 	staleAfter     = 10 * time.Second // after its start a node answers stale reads even if it has heard of no leader
 	watchInterval  = 50 * time.Millisecond
+	hurryTurns     = 10                     // watchIntervals, within which followers notice that their leader is silent
 	handoverWait   = 2 * time.Second        // for another node to become leader
 	handoverLinger = 200 * time.Millisecond // for the others to hear of it, while we still answer them
 )
@@ -27,6 +29,7 @@ const (
 const (
 	heartbeatTimeout = 1 * time.Second
 	leaseTimeout     = heartbeatTimeout
+	electionTimeout  = heartbeatTimeout + time.Millisecond // no shorter than any heartbeat timeout that hurry sets
 	maxAppendEntries = 64
 )
 
@@ -184,7 +187,7 @@ func (s *Store) startRaft() (err error) {
 	conf := raft.DefaultConfig()
 	conf.LocalID = raft.ServerID(s.cfg.NodeID)
 	conf.Logger = s.log.Named("raft")
-	conf.HeartbeatTimeout, conf.ElectionTimeout, conf.LeaderLeaseTimeout = heartbeatTimeout, heartbeatTimeout, leaseTimeout
+	conf.HeartbeatTimeout, conf.ElectionTimeout, conf.LeaderLeaseTimeout = heartbeatTimeout, electionTimeout, leaseTimeout
 	conf.MaxAppendEntries = maxAppendEntries
 	conf.SnapshotThreshold = s.cfg.SnapshotThreshold
 	conf.SnapshotInterval = s.cfg.SnapshotInterval
@@ -415,13 +418,37 @@ func (s *Store) tellCommitted(id string, term, index uint64) {
 func (s *Store) watch() {
 	ticker := time.NewTicker(watchInterval)
 	defer ticker.Stop()
+	silent, turn := 0, 0 // looks since the leader fell silent, and at which of them this node hurries
 	for {
-		s.look(s.raft.Load())
+		r := s.raft.Load()
+		s.look(r)
 		select {
 		case <-s.observations:
+			continue
 		case <-ticker.C:
 		case <-s.ctx.Done():
 			return
+		}
+		switch {
+		case r == nil || r.State() != raft.Follower || s.Leader() == "" || time.Since(r.LastContact()) < heartbeatTimeout:
+			silent, turn = 0, 1+rand.IntN(hurryTurns)
+		case silent == turn:
+			s.hurry(r)
+			fallthrough
+		default:
+			silent++
+		}
+	}
+}
+
+// hurry makes a follower see that its leader is silent. Raft by itself looks every one to two heartbeatTimeouts whether the
+// last of them passed in silence, so three can go by before anybody stands for election. The only way to have it look is
+// to make that timeout shorter than it was. Nodes hurry at different moments, lest their votes split.
+func (s *Store) hurry(r *raft.Raft) {
+	conf := r.ReloadableConfig()
+	for _, conf.HeartbeatTimeout = range []time.Duration{electionTimeout, heartbeatTimeout} {
+		if err := r.ReloadConfig(conf); err != nil {
+			s.log.Error("hurry", "error", err)
 		}
 	}
 }
