@@ -289,6 +289,23 @@ func TestUnreachableFollowerIsTriedUntilItIsBack(t *testing.T) {
 	}
 }
 
+// Heartbeats must not change term and state beside Raft's main thread.
+func TestHeartbeatsTakeTheWayOfAllMessages(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	follower := c.nodes[c.followers(c.leader())[0]]
+	shortCut := new(atomic.Int32)
+	follower.transport.SetHeartbeatHandler(func(rpc raft.RPC) {
+		shortCut.Add(1)
+		rpc.Respond(nil, errors.New("not here"))
+	})
+	began := time.Now()
+	waitFor(t, "some heartbeats", func() bool { return follower.raft.Load().LastContact().Sub(began) > time.Second || shortCut.Load() > 0 })
+	if n := shortCut.Load(); n > 0 {
+		t.Errorf("got %d heartbeats on the short cut; want none", n)
+	}
+}
+
 // slowLogs is a disk whose every write takes a while.
 type slowLogs struct {
 	raft.LogStore
