@@ -374,7 +374,7 @@ func TestStorageFailureStopsTheNode(t *testing.T) {
 	node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
 		st, err := openStorage(cfg, log, fail)
 		if err == nil {
-			mem := st.logs.(*raft.InmemStore)
+			mem := st.rules.LogStore.(*raft.InmemStore)
 			st.logs = &guard{db: failingStore{mem, broken}, fail: fail}
 		}
 		return st, err

@@ -25,12 +25,12 @@ const (
 	sayInterval  = 10 * time.Second // between two log lines about what is being waited for
 )
 
-// keyCluster is where the stable store has this node's standing: a byte that says which, for a founder the index with
-// which its log began (8 bytes), and the cluster's id. A crash may leave anything else beside it: what it says holds.
+// keyCluster is where the stable store has this node's standing: a byte that says which, for all but members an index (8
+// bytes), and the cluster's id. A crash may leave anything else beside it: what it says holds.
 var keyCluster = []byte("Cluster")
 
 const (
-	standFounder = '+' // it formed the cluster
+	standFounder = '+' // it formed the cluster, and has nothing yet but what its log began with
 	standMember  = '-' // a full member
 	standGated   = '~' // the leader is bringing it up: see gate.go
 )
@@ -38,14 +38,14 @@ const (
 // standing says of which cluster a node is, and as what.
 type standing struct {
 	kind    byte
-	base    uint64 // for a founder
+	index   uint64 // that a founder's log began with; that a gated node must reach to vote
 	cluster string // the id, "" while the node is of none
 }
 
 func (s standing) encode() []byte {
 	b := []byte{s.kind}
-	if s.kind == standFounder {
-		b = binary.BigEndian.AppendUint64(b, s.base)
+	if s.kind != standMember {
+		b = binary.BigEndian.AppendUint64(b, s.index)
 	}
 	return append(b, s.cluster...)
 }
@@ -55,9 +55,9 @@ func decodeStanding(b []byte) (s standing, err error) {
 		return standing{}, nil
 	}
 	s.kind, b = b[0], b[1:]
-	if s.kind == standFounder && len(b) > 8 {
-		s.base, b = binary.BigEndian.Uint64(b), b[8:]
-	} else if s.kind == standFounder || s.kind != standMember && s.kind != standGated || len(b) == 0 {
+	if (s.kind == standFounder || s.kind == standGated) && len(b) > 8 {
+		s.index, b = binary.BigEndian.Uint64(b), b[8:]
+	} else if s.kind != standMember || len(b) == 0 {
 		return standing{}, errors.New("the cluster id is damaged")
 	}
 	s.cluster = string(b)
@@ -133,11 +133,31 @@ func (f *formation) become(s standing, founder string) error {
 	if f.promised() && f.granted != founder {
 		return errPromised
 	}
+	if f.standing.cluster == "" { // terms begin anew, and a vote of another cluster must not count in this one
+		if err := f.store.stable.Set(keyVote, make([]byte, 8)); err != nil {
+			return fmt.Errorf("clear the vote: %w", err)
+		}
+	}
 	if err := f.store.stable.Set(keyCluster, s.encode()); err != nil {
 		return fmt.Errorf("store the cluster id: %w", err)
 	}
 	f.standing = s
 	f.log.Info("this node is of a cluster", "cluster", s.cluster, "formed-it", s.kind == standFounder, "votes", s.kind != standGated)
+	return nil
+}
+
+// settle makes a founder a member, before it stores an entry beyond those that its log began with.
+func (f *formation) settle(last uint64) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.standing.kind != standFounder || last <= f.standing.index {
+		return nil
+	}
+	s := standing{kind: standMember, cluster: f.standing.cluster}
+	if err := f.store.stable.Set(keyCluster, s.encode()); err != nil {
+		return err
+	}
+	f.standing = s
 	return nil
 }
 
@@ -161,24 +181,29 @@ type holding struct {
 	LastIndex uint64 `json:"last_index"`
 	// Lost says that the node counts as one without state: it has no cluster, or had lost all and has not been brought up.
 	Lost bool `json:"lost"`
-	// Fresh says that it formed its cluster, which has had no leader yet.
+	// Fresh says that it formed its cluster and has stored nothing since: the cluster has had no leader yet.
 	Fresh bool `json:"fresh"`
 	Leads bool `json:"leads"`
 	Votes bool `json:"votes"`
 }
 
-// nothing says whether h is all there is, nothing was ever acknowledged.
+// nothing says whether, if h is all there is, nothing was ever acknowledged.
 func (h holding) nothing() bool { return h.LastIndex == 0 || h.Fresh && h.LastIndex == 1 }
+
+// beyond says whether h has the more complete log.
+func (h holding) beyond(o holding) bool {
+	return h.LastTerm > o.LastTerm || h.LastTerm == o.LastTerm && h.LastIndex > o.LastIndex
+}
 
 // holds returns what this node has.
 func (f *formation) holds() (holding, error) {
-	s := f.current() // before the index, which only grows: a founder must not look fresh when it is not
+	s := f.current()
 	index, term, err := f.store.lastEntry()
 	return holding{
 		Cluster: s.cluster, LastTerm: term, LastIndex: index,
 		// A gated node's files are not given up for another cluster: with them on disk it waits.
 		Lost:  s.cluster == "" || s.kind == standGated && f.cfg.KVStore == storeMemory,
-		Fresh: s.kind == standFounder && index <= s.base,
+		Fresh: s.kind == standFounder,
 		Leads: f.leads(),
 		Votes: s.cluster != "" && s.kind != standGated,
 	}, err
@@ -237,9 +262,10 @@ type census struct {
 	total    int // in PEERS
 	answers  map[string]holding
 	lost     []string // in order
+	unfit    int      // nodes without a vote, those that are lost among them
 	complete string   // the node with the most complete log, "" when none holds anything
 	leader   string   // a node that says it leads
-	founder  string   // a node whose cluster has had no leader yet; the first cluster's if there are several
+	founder  string   // a node whose cluster has had no leader yet, and with it all that there is; the first cluster's if there are several
 	ruling   string   // the cluster that a majority is of
 }
 
@@ -259,21 +285,36 @@ func newCensus(total int, answers map[string]holding) census {
 		if h.Lost {
 			c.lost = append(c.lost, node)
 		}
+		if !h.Votes {
+			c.unfit++
+		}
 		if h.Leads {
 			c.leader = node
 		}
-		if h.Fresh && (c.founder == "" || h.Cluster < answers[c.founder].Cluster) {
+		if f := answers[c.founder]; h.Fresh && (c.founder == "" || h.beyond(f) || !f.beyond(h) && h.Cluster < f.Cluster) {
 			c.founder = node
 		}
-		best := answers[c.complete]
-		if !h.nothing() && (h.LastTerm > best.LastTerm || h.LastTerm == best.LastTerm && h.LastIndex > best.LastIndex) {
+		if !h.nothing() && h.beyond(answers[c.complete]) {
 			c.complete = node
 		}
 		if members[h.Cluster]++; h.Cluster != "" && members[h.Cluster] > total/2 {
 			c.ruling = h.Cluster
 		}
 	}
+	if c.complete != "" && c.complete != c.founder {
+		c.founder = ""
+	}
 	return c
+}
+
+// holds says whether anybody that answers has something of a cluster.
+func (c census) holds(cluster string) bool {
+	for _, h := range c.answers {
+		if h.Cluster == cluster && !h.nothing() {
+			return true
+		}
+	}
+	return false
 }
 
 // majorityLost says whether a majority of all nodes is without state.
@@ -295,6 +336,7 @@ const (
 	staysOn    stance = iota
 	isOutdone         // a majority has formed another cluster: it must not serve any more
 	forgets           // it gives its cluster up, in which it has nothing to lose
+	isBlank           // likewise, but others may yet answer
 	isSurvivor        // it has the most complete log there is, and a majority has none
 )
 
@@ -307,8 +349,11 @@ func (c census) stance(node string, store string) stance {
 		return isOutdone
 	case c.ruling != "" && c.ruling != mine.Cluster,
 		len(c.answers) == c.total && c.complete == "" && c.founder == "", // its founder has lost all before anybody got anything
-		mine.Lost && c.founder != "" && c.answers[c.founder].Cluster != mine.Cluster:
+		mine.Lost && c.founder != "" && c.answers[c.founder].Cluster != mine.Cluster,
+		mine.nothing() && c.complete != "" && !c.holds(mine.Cluster):
 		return forgets
+	case mine.nothing() && c.complete == "" && c.founder == "" && len(c.answers) > c.total/2:
+		return isBlank
 	case store == storeMemory && c.majorityLost() && c.complete == node:
 		return isSurvivor
 	}
@@ -339,9 +384,15 @@ func (p *patience) over(so bool, long time.Duration) bool {
 	return so && time.Since(p.since) >= long
 }
 
-// find returns once this node is of a cluster. admit asks a leader to bring this node up, and returns the cluster and
-// the term in which a majority without this node confirmed that leader.
-func (f *formation) find(ctx context.Context, admit func(ctx context.Context, leader string) (cluster string, term uint64, err error)) error {
+// admission is the answer of a leader, confirmed by a majority without the node that asks, to a node without state.
+type admission struct {
+	Cluster string `json:"cluster"`
+	Term    uint64 `json:"term"`
+	Index   uint64 `json:"index"` // with all entries up to here the node may vote
+}
+
+// find returns once this node is of a cluster. admit asks a leader to bring this node up.
+func (f *formation) find(ctx context.Context, admit func(ctx context.Context, leader string) (admission, error)) error {
 	var ripe patience
 	var said time.Time // when the log was last told what is being waited for
 	for f.id() == "" {
@@ -358,7 +409,7 @@ func (f *formation) find(ctx context.Context, admit func(ctx context.Context, le
 			err = f.become(standing{kind: standMember, cluster: c.answers[c.founder].Cluster}, c.founder)
 		case c.forms(patient) == f.cfg.NodeID:
 			if id, granted := f.seekGrants(ctx, c); granted {
-				err = f.become(standing{kind: standFounder, base: 1, cluster: id}, f.cfg.NodeID)
+				err = f.become(standing{kind: standFounder, index: 1, cluster: id}, f.cfg.NodeID)
 			}
 		}
 		if err != nil && !errors.Is(err, errPromised) {
@@ -379,11 +430,14 @@ func (f *formation) find(ctx context.Context, admit func(ctx context.Context, le
 // joinLeader makes this node one that a leader brings up, if that leader is confirmed. Whatever this node acknowledged
 // or voted for before it lost it was in this term or an earlier one, so it must not listen to earlier leaders.
 func (f *formation) joinLeader(ctx context.Context, leader string,
-	admit func(ctx context.Context, leader string) (cluster string, term uint64, err error),
+	admit func(ctx context.Context, leader string) (admission, error),
 ) bool {
-	cluster, term, err := admit(ctx, leader)
+	a, err := admit(ctx, leader)
 	if err == nil {
-		err = errors.Join(f.store.stable.SetUint64(keyCurrentTerm, term), f.become(standing{kind: standGated, cluster: cluster}, ""))
+		err = f.store.stable.SetUint64(keyCurrentTerm, a.Term)
+	}
+	if err == nil {
+		err = f.become(standing{kind: standGated, index: a.Index, cluster: a.Cluster}, "")
 	}
 	if err != nil {
 		f.log.Debug("a node that says it leads does not bring this one up", "node", leader, "error", err)
@@ -404,10 +458,10 @@ func (f *formation) advice(c census) string {
 	case c.majorityLost() && f.cfg.KVStore == storeMemory:
 		return fmt.Sprintf("%v; when this has been so for %v, node %s, whose log is the most complete, leads with what it has",
 			c, f.patience, c.complete)
-	case c.majorityLost():
+	case c.unfit > c.total/2 && c.complete != "":
 		return fmt.Sprintf("%v; a majority has lost its state, so what was acknowledged may be lost: start the missing nodes with their "+
-			"state directories; if those are gone, stop node %s, whose log is the most complete, copy its STATE_DIR to nodes without state "+
-			"until a majority has it, and start them", c, c.complete)
+			"state directories; if those are gone, stop node %s, whose log is the most complete, copy its STATE_DIR to other nodes, in the "+
+			"place of what they have, until a majority has it, and start them", c, c.complete)
 	}
 	return c.String() + "; more nodes must answer, so that nothing that was acknowledged is lost"
 }

@@ -95,6 +95,42 @@ func TestWhoFormsACluster(t *testing.T) {
 	}
 }
 
+// A founder whose cluster has had no leader is joined only when nobody has more.
+func TestWhichFounderIsJoined(t *testing.T) {
+	type answers map[string]holding
+	survivor := holding{Cluster: "C", LastTerm: 2, LastIndex: 500, Fresh: true, Votes: true}
+	for _, tt := range []struct {
+		name    string
+		answers answers
+		want    string
+	}{
+		{"one", answers{"node1": nothingHeld(), "node2": founded("A")}, "node2"},
+		{"of two, the first cluster's", answers{"node1": nothingHeld(), "node2": founded("B"), "node3": founded("A")}, "node3"},
+		{"one from long ago, beside state", answers{"node1": founded("A"), "node2": holdsUpTo("B", 2, 500), "node3": nothingHeld()}, ""},
+		{"a survivor", answers{"node1": nothingHeld(), "node2": survivor}, "node2"},
+		{"a survivor before one with nothing", answers{"node1": founded("A"), "node2": survivor, "node3": nothingHeld()}, "node2"},
+		{"a survivor beside one that has more", answers{"node1": holdsUpTo("B", 2, 501), "node2": survivor, "node3": nothingHeld()}, ""},
+	} {
+		if got := newCensus(3, tt.answers).founder; got != tt.want {
+			t.Errorf("%s: got %q; want %q", tt.name, got, tt.want)
+		}
+	}
+}
+
+// A vote in a cluster that is no more must not count in another.
+func TestVotesEndWithTheirCluster(t *testing.T) {
+	f := newTestFormation(t, "node1", 3)
+	castVote(t, f.store.stable, 5, "node2")
+	if err := f.become(standing{kind: standGated, index: 7, cluster: "B"}, ""); err != nil {
+		t.Fatal(err)
+	}
+	term, err1 := f.store.stable.GetUint64(keyLastVoteTerm)
+	candidate, err2 := f.store.stable.Get(keyLastVoteCand)
+	if err := errors.Join(err1, err2); err != nil || term != 0 || len(candidate) > 0 {
+		t.Errorf("got a vote for %q in term %d, error %v; want none", candidate, term, err)
+	}
+}
+
 func TestStanceOfANodeWithoutALeader(t *testing.T) {
 	type answers map[string]holding // of node1, about which it is, and others
 	empty, holds := nothingHeld(), holdsUpTo("A", 2, 500)
@@ -136,8 +172,38 @@ func TestStanceOfANodeWithoutALeader(t *testing.T) {
 			forgets, forgets,
 		},
 		{
-			"it was being brought up, and another cluster forms", 3,
+			"it was being brought up and has got nothing, and another cluster forms", 3,
+			answers{"node1": gatedAt("A", 0, true), "node2": founded("B")},
+			forgets, forgets,
+		},
+		{
+			"it was being brought up, and another cluster forms that has less", 3,
 			answers{"node1": gatedAt("A", 400, true), "node2": founded("B")},
+			staysOn, staysOn,
+		},
+		{
+			"it was being brought up, and a survivor goes on", 3,
+			answers{"node1": gatedAt("A", 400, true), "node2": {Cluster: "B", LastTerm: 2, LastIndex: 500, Fresh: true, Votes: true}},
+			forgets, forgets,
+		},
+		{
+			"it founded a cluster long ago, and another has state", 3,
+			answers{"node1": founded("A"), "node2": holdsUpTo("B", 2, 500), "node3": empty},
+			forgets, forgets,
+		},
+		{
+			"it founded a cluster, and one of that has state already", 3,
+			answers{"node1": founded("A"), "node2": holdsUpTo("A", 2, 2), "node3": holdsUpTo("B", 2, 500)},
+			staysOn, staysOn,
+		},
+		{
+			"it joined a cluster of which another has state", 3,
+			answers{"node1": joinedOnly("A"), "node2": holdsUpTo("A", 2, 2)},
+			staysOn, staysOn,
+		},
+		{
+			"it joined a cluster that has nothing, and another has state", 3,
+			answers{"node1": joinedOnly("A"), "node2": founded("A"), "node3": holdsUpTo("B", 2, 500)},
 			forgets, forgets,
 		},
 		{
@@ -158,7 +224,7 @@ func TestStanceOfANodeWithoutALeader(t *testing.T) {
 		{
 			"its founder is silent, and nobody has anything", 3,
 			answers{"node1": joinedOnly("A"), "node2": joinedOnly("A")},
-			staysOn, staysOn,
+			isBlank, isBlank,
 		},
 		{
 			"its founder has had no leader yet", 3,
@@ -267,7 +333,7 @@ func TestFormationFindsWhatItStored(t *testing.T) {
 		return f, f.open(openTestStorage(t, storeBolt, dir), nil)
 	}
 	for _, want := range []standing{
-		{kind: standFounder, base: 1, cluster: "CLUSTER"}, {kind: standMember, cluster: "CLUSTER"}, {kind: standGated, cluster: "CLUSTER"},
+		{kind: standFounder, index: 1, cluster: "CLUSTER"}, {kind: standMember, cluster: "CLUSTER"}, {kind: standGated, index: 7, cluster: "CLUSTER"},
 	} {
 		dir := t.TempDir()
 		f, err := open(dir)
@@ -285,7 +351,7 @@ func TestFormationFindsWhatItStored(t *testing.T) {
 			t.Errorf("got error %v; want none", err)
 		}
 	}
-	for _, damaged := range []string{"+", "+1234567", "+12345678", "-", "~", "?CLUSTER"} {
+	for _, damaged := range []string{"+", "+1234567", "+12345678", "-", "~", "~12345678", "?", "?12345678CLUSTER"} {
 		if s, err := decodeStanding([]byte(damaged)); err == nil {
 			t.Errorf("got %+v from %q; want an error", s, damaged)
 		}
@@ -330,8 +396,7 @@ func TestFormationOfABrokenStorage(t *testing.T) {
 	}
 }
 
-// checkOneCluster waits until all nodes are ready, and makes sure that all are of one cluster, which it returns, formed
-// by one of them.
+// checkOneCluster waits until all nodes are ready, and makes sure that all are members of one cluster, which it returns.
 func checkOneCluster(t *testing.T, c *testCluster) string {
 	t.Helper()
 	for _, node := range c.nodes {
@@ -341,7 +406,6 @@ func checkOneCluster(t *testing.T, c *testCluster) string {
 	if id == "" {
 		t.Error("got no cluster id; want one")
 	}
-	var founders []string
 	for _, node := range c.nodes {
 		if got := node.Status().Cluster; got != id {
 			t.Errorf("got cluster %q of %s; want %q", got, node.cfg.NodeID, id)
@@ -354,12 +418,9 @@ func checkOneCluster(t *testing.T, c *testCluster) string {
 		if diff := cmp.Diff([]string{"node1", "node2", "node3"}, members); diff != "" {
 			t.Errorf("members of %s differ (-want +got):\n%s", node.cfg.NodeID, diff)
 		}
-		if node.form.current().kind == standFounder {
-			founders = append(founders, node.cfg.NodeID)
+		if got := node.form.current().kind; got != standMember {
+			t.Errorf("got %s as %q; want it a member", node.cfg.NodeID, got)
 		}
-	}
-	if len(founders) != 1 {
-		t.Errorf("got founders %v; want one", founders)
 	}
 	return id
 }
@@ -406,7 +467,7 @@ func TestRestartOfAllNodesKeepsTheCluster(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t, 3, storeBolt)
 	want := checkOneCluster(t, c)
-	founder := slices.IndexFunc(c.nodes, func(n *testNode) bool { return n.form.current().kind == standFounder })
+	const founder = 0 // by its id
 	if _, err := c.nodes[0].kv.Set(t.Context(), []Pair{{"k", "1"}}, Condition{}); err != nil {
 		t.Fatal(err)
 	}
@@ -436,7 +497,7 @@ func TestFounderThatStoppedBeforeAnybodyJoined(t *testing.T) {
 		do   func(*Config, *storage) error
 	}{
 		{"stored the cluster's id", func(_ *Config, s *storage) error {
-			return s.stable.Set(keyCluster, standing{kind: standFounder, base: 1, cluster: cluster}.encode())
+			return s.stable.Set(keyCluster, standing{kind: standFounder, index: 1, cluster: cluster}.encode())
 		}},
 		// The two writes of raft.BootstrapCluster.
 		{"stored the first term", func(_ *Config, s *storage) error {
@@ -631,13 +692,16 @@ func TestHolding(t *testing.T) {
 	}{
 		{"nothing", func() error { return nil }, holding{Lost: true}},
 		{"a cluster that it founds", func() error {
-			return f.become(standing{kind: standFounder, base: 1, cluster: "A"}, "")
+			return f.become(standing{kind: standFounder, index: 1, cluster: "A"}, "")
 		}, holding{Cluster: "A", Fresh: true, Votes: true}},
 		{
 			"its first entry", func() error { return f.store.logs.StoreLog(&raft.Log{Index: 1, Term: 1}) },
 			holding{Cluster: "A", LastTerm: 1, LastIndex: 1, Fresh: true, Votes: true},
 		},
-		{"entries", func() error { return f.store.logs.StoreLog(&raft.Log{Index: 7, Term: 3}) }, holdsUpTo("A", 3, 7)},
+		{"entries", func() error {
+			f.store.rules.settle = f.settle
+			return f.store.logs.StoreLog(&raft.Log{Index: 7, Term: 3})
+		}, holdsUpTo("A", 3, 7)},
 		{"a snapshot", func() error { writeSnapshot(t, f.store.snapshots, 9, framed("")); return nil }, holdsUpTo("A", 2, 9)},
 		{
 			"a gate", func() error { return f.become(standing{kind: standGated, cluster: "A"}, "") },

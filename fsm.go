@@ -151,8 +151,13 @@ func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
 	return binary.BigEndian.AppendUint64(nil, uint64(m.lastTag)), nil
 }
 
-// Reformed puts the tags to come above those of the writes that were lost.
-func (m *kvMachine) Reformed(at time.Time) { m.lastTag = max(m.lastTag, Tag(at.UnixMicro())) }
+// Reformed puts the tags to come above those of the writes that were lost: they were fewer than reformedTags, or else began
+// at a clock.
+func (m *kvMachine) Reformed(at time.Time) {
+	m.lastTag = max(m.lastTag+reformedTags, Tag(at.UnixMicro()))
+}
+
+const reformedTags = 1 << 32
 
 // The format of a snapshot: the last tag given out and the number of keys, as 8 bytes each; then for every key, in byte
 // order, key and value behind their lengths, and the tag, all numbers as uvarints.

@@ -17,13 +17,6 @@ import (
 // but neither votes nor stands for election nor confirms a leader, until it has all that the leader had when the node
 // came. See "Coming back with nothing" in DESIGN.md.
 
-// admission is a leader's answer to a gated node.
-type admission struct {
-	Cluster string `json:"cluster"`
-	Term    uint64 `json:"term"`
-	Index   uint64 `json:"index"` // with all entries up to here the node may vote
-}
-
 // handleAdmit tells a gated node what it must have before it may vote. The index is that of the newest entry and not the
 // newest committed one: what the node acknowledged before it lost its log may be committed by just that.
 func (s *Store) handleAdmit(ctx context.Context, from string, _ []byte) ([]byte, error) {
@@ -35,7 +28,7 @@ func (s *Store) handleAdmit(ctx context.Context, from string, _ []byte) ([]byte,
 	if err != nil {
 		return nil, err
 	}
-	return json.Marshal(admission{s.form.id(), term, r.LastIndex()})
+	return json.Marshal(admission{Cluster: s.form.id(), Term: term, Index: r.LastIndex()})
 }
 
 func (s *Store) askAdmission(ctx context.Context, leader string) (a admission, err error) {
@@ -50,15 +43,15 @@ func (s *Store) askAdmission(ctx context.Context, leader string) (a admission, e
 
 // passGate returns when this node may vote.
 func (s *Store) passGate() {
-	var goal admission
+	goal := s.form.current().index
 	for s.form.gated() && s.pause(formInterval) {
-		leader := s.Leader()
-		if goal.Index == 0 && leader != "" && leader != s.cfg.NodeID {
-			goal, _ = s.askAdmission(s.ctx, leader)
+		// The end of what the first leader had may have been lost with it; what a later one has is enough.
+		if a, err := s.askAdmission(s.ctx, s.Leader()); err == nil && a.Cluster == s.form.id() {
+			goal = min(goal, a.Index)
 		}
 		have := s.raft.Load().CommitIndex()
-		s.form.waits(fmt.Sprintf("the node has come back without its state: it has %d of the %d log entries that it needs to vote", have, goal.Index))
-		if goal.Index == 0 || have < goal.Index {
+		s.form.waits(fmt.Sprintf("the node has come back without its state: it has %d of the %d log entries that it needs to vote", have, goal))
+		if have < goal {
 			continue
 		}
 		if err := s.form.become(standing{kind: standMember, cluster: s.form.id()}, ""); err != nil {
@@ -87,12 +80,12 @@ func (s *Store) stay() {
 		}
 		s.form.waits("no leader is known; " + s.form.advice(c))
 		stance := c.stance(s.cfg.NodeID, s.cfg.KVStore)
-		patient := ripe.over(stance == isSurvivor, s.form.patience)
+		patient := ripe.over(stance == isSurvivor || stance == isBlank, s.form.patience)
 		switch {
 		case stance == isOutdone:
 			s.outranked(c.ruling)
 			return
-		case stance == forgets:
+		case stance == forgets, stance == isBlank && patient:
 			s.forget()
 			return
 		case patient:
@@ -123,8 +116,16 @@ func (s *Store) outranked(ruling string) {
 func (s *Store) forget() {
 	s.log.Warn("the node's cluster is no more; it begins again without state", "cluster", s.form.id())
 	s.leave(func(st *storage) (*storage, error) {
-		if s.cfg.KVStore == storeMemory {
+		h, err := s.form.holds()
+		switch {
+		case err != nil:
+			return nil, err
+		case s.cfg.KVStore == storeMemory && (h.Lost || h.nothing()):
 			return nil, nil
+		case s.cfg.KVStore == storeMemory: // it has got something at the last moment
+			return st, nil
+		case !h.nothing():
+			return nil, nil // likewise: what is on the disk stays
 		}
 		first, err := st.logs.FirstIndex()
 		if err == nil && first > 0 { // a founder's first entry
@@ -142,7 +143,7 @@ func (s *Store) takeOver(cluster string) {
 	s.leave(func(st *storage) (*storage, error) {
 		last, _, err := st.lastEntry()
 		st.survivor = true
-		return st, errors.Join(err, st.stable.Set(keyCluster, standing{kind: standFounder, base: last, cluster: cluster}.encode()))
+		return st, errors.Join(err, st.stable.Set(keyCluster, standing{kind: standFounder, index: last, cluster: cluster}.encode()))
 	})
 }
 
@@ -198,7 +199,7 @@ func (s *Store) standsBy(voter string, term uint64) bool {
 type ballot struct {
 	term    uint64
 	missing int           // votes of other nodes until a majority has voted
-	enough  chan struct{} // closed then
+	enough  chan struct{} // closed then; no later vote counts
 }
 
 // ballots is the newest ballot. Its zero value is ready.
@@ -207,15 +208,16 @@ type ballots struct {
 	newest *ballot
 }
 
-// granted notes a vote and returns the channel that is closed when there are enough; nil when the vote is for a term
-// that has passed. needed is how many other nodes make a majority with this one.
+// granted notes a vote and returns the channel that is closed when there are enough; nil when the vote does not count: its
+// term has passed, or there were enough without it, so that a voter may have been asked before this vote was given. needed is
+// how many other nodes make a majority with this one.
 func (b *ballots) granted(term uint64, needed int) <-chan struct{} {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.newest == nil || b.newest.term < term {
 		b.newest = &ballot{term, needed, make(chan struct{})}
 	}
-	if b.newest.term > term {
+	if b.newest.term > term || b.newest.missing == 0 {
 		return nil
 	}
 	if b.newest.missing--; b.newest.missing == 0 {

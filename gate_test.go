@@ -111,7 +111,9 @@ func TestVotesAreConfirmed(t *testing.T) {
 	}
 	<-b.granted(5, 2)
 	<-first
-	<-b.granted(5, 2)
+	if b.granted(5, 2) != nil {
+		t.Error("a vote counts that was given when others had been confirmed already")
+	}
 	if <-b.granted(6, 1); b.granted(5, 2) != nil {
 		t.Error("a vote of an earlier term counts")
 	}

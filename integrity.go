@@ -118,18 +118,9 @@ func checkGap(stateDir string, last, next uint64) error {
 	if err != nil {
 		return err
 	}
-	newest, err := newestSnapshot(snapshots)
-	if err == nil && newest < next-1 {
+	list, err := snapshots.List()
+	if err == nil && (len(list) == 0 || list[0].Index < next-1) {
 		err = missing
 	}
 	return err
-}
-
-// newestSnapshot returns the index of the newest snapshot, 0 when there is none.
-func newestSnapshot(snapshots raft.SnapshotStore) (uint64, error) {
-	list, err := snapshots.List()
-	if err != nil || len(list) == 0 {
-		return 0, err
-	}
-	return list[0].Index, nil
 }

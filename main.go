@@ -146,6 +146,7 @@ func serve(cfg *Config, sig signals, log hclog.Logger, kept *storage) error {
 			log.Info("reload: nothing that is configured can change without a restart")
 		case err := <-store.Failed():
 			if errors.As(err, new(*startOver)) {
+				store.Abandon() // its port is listened on again in a moment
 				return errors.Join(err, shutdown(handler, web, time.Second, sig))
 			}
 			_ = listener.Close()

@@ -14,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -31,9 +32,29 @@ const (
 
 // checkedSnapshots is a raft.SnapshotStore that publishes no snapshot but one whose checksums are right to its end, be it
 // this node's own or one that the leader has sent; raft would publish it first and read it after.
-type checkedSnapshots struct{ raft.SnapshotStore }
+type checkedSnapshots struct {
+	raft.SnapshotStore
+	last atomic.Pointer[position] // see newest
+}
 
-func (c checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
+// position is that of an entry in the log.
+type position struct{ index, term uint64 }
+
+func newCheckedSnapshots(store raft.SnapshotStore) (*checkedSnapshots, error) {
+	c := &checkedSnapshots{SnapshotStore: store}
+	list, err := store.List()
+	if err == nil && len(list) > 0 {
+		c.last.Store(&position{list[0].Index, list[0].Term})
+	} else {
+		c.last.Store(new(position))
+	}
+	return c, err
+}
+
+// newest returns what the newest snapshot ends with, the zero value when there is none.
+func (c *checkedSnapshots) newest() position { return *c.last.Load() }
+
+func (c *checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
 	configurationIndex uint64, t raft.Transport,
 ) (raft.SnapshotSink, error) {
 	sink, err := c.SnapshotStore.Create(version, index, term, configuration, configurationIndex, t)
@@ -41,7 +62,7 @@ func (c checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint6
 		return nil, err
 	}
 	r, w := io.Pipe()
-	checked := &checkedSink{SnapshotSink: sink, w: w, verdict: make(chan error, 1)}
+	checked := &checkedSink{SnapshotSink: sink, store: c, end: position{index, term}, w: w, verdict: make(chan error, 1)}
 	go func() { // ended by Close or Cancel, which close w
 		err := checkFrames(r, index)
 		_ = r.CloseWithError(err) // ends the Write that waits for more to be read
@@ -52,6 +73,8 @@ func (c checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint6
 
 type checkedSink struct {
 	raft.SnapshotSink
+	store   *checkedSnapshots
+	end     position
 	w       *io.PipeWriter
 	verdict chan error
 	closed  bool
@@ -73,7 +96,11 @@ func (s *checkedSink) Close() error {
 	if err := <-s.verdict; err != nil {
 		return errors.Join(err, s.SnapshotSink.Cancel())
 	}
-	return s.SnapshotSink.Close()
+	err := s.SnapshotSink.Close()
+	if err == nil {
+		s.store.last.Store(&s.end)
+	}
+	return err
 }
 
 func (s *checkedSink) Cancel() error {

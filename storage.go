@@ -36,7 +36,7 @@ type storage struct {
 	stable    raft.StableStore
 	snapshots raft.SnapshotStore
 	close     func() error
-	guard     *guard // of logs and stable, nil in memory
+	rules     *entries // of logs
 
 	// survivor says that it was the most complete of what was left when a majority had lost its state.
 	survivor bool
@@ -47,10 +47,11 @@ type storage struct {
 func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
 	if cfg.KVStore == storeMemory {
 		mem := raft.NewInmemStore()
+		snapshots, err := newCheckedSnapshots(&memorySnapshots{})
+		rules := &entries{LogStore: mem, newest: snapshots.newest, fail: fail}
 		return &storage{
-			logs: mem, stable: &stableStore{StableStore: mem}, snapshots: checkedSnapshots{&memorySnapshots{}},
-			close: func() error { return nil },
-		}, nil
+			logs: rules, stable: &stableStore{StableStore: mem}, snapshots: snapshots, close: func() error { return nil }, rules: rules,
+		}, err
 	}
 	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
 		return nil, fmt.Errorf("STATE_DIR %q: %w; set STATE_DIR to a directory that this user can write", cfg.StateDir, err)
@@ -70,31 +71,24 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("STATE_DIR %q: %w", cfg.StateDir, err), db.Close())
 	}
-	snapshots := checkedSnapshots{files}
-	guarded := &guard{db: db, fail: fail, path: filepath.Join(cfg.StateDir, dbName), snapshots: snapshots}
-	logs, err := raft.NewLogCache(logCacheEntries, guarded)
-	if err != nil {
+	snapshots, err1 := newCheckedSnapshots(files)
+	guarded := &guard{db: db, fail: fail, path: filepath.Join(cfg.StateDir, dbName)}
+	cache, err2 := raft.NewLogCache(logCacheEntries, guarded)
+	if err := errors.Join(err1, err2); err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
 	ticker := time.NewTicker(watchTick)
 	ctx, stop := context.WithCancel(context.Background())
 	go guarded.watch(ctx, ticker.C, int(stuckAfter/watchTick))
+	rules := &entries{LogStore: cache, newest: snapshots.newest, fail: fail}
 	return &storage{
-		logs: logs, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, guard: guarded,
+		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules,
 		close: func() error {
 			ticker.Stop()
 			stop()
 			return db.Close()
 		},
 	}, nil
-}
-
-// protect sets what tells how far the state machine has executed the log: what is executed is never cut off the log.
-// It must be called before Raft runs.
-func (s *storage) protect(applied func() uint64) {
-	if s.guard != nil {
-		s.guard.applied = applied
-	}
 }
 
 // openBolt opens the database. bbolt panics on many kinds of damage; here that becomes an error that names the cure.
@@ -188,6 +182,53 @@ func checkPair(path string, bucket, last, key, value []byte) error {
 	return nil
 }
 
+// entries is the log, on disk or in memory, with some rules that Raft follows as long as all nodes keep what they promised
+// and the network delivers in order.
+type entries struct {
+	raft.LogStore
+	newest  func() position         // what the newest snapshot ends with
+	applied func() uint64           // index up to which the state machine has executed the log. Set before Raft runs, as is settle
+	settle  func(last uint64) error // called before entries up to last are stored
+	fail    func(error)
+}
+
+func (e *entries) StoreLog(l *raft.Log) error { return e.StoreLogs([]*raft.Log{l}) }
+
+func (e *entries) StoreLogs(l []*raft.Log) error {
+	if e.settle != nil && len(l) > 0 {
+		if err := e.settle(l[len(l)-1].Index); err != nil {
+			return err
+		}
+	}
+	return e.LogStore.StoreLogs(l)
+}
+
+// DeleteRange deletes the oldest entries, or the end of the log where the leader has other entries.
+//
+// An end that begins before the newest snapshot's does not go: below it there may be the rest of an older log, which Raft
+// leaves there, and a message from before the snapshot, which the network has held back, would have all cut off that came
+// after it. Nor does an end that is executed in part: then this node has executed what the leader has not, and stops.
+func (e *entries) DeleteRange(first, last uint64) error {
+	end, err := e.LastIndex()
+	if err != nil {
+		return err
+	}
+	newest := e.newest().index
+	if last == end && newest < last {
+		if first <= newest {
+			return raft.ErrLogNotFound
+		}
+		if e.applied != nil && first <= e.applied() {
+			err := fmt.Errorf("the leader's log differs from entry %d on, but this node has executed its own up to %d: a node "+
+				"of the cluster has lost what it had stored; nothing was changed: compare the nodes' data, then move the state "+
+				"directory of each that is wrong away and start it without state, to be filled by the others", first, e.applied())
+			e.fail(err)
+			return err
+		}
+	}
+	return e.LogStore.DeleteRange(first, last)
+}
+
 // guard makes the database fail-stop. Raft goes on after an error of its stores with a wrong idea of what is in them,
 // and after a failed fsync nobody can know what reached the disk (Rebello et al., "Can Applications Recover from fsync
 // Failures?", ATC 2020). So any error but "not found" goes to fail, which does not return while the process stops:
@@ -200,10 +241,8 @@ type guard struct {
 		raft.LogStore
 		raft.StableStore
 	}
-	fail      func(error)
-	path      string             // of the database, for messages
-	snapshots raft.SnapshotStore // nil for none
-	applied   func() uint64      // index up to which the state machine has executed the log; nil for none of it
+	fail func(error)
+	path string // of the database, for messages
 
 	mu    sync.Mutex // guards calls
 	calls map[*storeCall]struct{}
@@ -317,33 +356,7 @@ func (g *guard) DeleteRange(first, last uint64) error {
 	if err != nil {
 		return err
 	}
-	return g.do("delete logs", func() error {
-		if last == end {
-			if err := g.checkCut(first, last); err != nil {
-				return err
-			}
-		}
-		return g.db.DeleteRange(first, last)
-	})
-}
-
-// checkCut refuses to delete the end of the log when the state machine has executed some of it. Raft never does so
-// while all nodes keep what they promised; if it does, this node has executed what the leader has not. What the newest
-// snapshot has may go: entries from before it was installed are replaced by the leader's.
-func (g *guard) checkCut(first, last uint64) error {
-	if g.applied == nil {
-		return nil
-	}
-	newest, err := newestSnapshot(g.snapshots)
-	if err != nil {
-		return err
-	}
-	if applied := g.applied(); last > newest && max(first, newest+1) <= applied {
-		return fmt.Errorf("the leader's log differs from entry %d on, but this node has executed its own up to %d: a node "+
-			"of the cluster has lost what it had stored; nothing was changed: compare the nodes' data, then move the state "+
-			"directory of each that is wrong away and start it without state, to be filled by the others", first, applied)
-	}
-	return nil
+	return g.do("delete logs", func() error { return g.db.DeleteRange(first, last) })
 }
 
 func (g *guard) Set(key, val []byte) error {

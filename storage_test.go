@@ -743,50 +743,80 @@ func TestFlippedByteNeverChangesWhatIsRead(t *testing.T) {
 	}
 }
 
-func TestCutOfWhatIsExecuted(t *testing.T) {
+func TestCutOfTheLog(t *testing.T) {
 	for _, tt := range []struct {
 		name                  string
 		snapshot, applied     uint64
 		first, last, wantLast uint64
-		fails                 bool
+		refused, stops        bool
 	}{
-		{"the end, not executed", 0, 6, 7, 10, 6, false},
-		{"the end, some of it executed", 0, 7, 7, 10, 10, true},
-		{"the oldest", 0, 10, 1, 5, 10, false},
-		{"all, in the snapshot", 10, 10, 1, 10, 0, false},
-		{"the end, executed in the snapshot alone", 5, 5, 3, 10, 2, false},
-		{"the end, executed after the snapshot", 5, 6, 3, 10, 10, true},
+		{"the end, not executed", 0, 6, 7, 10, 6, false, false},
+		{"the end, some of it executed", 0, 7, 7, 10, 10, true, true},
+		{"the oldest", 0, 10, 1, 5, 10, false, false},
+		{"the oldest, in the snapshot", 7, 10, 1, 5, 10, false, false},
+		{"all, in the snapshot", 10, 10, 1, 10, 0, false, false},
+		{"the end, from before the snapshot on", 5, 5, 3, 10, 10, true, false},
+		{"the end, from the snapshot's entry on", 5, 5, 5, 10, 10, true, false},
+		{"the end, after the snapshot", 5, 5, 6, 10, 5, false, false},
+		{"the end, executed after the snapshot", 5, 6, 6, 10, 10, true, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var failed []error
-			snapshots := &memorySnapshots{}
-			g := &guard{
-				db: raft.NewInmemStore(), fail: func(err error) { failed = append(failed, err) },
-				snapshots: snapshots, applied: func() uint64 { return tt.applied },
-			}
-			if tt.snapshot > 0 {
-				writeSnapshot(t, snapshots, tt.snapshot, framed("state"))
+			e := &entries{
+				LogStore: raft.NewInmemStore(), fail: func(err error) { failed = append(failed, err) },
+				newest: func() position { return position{tt.snapshot, 1} }, applied: func() uint64 { return tt.applied },
 			}
 			for i := range uint64(10) {
-				if err := g.StoreLog(&raft.Log{Index: i + 1}); err != nil {
+				if err := e.StoreLog(&raft.Log{Index: i + 1}); err != nil {
 					t.Fatal(err)
 				}
 			}
-			err := g.DeleteRange(tt.first, tt.last)
-			if last, _ := g.LastIndex(); (err != nil) != tt.fails || (len(failed) > 0) != tt.fails || last != tt.wantLast {
-				t.Errorf("got error %v, failures %v, last index %d; want failure %v and %d", err, failed, last, tt.fails, tt.wantLast)
+			err := e.DeleteRange(tt.first, tt.last)
+			if last, _ := e.LastIndex(); (err != nil) != tt.refused || (len(failed) > 0) != tt.stops || last != tt.wantLast {
+				t.Errorf("got error %v, failures %v, last index %d; want refused %v, stops %v, %d", err, failed, last, tt.refused, tt.stops, tt.wantLast)
 			}
 		})
 	}
 }
 
-func TestStoreSaysWhatItHasExecuted(t *testing.T) {
-	s := openTestStorage(t, storeBolt, t.TempDir())
-	s.protect(func() uint64 { return 7 })
-	if s.guard.applied == nil || s.guard.applied() != 7 {
-		t.Error("the guard was not told")
+// A founder settles before it stores what could be acknowledged: it never looks fresh again, whatever a crash leaves.
+func TestFounderSettlesBeforeItStores(t *testing.T) {
+	f := newTestFormation(t, "node1", 3)
+	if err := f.become(standing{kind: standFounder, index: 1, cluster: "A"}, ""); err != nil {
+		t.Fatal(err)
 	}
-	openTestStorage(t, storeMemory, "").protect(func() uint64 { return 7 })
+	f.store.rules.settle = f.settle
+	for i, want := range []byte{standFounder, standMember} {
+		index := uint64(i + 1)
+		if index == 2 {
+			f.store.rules.LogStore = &brokenStore{err: errors.New("a crash")}
+		}
+		_ = f.store.logs.StoreLog(&raft.Log{Index: index, Term: 1})
+		stored, err := f.store.stable.Get(keyCluster)
+		if s, _ := decodeStanding(stored); err != nil || s.kind != want || f.current() != s {
+			t.Errorf("entry %d: got %+v stored, %+v known, error %v; want %q", index, s, f.current(), err, want)
+		}
+	}
+}
+
+func TestNewestSnapshotIsKnown(t *testing.T) {
+	for _, kind := range []string{storeBolt, storeMemory} {
+		dir := t.TempDir()
+		s := openTestStorage(t, kind, dir)
+		if got := s.rules.newest(); got != (position{}) {
+			t.Errorf("%s: got %v; want none", kind, got)
+		}
+		writeSnapshot(t, s.snapshots, 5, framed("five"))
+		if fails(newSnapshotOrNone(t, s.snapshots, 6, "no snapshot")); s.rules.newest() != (position{5, 2}) {
+			t.Errorf("%s: got %v; want entry 5 of term 2", kind, s.rules.newest())
+		}
+		if err := s.close(); err != nil {
+			t.Fatal(err)
+		}
+		if s = openTestStorage(t, kind, dir); kind == storeBolt && s.rules.newest() != (position{5, 2}) {
+			t.Errorf("opened again: got %v; want entry 5 of term 2", s.rules.newest())
+		}
+	}
 }
 
 // Raft keeps old entries when it installs a snapshot that is ahead of them. Any other hole is damage.

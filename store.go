@@ -121,7 +121,7 @@ func (s *Store) Open() error {
 	if s.storage, err = s.open(s.cfg, s.log, s.fail); err != nil {
 		return errors.Join(err, s.network.Close())
 	}
-	s.storage.protect(s.replica.applied.load)
+	s.storage.rules.applied, s.storage.rules.settle = s.replica.applied.load, s.form.settle
 	s.lossy.Store(s.storage.survivor)
 	s.peers = newPeers(s.network)
 	if err := s.form.open(s.storage, s.peers); err != nil {
@@ -150,11 +150,7 @@ func (s *Store) Open() error {
 
 // join makes this node one of a cluster, starts Raft, and waits until the node has caught up.
 func (s *Store) join() error {
-	err := s.form.find(s.ctx, func(ctx context.Context, leader string) (string, uint64, error) {
-		a, err := s.askAdmission(ctx, leader)
-		return a.Cluster, a.Term, err
-	})
-	if err != nil {
+	if err := s.form.find(s.ctx, s.askAdmission); err != nil {
 		return err
 	}
 	s.peers.redial()
@@ -195,6 +191,7 @@ func (s *Store) startRaft() (err error) {
 	conf.NoLegacyTelemetry = true
 	st, t := s.storage, newTransport(s.network, s.log.Named("transport"), transportHooks{
 		leading: s.leadsIn, gated: s.form.gated, needed: func() int { return s.voters() / 2 }, standsBy: s.standsBy,
+		applied: func() uint64 { return s.raft.Load().AppliedIndex() }, newest: s.storage.rules.newest,
 	})
 	h, err := s.form.holds()
 	switch {
@@ -489,7 +486,8 @@ func (s *Store) lead(r *raft.Raft, term uint64) {
 		select {
 		case err := <-done:
 			if err == nil && leads(r, term) {
-				s.ready.Store(term)
+				for before := s.ready.Load(); before < term && !s.ready.CompareAndSwap(before, term); before = s.ready.Load() {
+				}
 				return
 			}
 		case <-s.ctx.Done(): // Raft may leave the barrier unanswered when it shuts down

@@ -2,6 +2,8 @@ package main
 
 import (
 	"errors"
+	"fmt"
+	"io"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -29,6 +31,8 @@ type transportHooks struct {
 	gated    func() bool                          // see gate.go
 	needed   func() int                           // so many others make a majority with this node
 	standsBy func(voter string, term uint64) bool // the voter's vote in the term is for this node
+	applied  func() uint64                        // raft's
+	newest   func() position                      // what the newest snapshot here ends with
 }
 
 func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport {
@@ -50,6 +54,7 @@ func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport
 				if t.refuse(rpc) {
 					continue
 				}
+				t.mend(&rpc)
 				select {
 				case t.rpcs <- rpc:
 				case <-n.closing:
@@ -69,6 +74,45 @@ type idsAreAddresses struct{}
 
 func (idsAreAddresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
 	return raft.ServerAddress(id), nil
+}
+
+// mend saves Raft from messages that it takes wrongly.
+//
+// A snapshot that the network has held back would set the state back to what it was, and the node would go on serving it.
+//
+// Entries up to the leader's commit index would be taken for committed, also those that this node has from another leader
+// and that the message does not compare with the leader's.
+//
+// And a node that has a snapshot and one entry more, from a leader that has fallen, would refuse all that the next leader
+// sends: the entry that its snapshot ends with, which it is asked about, is not in its log.
+func (t *transport) mend(rpc *raft.RPC) {
+	switch req := rpc.Command.(type) {
+	case *raft.InstallSnapshotRequest:
+		rpc.Reader = &newerSnapshot{Reader: rpc.Reader, index: req.LastLogIndex, applied: t.applied}
+	case *raft.AppendEntriesRequest:
+		req.LeaderCommitIndex = min(req.LeaderCommitIndex, req.PrevLogEntry+uint64(len(req.Entries)))
+		if newest := t.newest(); req.PrevLogEntry > 0 && newest == (position{req.PrevLogEntry, req.PrevLogTerm}) {
+			req.PrevLogEntry, req.PrevLogTerm = 0, 0 // which Raft does not ask about
+		}
+	}
+}
+
+// newerSnapshot fails to be read when the node has applied what is in it. Raft reads it on its main thread, so nothing is
+// applied meanwhile; what it reads after that failure goes nowhere.
+type newerSnapshot struct {
+	io.Reader
+	index   uint64
+	applied func() uint64
+	judged  bool
+}
+
+func (s *newerSnapshot) Read(p []byte) (int, error) {
+	if applied := s.applied(); !s.judged && s.index <= applied {
+		s.judged = true
+		return 0, fmt.Errorf("a snapshot up to entry %d comes late: the node has applied entry %d", s.index, applied)
+	}
+	s.judged = true
+	return s.Reader.Read(p)
 }
 
 // Consumer returns the channel on which Raft's main thread hears its peers.

@@ -1,0 +1,166 @@
+package main
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// What Raft would take wrongly: messages that the network has held back, and what fallen leaders leave behind.
+
+// sendEntries sends follower what leader might, the entry before being the last that follower has.
+func sendEntries(t *testing.T, leader, follower *testNode, term, commit uint64, entries ...*raft.Log) raft.AppendEntriesResponse {
+	t.Helper()
+	last, lastTerm, err := leader.storage.lastEntry()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, entry := range entries {
+		entry.Index, entry.Term = last+1+uint64(i), term
+	}
+	var resp raft.AppendEntriesResponse
+	id := follower.cfg.NodeID
+	err = leader.transport.NetworkTransport.AppendEntries(raft.ServerID(id), raft.ServerAddress(id), &raft.AppendEntriesRequest{
+		RPCHeader: header(leader), Term: term, PrevLogEntry: last, PrevLogTerm: lastTerm, LeaderCommitIndex: commit, Entries: entries,
+	}, &resp)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp
+}
+
+// awaitEqualLogs waits until all nodes have applied all that is in the log of the first.
+func awaitEqualLogs(t *testing.T, nodes ...*testNode) {
+	t.Helper()
+	waitFor(t, "all nodes to have applied the same log", func() bool {
+		for _, n := range nodes {
+			if r := nodes[0].raft.Load(); r.LastIndex() != n.raft.Load().LastIndex() || r.LastIndex() != n.raft.Load().AppliedIndex() {
+				return false
+			}
+		}
+		return true
+	})
+}
+
+func (n *testNode) set(t *testing.T, key, value string) {
+	t.Helper()
+	if _, err := n.kv.Set(t.Context(), []Pair{{key, value}}, Condition{}); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestHeldSnapshotSetsNothingBack(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	l := c.leader()
+	leader, follower := c.nodes[l], c.nodes[c.followers(l)[0]]
+	leader.set(t, "k", "1")
+	if err := leader.raft.Load().Snapshot().Error(); err != nil {
+		t.Fatal(err)
+	}
+	list, err := leader.storage.snapshots.List()
+	if err != nil || len(list) == 0 {
+		t.Fatalf("got %d snapshots, error %v; want one", len(list), err)
+	}
+	meta, state, err := leader.storage.snapshots.Open(list[0].ID)
+	if err != nil {
+		t.Fatal(err)
+	}
+	leader.set(t, "k", "2")
+	awaitEqualLogs(t, c.nodes...)
+	id := follower.cfg.NodeID
+	var resp raft.InstallSnapshotResponse
+	err = leader.transport.NetworkTransport.InstallSnapshot(raft.ServerID(id), raft.ServerAddress(id), &raft.InstallSnapshotRequest{
+		RPCHeader: header(leader), SnapshotVersion: meta.Version, Term: leader.State().Term, LastLogIndex: meta.Index, LastLogTerm: meta.Term,
+		Size: meta.Size, Configuration: raft.EncodeConfiguration(meta.Configuration), ConfigurationIndex: meta.ConfigurationIndex,
+	}, &resp, state)
+	if err == nil || resp.Success {
+		t.Errorf("got %+v, error %v; want the snapshot refused", resp, err)
+	}
+	for _, consistency := range []Consistency{Stale, Linearizable} {
+		if item, err := follower.kv.Get(t.Context(), "k", consistency); err != nil || item.Value != "2" {
+			t.Errorf("got %q, error %v; want 2 as before", item.Value, err)
+		}
+	}
+	leader.set(t, "k", "3") // the connection is good for more
+	awaitEqualLogs(t, c.nodes...)
+}
+
+func TestNothingIsCommittedThatWasNotCompared(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	l := c.leader()
+	leader, follower := c.nodes[l], c.nodes[c.followers(l)[0]]
+	awaitEqualLogs(t, c.nodes...)
+	term, last := leader.State().Term, leader.raft.Load().LastIndex()
+	set := command{op: opSet, pairs: []Pair{{"k", `"of a fallen leader"`}}}
+	sendEntries(t, leader, follower, term, last, &raft.Log{Type: raft.LogCommand, Data: encodeEntry(time.Now(), [][]byte{set.encode()})})
+	// The next leader has committed another entry there, which it had not when it looked what it has to send.
+	sendEntries(t, leader, follower, term+1, last+1)
+	if commit := follower.raft.Load().CommitIndex(); commit != last {
+		t.Errorf("got commit index %d; want %d", commit, last)
+	}
+}
+
+// A follower has a snapshot and, right behind it, an entry that was never committed.
+func TestFollowerOfAFallenLeaderCatchesUp(t *testing.T) {
+	t.Parallel()
+	c := unstartedCluster(t, 3, storeMemory)
+	for i, node := range c.nodes {
+		node.cfg.TrailingLogs = 0
+		c.start(i)
+	}
+	l := c.leader()
+	f, g := c.followers(l)[0], c.followers(l)[1]
+	for _, node := range c.nodes {
+		waitFor(t, node.cfg.NodeID+" to be ready", func() bool { return node.Ready() == nil })
+	}
+	c.nodes[l].set(t, "k", "1")
+	awaitEqualLogs(t, c.nodes...)
+	for _, node := range c.nodes {
+		if err := node.raft.Load().Snapshot().Error(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	entries := []*raft.Log{{Type: raft.LogNoop}, {Type: raft.LogNoop}}
+	if resp := sendEntries(t, c.nodes[l], c.nodes[f], c.nodes[l].State().Term, 0, entries...); !resp.Success {
+		t.Fatalf("got %+v; want the entries taken", resp)
+	}
+	c.cut(f, linkCut)
+	c.cut(l, linkCut)
+	waitFor(t, "the leader to fall", func() bool { return c.nodes[l].raft.Load().State() != raft.Leader })
+	for _, pair := range [][2]int{{l, g}, {g, l}} {
+		c.links[pair].set(linkOpen)
+	}
+	c.leader(l, g)
+	c.cut(f, linkOpen)
+	awaitEqualLogs(t, c.nodes...)
+}
+
+// Two of three nodes restart, one as soon as the leader brings the other up.
+func TestTwoNodesRestartOneAfterTheOther(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	l := c.leader()
+	first, second := c.followers(l)[0], c.followers(l)[1]
+	c.nodes[l].set(t, "k", "1")
+	c.stop(first)
+	c.links[[2]int{l, first}].set(linkHold) // no entry reaches it yet
+	c.start(first)
+	waitFor(t, "the leader to admit the node", c.nodes[first].form.gated)
+	c.cut(second, linkCut) // it hands nothing over
+	c.stop(second)
+	c.cut(second, linkOpen)
+	c.links[[2]int{l, first}].set(linkOpen)
+	c.start(second)
+	for i, node := range c.nodes {
+		waitFor(t, node.cfg.NodeID+" to be ready", func() bool { return node.Ready() == nil })
+		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		defer cancel()
+		if item, err := node.kv.Get(ctx, "k", Linearizable); err != nil || item.Value != "1" {
+			t.Errorf("got %q, error %v through node%d; want 1", item.Value, err, i+1)
+		}
+	}
+}
