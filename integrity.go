@@ -21,8 +21,12 @@ const checksumSize = 4
 var errChecksum = errors.New("checksum mismatch")
 
 func damaged(path string, cause any) error {
-	return fmt.Errorf("%s is damaged (%v); nothing was changed: restore the disk, or move the whole state directory "+
-		"away and start this node without state, to be filled by the others", path, cause)
+	err, ok := cause.(error)
+	if !ok {
+		err = fmt.Errorf("%v", cause) // what a library panicked with
+	}
+	return fmt.Errorf("%s is damaged (%w); nothing was changed: restore the disk, or move the whole state directory "+
+		"away and start this node without state, to be filled by the others", path, err)
 }
 
 // seal returns value followed by a CRC-32C over key and value.

@@ -324,10 +324,14 @@ func (g *guard) LastIndex() (index uint64, err error) {
 func (g *guard) GetLog(index uint64, l *raft.Log) error {
 	return g.do("get log", func() error {
 		var stored raft.Log
-		if err := g.db.GetLog(index, &stored); err != nil {
+		err := g.db.GetLog(index, &stored)
+		if errors.Is(err, raft.ErrLogNotFound) || isNotFound(err) {
 			return err
 		}
-		if err := unsealEntry(index, &stored); err != nil {
+		if err == nil {
+			err = unsealEntry(index, &stored)
+		}
+		if err != nil { // it is read from memory that is mapped: what can fail is to make sense of it
 			return damaged(g.path, err)
 		}
 		*l = stored

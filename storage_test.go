@@ -307,7 +307,7 @@ func TestGuard(t *testing.T) {
 				var failed []error
 				g := &guard{db: &brokenStore{err: tt.err}, fail: func(err error) { failed = append(failed, err) }}
 				value, err := call.call(g)
-				if err != tt.err || (err == nil && value != call.want) { //nolint:errorlint // it must be this very error
+				if !errors.Is(err, tt.err) || (err == nil && value != call.want) {
 					t.Errorf("got %v, error %v; want %v, %v", value, err, call.want, tt.err)
 				}
 				switch {
