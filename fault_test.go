@@ -2,389 +2,407 @@ package main
 
 import (
 	"context"
-	"errors"
+	"encoding/json"
 	"flag"
 	"fmt"
-	"io"
-	"math"
+	"hash/fnv"
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
-
-	"github.com/anishathalye/porcupine"
 )
 
-// The fault suite: clients write and read through all nodes of a cluster of real processes while faults are injected;
-// then it is checked that there is an order of the operations, each between its call and its answer, in which every
-// answer is right (Herlihy and Wing's linearizability). A seed decides which faults come; when they strike is up to the
-// machine. go test -run Fault -fault.seed=N -fault.time=60s replays one.
+// The fault suite: clients write and read through all nodes of a cluster of real processes while faults are injected, and
+// the history of what they did is judged. A seed decides which faults come; when they strike is up to the machine.
+// go test -v -run Fault -fault.seed=N -fault.time=60s replays one; _scripts/faults.sh runs many.
 
 var (
-	faultSeed = flag.Uint64("fault.seed", 1, "seed of the faults")
-	faultTime = flag.Duration("fault.time", 8*time.Second, "how long faults are injected into each cluster")
+	faultSeed  = flag.Uint64("fault.seed", 1, "seed of the faults")
+	faultTime  = flag.Duration("fault.time", 30*time.Second, "how long faults are injected into each cluster")
+	faultName  = flag.String("fault.class", "mixed", "the class of faults, of those in fault_classes_test.go, or mixed")
+	faultPace  = flag.Duration("fault.pace", 40*time.Millisecond, "how long a client rests between two operations")
+	faultProxy = flag.Bool("fault.proxy", false, "cut links by proxies even where network namespaces may be made")
+	faultClock = flag.Bool("fault.clock", false, "set this machine's clock, too, for moments; it needs root")
 )
 
 func TestFaults(t *testing.T) {
 	t.Parallel()
+	var clusters sync.WaitGroup // at once, for they mostly wait
+	defer clusters.Wait()
 	for _, tc := range []struct {
 		store string
 		nodes int
-	}{{storeBolt, 3}, {storeMemory, 3}, {storeMemory, 5}} {
-		t.Run(fmt.Sprintf("%s, %d nodes", tc.store, tc.nodes), func(t *testing.T) { injectFaults(t, tc.store, tc.nodes) })
+	}{{storeBolt, 3}, {storeBolt, 5}, {storeMemory, 3}, {storeMemory, 5}} {
+		clusters.Go(func() {
+			t.Run(fmt.Sprintf("%s-%d", tc.store, tc.nodes), func(t *testing.T) { injectFaults(t, tc.store, tc.nodes) })
+		})
 	}
 }
 
-// faulty is a cluster of processes in which every node reaches every other through a link of its own.
-type faulty struct {
-	t     *testing.T
-	nodes []*proc
-	links map[[2]int]*link2
-	down  []atomic.Bool // by node: paused or dead, so clients leave it alone
-	h     history
+// wires are what the nodes' messages to one another go through. set says what becomes of those from one node to another:
+// for linkCut a connection that carries any is reset; with any other mode but linkOpen they are lost until TCP repeats them.
+type wires interface {
+	set(mode func(from, to int) linkMode)
 }
 
-func newFaulty(t *testing.T, store string, n int) *faulty {
+// proxies are wires of a TCP proxy for each direction of calls, where there can be no network namespaces.
+type proxies map[[2]int]*link2
+
+func newProxies(t *testing.T, nodes []*proc) proxies {
 	t.Helper()
-	f := &faulty{t: t, links: make(map[[2]int]*link2), down: make([]atomic.Bool, n)}
-	for i := range n {
-		f.nodes = append(f.nodes, newProc(t, map[string]string{
-			"NODE_ID": fmt.Sprintf("node%d", i+1), "KV_STORE": store, "SNAPSHOT_THRESHOLD": "500", "SNAPSHOT_INTERVAL": "300ms", "TRAILING_LOGS": "50",
-		}))
-		f.nodes[i].name = f.nodes[i].env["NODE_ID"]
+	links := make(proxies)
+	setPeers(nodes, func(from, to int) string {
+		addr := nodes[to].env["RAFT_ADDR"] + ":" + nodes[to].env["RAFT_PORT"]
+		if from != to {
+			l := newLink(t, addr)
+			links[[2]int{from, to}], addr = l, l.addr
+		}
+		return addr
+	})
+	return links
+}
+
+func (p proxies) set(mode func(from, to int) linkMode) {
+	for pair, l := range p {
+		calls, answers := mode(pair[0], pair[1]), mode(pair[1], pair[0])
+		switch {
+		case calls == linkCut || answers == linkCut:
+			l.set(linkCut)
+		case calls != linkOpen:
+			l.set(linkHold)
+		case answers != linkOpen:
+			l.set(linkHoldAnswers)
+		default:
+			l.set(linkOpen)
+		}
 	}
-	for i, p := range f.nodes {
+}
+
+// setPeers gives every node its PEERS. addr is where one node reaches another.
+func setPeers(nodes []*proc, addr func(from, to int) string) {
+	for i, p := range nodes {
 		var peers []string
-		for j, q := range f.nodes {
-			addr := q.env["RAFT_ADDR"] + ":" + q.env["RAFT_PORT"]
-			if i != j {
-				l := newLink(t, addr)
-				f.links[[2]int{i, j}], addr = l, l.addr
-			}
-			peers = append(peers, q.name+"@"+addr)
+		for j, q := range nodes {
+			peers = append(peers, q.name+"@"+addr(i, j))
 		}
 		p.env["PEERS"] = strings.Join(peers, ",")
-		_, port, _ := net.SplitHostPort(p.env["RAFT_ADDR"] + ":" + p.env["RAFT_PORT"])
-		p.env["RAFT_ADVERTISE_ADDR"], p.env["RAFT_ADVERTISE_PORT"] = p.env["RAFT_ADDR"], port
+		p.env["RAFT_ADVERTISE_ADDR"], p.env["RAFT_ADVERTISE_PORT"], _ = net.SplitHostPort(addr(i, i))
 	}
-	startAll(f.nodes...)
+}
+
+// faulty is a cluster to which faults happen.
+type faulty struct {
+	*history
+	t     *testing.T
+	store string
+	nodes []*proc
+	asked []*atomic.Bool // by node: its newest process was told to end
+	wires wires
+	web   *http.Client
+	teams []*team
+
+	measures  sync.WaitGroup
+	mu        sync.Mutex // guards what follows
+	recovered []time.Duration
+	ready     time.Duration // the longest that a node took to be ready
+}
+
+func newFaulty(t *testing.T, class faultClass, store string, n int) *faulty {
+	t.Helper()
+	f := &faulty{t: t, history: newHistory(t.Errorf), store: store, asked: make([]*atomic.Bool, n)}
+	for i := range n {
+		p := newProc(t, map[string]string{
+			"NODE_ID": fmt.Sprintf("node%d", i+1), "KV_STORE": store,
+			"SNAPSHOT_THRESHOLD": "500", "SNAPSHOT_INTERVAL": "300ms", "TRAILING_LOGS": "50",
+		})
+		p.name = p.env["NODE_ID"]
+		if class.prepare != nil {
+			class.prepare(t, p)
+		}
+		f.nodes = append(f.nodes, p)
+	}
+	for i := range 2 * n {
+		f.teams = append(f.teams, &team{name: strconv.Itoa(i), tags: make(map[string]uint64)})
+	}
+	var err error
+	if f.wires, err = newNamespaces(t, f.nodes); err != nil || *faultProxy {
+		t.Logf("links are cut by proxies (%v)", err)
+		f.wires = newProxies(t, f.nodes)
+	}
+	transport := &http.Transport{MaxIdleConnsPerHost: 100, DialContext: f.nodes[0].dial}
+	t.Cleanup(transport.CloseIdleConnections)
+	f.web = &http.Client{Timeout: 15*time.Second + slack, Transport: transport}
+	for i := range f.nodes {
+		f.start(i)
+	}
 	return f
 }
 
-func injectFaults(t *testing.T, store string, n int) {
-	t.Helper()
-	seed := *faultSeed
-	t.Logf("replay with: go test -run 'TestFaults/%s' -fault.seed=%d -fault.time=%v", strings.ReplaceAll(t.Name(), "TestFaults/", ""), seed, *faultTime)
-	f := newFaulty(t, store, n)
-	random := rand.New(rand.NewPCG(seed, uint64(n)))
+func injectFaults(t *testing.T, store string, n int) { //nolint:thelper // it is the test
+	t.Logf("replay with: go test -v -run %s -fault.class=%s -fault.seed=%d -fault.time=%v", t.Name(), *faultName, *faultSeed, *faultTime)
+	class, classes := choose(*faultName, store, n)
+	if len(classes) == 0 {
+		t.Skipf("%s does not apply to this cluster", *faultName)
+	}
+	f := newFaulty(t, class, store, n)
+	defer func() { // all that runs is ended with the test
+		for _, asked := range f.asked {
+			asked.Store(true)
+		}
+	}()
+	f.awaitReady(f.now())
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var clients sync.WaitGroup
-	for i := range 8 * n {
-		clients.Go(func() { f.client(ctx, i, rand.New(rand.NewPCG(seed, uint64(100+i)))) })
+	for i := range 4 * len(f.teams) {
+		clients.Go(func() { f.client(ctx, i, rand.New(rand.NewPCG(*faultSeed, uint64(100+i)))) })
 	}
-	var recoveries []time.Duration
-	faults := 0
-	for began := time.Now(); time.Since(began) < *faultTime; faults++ {
-		if took, measured := f.fault(random, store); measured {
-			recoveries = append(recoveries, took)
-		}
+	for i := range f.nodes {
+		clients.Go(func() { f.probe(ctx, i) })
+	}
+	faults, name := 0, fnv.New64()
+	_, _ = name.Write([]byte(t.Name()))
+	random := rand.New(rand.NewPCG(*faultSeed, name.Sum64()))
+	for began := f.now(); f.now()-began < *faultTime && f.violations.Load() == 0; {
+		faults += f.round(rand.New(rand.NewPCG(random.Uint64(), 0)), classes)
 	}
 	cancel()
 	clients.Wait()
-	f.check()
-	slices.Sort(recoveries)
-	if len(recoveries) > 0 {
-		t.Logf("%d faults, %d operations checked; a write was acknowledged %v after a leader's death in the median, %v at most",
-			faults, len(f.h.ops), recoveries[len(recoveries)/2], recoveries[len(recoveries)-1])
+	f.finish()
+	f.judge()
+	slices.Sort(f.recovered)
+	ms := make([]string, len(f.recovered))
+	for i, took := range f.recovered {
+		ms[i] = strconv.FormatInt(took.Milliseconds(), 10)
+	}
+	t.Logf("FAULTS class=%s cluster=%s-%d seed=%d faults=%d ops=%d unknown=%d keys=%d violations=%d ready=%d recovery=%s", *faultName, store, n,
+		*faultSeed, faults, f.count, f.unknown, len(f.ops), f.violations.Load(), f.ready.Milliseconds(), strings.Join(ms, ","))
+}
+
+// round lets the cluster work in peace for a moment, injects faults of the classes, all at once, and waits until service
+// is back and all nodes are ready.
+func (f *faulty) round(random *rand.Rand, classes []faultClass) int {
+	f.sleep(random, 200, 1000)
+	leader := f.leader()
+	if leader < 0 {
+		return 0
+	}
+	if len(classes) > 1 { // mixed: one of those that stop processes, one of the others, or one of each
+		pick := func(process bool) faultClass {
+			some := slices.DeleteFunc(slices.Clone(classes), func(c faultClass) bool { return c.process != process })
+			return some[random.IntN(len(some))]
+		}
+		classes = []faultClass{pick(true), pick(false)}
+		if n := random.IntN(3); n < 2 {
+			classes = classes[n : n+1]
+		}
+	}
+	f.freshKeys()
+	measured := len(f.recovered)
+	var faults sync.WaitGroup
+	for _, class := range classes {
+		f.t.Logf("after %v: %s, while node%d leads", f.now().Round(time.Millisecond), class.name, leader+1)
+		random := rand.New(rand.NewPCG(random.Uint64(), 0))
+		faults.Go(func() { class.inject(f, random, leader) })
+	}
+	faults.Wait()
+	healed := f.now()
+	f.freshKeys()
+	f.measures.Wait()
+	if len(f.recovered) == measured { // else the class has measured from some moment before
+		f.measure(healed)
+		f.measures.Wait()
+	}
+	f.awaitReady(healed)
+	return len(classes)
+}
+
+func (f *faulty) sleep(random *rand.Rand, least, most int) {
+	time.Sleep(time.Duration(least+random.IntN(most-least)) * time.Millisecond)
+}
+
+func (f *faulty) freshKeys() {
+	for _, team := range f.teams {
+		team.fresh()
 	}
 }
 
-// fault injects one fault, waits a little, mends it, and waits until all nodes are ready. It returns how long it took
-// until a write was acknowledged after the death of the leader, if that was the fault.
-func (f *faulty) fault(random *rand.Rand, store string) (recovery time.Duration, measured bool) {
-	leader := -1
-	waitFor(f.t, "a leader", func() bool {
-		name := f.nodes[0].status().Leader
-		leader = slices.IndexFunc(f.nodes, func(p *proc) bool { return p.name == name })
+// start starts a node, which must run until it is told to end.
+func (f *faulty) start(i int) {
+	p, asked := f.nodes[i], new(atomic.Bool)
+	p.start()
+	f.asked[i] = asked
+	ended := p.ended
+	go func() {
+		if <-ended; !asked.Load() {
+			f.violation("%s has ended; nobody told it to", p.name)
+		}
+	}()
+}
+
+// kill ends nodes without a warning.
+func (f *faulty) kill(nodes ...int) {
+	for _, i := range nodes {
+		f.asked[i].Store(true)
+		f.nodes[i].signal(os.Kill)
+	}
+	for _, i := range nodes {
+		f.nodes[i].exits(-1, stopLimit)
+	}
+}
+
+// ask makes a request that is no part of the history. It may be called from any goroutine.
+func (f *faulty) ask(i int, method, path, body string, limit time.Duration) (answerTo, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), limit)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, f.nodes[i].url()+path, strings.NewReader(body))
+	if err != nil {
+		return answerTo{}, err
+	}
+	return roundTrip(f.web, req)
+}
+
+// await waits until condition holds, no longer than limit after since, and says whether it does.
+func (f *faulty) await(what string, since, limit time.Duration, condition func() bool) bool {
+	for !condition() {
+		if f.now()-since > limit {
+			f.violation("waited in vain for %s", what)
+			return false
+		}
+		time.Sleep(5 * time.Millisecond)
+	}
+	return true
+}
+
+type faultyStatus struct {
+	Leader  string
+	Applied uint64 `json:"applied_index"`
+}
+
+func (f *faulty) status(i int) (s faultyStatus) {
+	if a, err := f.ask(i, http.MethodGet, "/status", "", time.Second); err == nil {
+		_ = json.Unmarshal([]byte(a.body), &s) // it stays empty
+	}
+	return s
+}
+
+// leader returns the node that most nodes take for the leader, or -1 when there is none for long.
+func (f *faulty) leader() (leader int) {
+	f.await("a leader", f.now(), 15*time.Second, func() bool {
+		votes := make(map[string]int)
+		leader = -1
+		for i := range f.nodes {
+			name := f.status(i).Leader
+			if votes[name]++; name != "" && votes[name] > len(f.nodes)/2 {
+				leader = slices.IndexFunc(f.nodes, func(p *proc) bool { return p.name == name })
+			}
+		}
 		return leader >= 0
 	})
-	victim := leader
-	if random.IntN(2) == 0 {
-		victim = random.IntN(len(f.nodes))
-	}
-	pause := time.Duration(500+random.IntN(2500)) * time.Millisecond
-	mode := []linkMode{linkCut, linkHold, linkHoldAnswers}[random.IntN(3)]
-	kind := random.IntN(6)
-	f.t.Logf("fault %d on %s (leader %s) for %v, mode %d", kind, f.nodes[victim].name, f.nodes[leader].name, pause, mode)
-	switch kind {
-	case 0, 1: // death of a node
-		f.down[victim].Store(true)
-		began := time.Now()
-		f.nodes[victim].end(syscall.SIGKILL, -1)
-		if victim == leader {
-			recovery, measured = f.recover(victim, began), true
-		}
-		f.start(victim)
-	case 2: // death of all, where that is no loss of everything; else of one after the other
-		victims := []int{victim}
-		if store == storeBolt {
-			victims = nil
-			for i := range f.nodes {
-				victims = append(victims, i)
-			}
-		}
-		for _, i := range victims {
-			f.down[i].Store(true)
-			f.nodes[i].end(syscall.SIGKILL, -1)
-		}
-		for _, i := range victims {
-			f.start(i)
-		}
-	case 3: // a pause, with requests under way
-		f.nodes[victim].signal(syscall.SIGSTOP)
-		time.Sleep(pause)
-		f.nodes[victim].signal(syscall.SIGCONT)
-	case 4: // a node cut off, or messages to and from it held back
-		for pair, l := range f.links {
-			if pair[0] == victim || pair[1] == victim {
-				l.set(mode)
-			}
-		}
-		time.Sleep(pause)
-	case 5: // some links in one direction
-		for pair, l := range f.links {
-			if pair[0] == victim || random.IntN(4) == 0 {
-				l.set(mode)
-			}
-		}
-		time.Sleep(pause)
-	}
-	for _, l := range f.links {
-		l.set(linkOpen)
-	}
-	for _, p := range f.nodes {
-		f.awaitReady(p)
-	}
-	return recovery, measured
+	return leader
 }
 
-func (f *faulty) start(i int) {
-	f.nodes[i].start()
-	f.down[i].Store(false)
-}
-
-// awaitReady gives the node the ten seconds in which service must be back, and some for a busy machine.
-func (f *faulty) awaitReady(p *proc) {
-	f.t.Helper()
-	waitFor(f.t, p.name+" to be ready", func() bool {
-		a, _ := p.ask(http.MethodGet, "/readyz", "")
-		return a.status == http.StatusOK
+// measure notes how long it takes from since until a client that tries the nodes in turn gets a write acknowledged.
+func (f *faulty) measure(since time.Duration) {
+	f.measures.Go(func() {
+		i := 0
+		f.await("a write to be acknowledged", since, 30*time.Second, func() bool {
+			a, err := f.ask(i%len(f.nodes), http.MethodPut, "/key/recovery", strconv.Itoa(i), time.Second)
+			i++
+			return err == nil && a.status == http.StatusOK
+		})
+		took := f.now() - since
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if f.recovered = append(f.recovered, took); took > 10*time.Second {
+			f.violation("a write was acknowledged after %v; want 10s at most", took)
+		}
 	})
 }
 
-// recover returns when a client that tries again and again gets a write acknowledged without the dead node.
-func (f *faulty) recover(dead int, since time.Time) time.Duration {
-	f.t.Helper()
-	waitFor(f.t, "a write after the leader's death", func() bool {
-		a, _ := f.nodes[(dead+1)%len(f.nodes)].ask(http.MethodPut, "/key/recovery", "1")
-		return a.status == http.StatusOK
-	})
-	return time.Since(since)
-}
-
-// kvOp is an operation on a key, as the checker knows it. Every written value is written once.
-type kvOp struct {
-	kind  string // "put", "delete" or "get"
-	key   string
-	value string // that is put
-	match string // If-Match, "" for none
-}
-
-// kvAnswer is what came of it.
-type kvAnswer struct {
-	known      bool   // false: it may or may not have happened
-	failed     bool   // 412
-	value, tag string // of a get; the tag of a put
-}
-
-type register struct{ value, tag string } // tag "" while nobody has heard it
-
-var kvModel = porcupine.Model{
-	Init: func() any { return register{value: "null"} },
-	Step: func(state, input, output any) (bool, any) {
-		s, in, out := state.(register), input.(kvOp), output.(kvAnswer)
-		if in.kind == "get" {
-			if s.value != out.value || s.tag != "" && s.tag != out.tag {
-				return false, s
-			}
-			return true, register{out.value, out.tag}
-		}
-		holds := in.match == "" || in.match == s.tag
-		if out.known && out.failed == holds {
-			return false, s
-		}
-		switch {
-		case !holds:
-			return true, s
-		case in.kind == "delete":
-			return true, register{value: "null"}
-		}
-		return true, register{in.value, out.tag}
-	},
-}
-
-// history is all that clients did.
-type history struct {
-	mu  sync.Mutex // guards ops
-	ops []porcupine.Operation
-}
-
-func (h *history) add(op porcupine.Operation) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	h.ops = append(h.ops, op)
-}
-
-// client makes operations until ctx ends, on a few keys that change every second, so that histories stay short.
-func (f *faulty) client(ctx context.Context, id int, random *rand.Rand) {
-	web := &http.Client{Timeout: 15*time.Second + slack, Transport: &http.Transport{}}
-	defer web.CloseIdleConnections()
-	tags := make(map[string]string) // last seen, by key
-	for n := 0; ctx.Err() == nil; n++ {
-		node := random.IntN(len(f.nodes))
-		if f.down[node].Load() {
-			time.Sleep(5 * time.Millisecond)
+// awaitReady waits until all nodes are ready, or those that are named. A busy machine may take longer than it should.
+func (f *faulty) awaitReady(since time.Duration, nodes ...int) {
+	for i, p := range f.nodes {
+		if len(nodes) > 0 && !slices.Contains(nodes, i) {
 			continue
 		}
-		op := kvOp{key: fmt.Sprintf("%d-%d", time.Now().Unix(), random.IntN(3)), value: strconv.Itoa(id*1_000_000 + n)}
-		switch op.kind = []string{"put", "put", "put", "get", "get", "get", "get", "delete"}[random.IntN(8)]; {
-		case op.kind == "get":
-			op.value = ""
-		case random.IntN(2) == 0:
-			op.match = tags[op.key]
+		f.await(p.name+" to be ready", since, 20*time.Second, func() bool {
+			a, err := f.ask(i, http.MethodGet, "/readyz", "", time.Second)
+			return err == nil && a.status == http.StatusOK
+		})
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ready = max(f.ready, f.now()-since)
+}
+
+// client makes one operation after another, through one node as long as that serves.
+func (f *faulty) client(ctx context.Context, id int, random *rand.Rand) {
+	node, team := id, f.teams[id%len(f.teams)]
+	for n := 0; ctx.Err() == nil; n++ {
+		op := team.next(random, fmt.Sprintf(`"%d.%d"`, id, n))
+		out, err := f.do(f.web, f.nodes[node%len(f.nodes)].url(), id, op)
+		team.learn(op, out)
+		if err != nil {
+			f.sleep(random, 20, 60)
+			node++
 		}
-		out, err := f.do(web, id, node, op)
-		if err == nil && out.known && !out.failed && out.tag != "" {
-			tags[op.key] = out.tag
-		}
+		time.Sleep(time.Duration(random.Int64N(2*int64(*faultPace) + 1)))
 	}
 }
 
-// do makes an operation through a node and writes it down, unless it certainly did not happen.
-func (f *faulty) do(web *http.Client, id, node int, op kvOp) (kvAnswer, error) {
-	method := map[string]string{"put": http.MethodPut, "get": http.MethodGet, "delete": http.MethodDelete}[op.kind]
-	req, err := http.NewRequestWithContext(context.Background(), method, f.nodes[node].url()+"/key/"+op.key, strings.NewReader(op.value))
-	if err != nil {
-		return kvAnswer{}, err
-	}
-	if op.match != "" {
-		req.Header.Set("If-Match", op.match)
-	}
-	done := porcupine.Operation{ClientId: id, Input: op, Call: time.Now().UnixNano(), Return: math.MaxInt64}
-	out := kvAnswer{}
-	response, err := web.Do(req)
-	body := ""
-	if err == nil {
-		data, readErr := io.ReadAll(response.Body)
-		_ = response.Body.Close()
-		body, err = string(data), readErr
-	}
-	took := time.Since(time.Unix(0, done.Call))
-	if took > 15*time.Second+slack {
-		f.t.Errorf("%v through %s took %v; want an answer within 15s", op, f.nodes[node].name, took)
-	}
-	switch unsent := new(net.OpError); {
-	case errors.As(err, &unsent) && unsent.Op == "dial":
-		return out, err
-	case err != nil:
-	case response.StatusCode == http.StatusOK && op.kind == "get":
-		out = kvAnswer{known: true, value: strings.TrimSuffix(strings.TrimPrefix(body, `{"`+op.key+`":`), "}"), tag: response.Header.Get("ETag")}
-	case response.StatusCode == http.StatusOK:
-		out = kvAnswer{known: true, tag: response.Header.Get("ETag")}
-		if op.kind == "delete" {
-			out.tag = ""
+// probe reads through a node again and again without waiting for answers, so that there are always reads under way in
+// it, also when it is paused or cut off.
+func (f *faulty) probe(ctx context.Context, node int) {
+	slots := make(chan struct{}, 20)
+	var reads sync.WaitGroup
+	defer reads.Wait()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for n := 0; ctx.Err() == nil; n++ {
+		<-tick.C
+		select {
+		case slots <- struct{}{}:
+		default:
+			continue
 		}
-	case response.StatusCode == http.StatusPreconditionFailed:
-		out = kvAnswer{known: true, failed: true}
-	case response.StatusCode == http.StatusServiceUnavailable:
-		if op.kind != "get" && !strings.Contains(body, `"outcome":"not-applied"`) {
-			f.t.Errorf("got %s for %v; want it to say not-applied", body, op)
-		}
-		return out, nil
-	case response.StatusCode != http.StatusGatewayTimeout || !strings.Contains(body, `"outcome":"unknown"`):
-		f.t.Errorf("got %d %s for %v; want none of that", response.StatusCode, body, op)
+		reads.Go(func() {
+			_, _ = f.do(f.web, f.nodes[node].url(), -1, kvOp{kind: "get", key: f.teams[n%len(f.teams)].key(n / len(f.teams))})
+			<-slots
+		})
 	}
-	if out.known {
-		done.Return = time.Now().UnixNano()
-	} else if op.kind == "get" {
-		return out, err // it tells nothing
-	}
-	done.Output = out
-	f.h.add(done)
-	return out, err
 }
 
-// check reads everything once more through every node, and then judges the history.
-func (f *faulty) check() {
-	byKey := func() map[string][]porcupine.Operation {
-		keys := make(map[string][]porcupine.Operation)
-		for _, op := range f.h.ops {
-			key := op.Input.(kvOp).key
-			keys[key] = append(keys[key], op)
-		}
-		return keys
+// finish reads everything once more through every node, into the history, and then compares what the nodes have by
+// themselves: all the same, once they have executed the same.
+func (f *faulty) finish() {
+	for _, p := range f.nodes {
+		var err error
+		f.await("a listing through "+p.name, f.now(), 15*time.Second, func() bool {
+			_, err = f.list(f.web, p.url(), "linearizable")
+			return err == nil
+		})
 	}
-	web := &http.Client{Timeout: 15 * time.Second}
-	for key := range byKey() {
+	states, applied := make([]string, len(f.nodes)), make([]uint64, len(f.nodes))
+	indexes := func() (at []uint64) {
 		for i := range f.nodes {
-			if _, err := f.do(web, -1, i, kvOp{kind: "get", key: key}); err != nil {
-				f.t.Errorf("read %s at the end: %v", key, err)
-			}
+			at = append(at, f.status(i).Applied)
 		}
+		return at
 	}
-	values := make(map[string]string) // by key and tag
-	note := func(key, tag, value string) {
-		if was, known := values[key+tag]; tag != "" && known && was != value {
-			f.t.Errorf("tag %s of %s is on %s and on %s; want one value for each tag", tag, key, was, value)
+	f.await("equal state on all nodes", f.now(), 15*time.Second, func() bool {
+		applied = indexes()
+		for i, p := range f.nodes {
+			states[i], _ = f.list(f.web, p.url(), "stale")
 		}
-		values[key+tag] = value
-	}
-	unknown := 0
-	for key, ops := range byKey() {
-		for _, op := range ops {
-			in, out := op.Input.(kvOp), op.Output.(kvAnswer)
-			if in.kind == "get" {
-				note(key, out.tag, out.value)
-			} else if in.kind == "put" && out.known && !out.failed {
-				note(key, out.tag, in.value)
-			}
-			if !out.known {
-				unknown++
-			}
-		}
-		if got := porcupine.CheckOperationsTimeout(kvModel, ops, 30*time.Second); got != porcupine.Ok {
-			f.t.Errorf("the history of %s, with %d operations, is %v; want it linearizable:", key, len(ops), got)
-			for _, op := range ops {
-				f.t.Logf("  %d-%d %+v: %+v", op.Call, op.Return, op.Input, op.Output)
-			}
-		}
-	}
-	f.t.Logf("%d operations on %d keys, %d of them of unknown outcome", len(f.h.ops), len(byKey()), unknown)
-	var first string
-	for i, p := range f.nodes { // equal state, read from each node's own map
-		page := p.expect(http.StatusOK, http.MethodGet, "/key?prefix=&limit=10000&consistency=stale", "").body
-		if i == 0 {
-			first = page
-		} else if page != first {
-			f.t.Errorf("%s holds another state than %s", p.name, f.nodes[0].name)
-		}
-	}
+		return len(slices.Compact(slices.Clone(states))) == 1 && states[0] != "" &&
+			len(slices.Compact(slices.Clone(applied))) == 1 && slices.Equal(applied, indexes())
+	})
 }

@@ -67,6 +67,8 @@ type proc struct {
 	name string            // for people; NODE_ID if it has one
 
 	binary string
+	within []string                                                          // the command that runs the binary, if it is not run directly
+	dial   func(ctx context.Context, network, addr string) (net.Conn, error) // how it is reached; nil for as usual
 
 	// Of its newest run:
 	cmd    *exec.Cmd
@@ -145,9 +147,10 @@ func (p *proc) start(args ...string) {
 		p.t.Fatal(err)
 	}
 	defer stderr.Close()
-	cmd, ended := exec.CommandContext(p.t.Context(), p.binary, args...), make(chan struct{})
+	argv := slices.Concat(p.within, []string{p.binary}, args)
+	cmd, ended := exec.CommandContext(p.t.Context(), argv[0], argv[1:]...), make(chan struct{})
 	p.cmd, p.ended, p.stderr, p.stdout, p.began = cmd, ended, stderr.Name(), new(bytes.Buffer), time.Now()
-	p.client = &http.Client{Timeout: 15*time.Second + slack, Transport: &http.Transport{MaxIdleConnsPerHost: 8}}
+	p.client = &http.Client{Timeout: 15*time.Second + slack, Transport: &http.Transport{MaxIdleConnsPerHost: 8, DialContext: p.dial}}
 	cmd.Stdout, cmd.Stderr, cmd.Env = p.stdout, stderr, []string{} // nil would be the environment of this process
 	for name, value := range p.env {
 		cmd.Env = append(cmd.Env, name+"="+value)

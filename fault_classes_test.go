@@ -1,0 +1,231 @@
+package main
+
+import (
+	"math/rand/v2"
+	"os"
+	"slices"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// faultClass is a kind of fault. To add one is to add a row to faultClasses.
+type faultClass struct {
+	name    string
+	process bool                                           // it stops processes: of such there is only one at a time
+	applies func(store string, nodes int) bool             // nil: always
+	prepare func(t *testing.T, p *proc)                    // if not nil: sets the environment of a node before it first starts
+	inject  func(f *faulty, random *rand.Rand, leader int) // and heals: when it returns, all nodes run and are connected
+}
+
+func faultClasses() []faultClass {
+	return []faultClass{
+		{name: "kill-one", process: true, inject: func(f *faulty, random *rand.Rand, _ int) {
+			f.crash(random, random.IntN(len(f.nodes)))
+		}},
+		{name: "kill-leader", process: true, inject: func(f *faulty, random *rand.Rand, leader int) {
+			f.measure(f.now())
+			f.crash(random, leader)
+		}},
+		{name: "kill-all", process: true, applies: func(store string, _ int) bool { return store == storeBolt }, inject: killAll},
+		{name: "restart-each", process: true, inject: restartEach},
+		{name: "restart-two", process: true, applies: func(_ string, nodes int) bool { return nodes >= 5 }, inject: restartTwo},
+		{name: "terminate-each", process: true, inject: terminateEach},
+		{name: "pause-leader", process: true, inject: func(f *faulty, random *rand.Rand, leader int) { f.pause(random, leader) }},
+		{name: "pause-follower", process: true, inject: func(f *faulty, random *rand.Rand, leader int) {
+			f.pause(random, f.follower(random, leader))
+		}},
+		{name: "snapshots", process: true, prepare: snapshotStorm, inject: func(f *faulty, random *rand.Rand, _ int) {
+			f.sleep(random, 500, 1500)
+			f.crash(random, random.IntN(len(f.nodes)))
+		}},
+		{name: "partition", inject: partition},
+		{name: "one-way", inject: oneWay},
+		{name: "bridge", inject: bridge},
+		{name: "held-answers", inject: heldAnswers},
+		{name: "flapping", inject: flapping},
+		{name: "hop", inject: cutHop},
+		{name: "clock", applies: func(string, int) bool { return *faultClock }, inject: stepClock},
+	}
+}
+
+// choose returns the class that is asked for, and those that it consists of.
+func choose(name, store string, nodes int) (class faultClass, classes []faultClass) {
+	for _, c := range faultClasses() {
+		if c.applies != nil && !c.applies(store, nodes) {
+			continue
+		}
+		switch name {
+		case "mixed":
+			class.prepare, classes = snapshotStorm, append(classes, c)
+		case c.name:
+			class, classes = c, append(classes, c)
+		}
+	}
+	return class, classes
+}
+
+// snapshotStorm makes a node take snapshots all the time, and keep so few log entries that others often need those.
+func snapshotStorm(_ *testing.T, p *proc) {
+	p.env["SNAPSHOT_THRESHOLD"], p.env["SNAPSHOT_INTERVAL"], p.env["TRAILING_LOGS"] = "50", "50ms", "10"
+}
+
+func (f *faulty) follower(random *rand.Rand, leader int) int {
+	return (leader + 1 + random.IntN(len(f.nodes)-1)) % len(f.nodes)
+}
+
+// crash kills a node, and starts it again at once or somewhat later.
+func (f *faulty) crash(random *rand.Rand, node int) {
+	f.kill(node)
+	f.sleep(random, 1, 2500)
+	f.start(node)
+}
+
+func killAll(f *faulty, random *rand.Rand, _ int) {
+	nodes := random.Perm(len(f.nodes))
+	f.kill(nodes...)
+	for _, i := range nodes {
+		f.sleep(random, 1, 200)
+		f.start(i)
+	}
+}
+
+// restartEach kills one node after another. With memory a majority keeps its state, as long as each is waited for.
+func restartEach(f *faulty, random *rand.Rand, _ int) {
+	for _, i := range random.Perm(len(f.nodes)) {
+		f.kill(i)
+		f.start(i)
+		f.awaitReady(f.now(), i)
+	}
+}
+
+func restartTwo(f *faulty, random *rand.Rand, _ int) {
+	nodes := random.Perm(len(f.nodes))
+	for ; len(nodes) >= 2; nodes = nodes[2:] {
+		f.kill(nodes[:2]...)
+		f.sleep(random, 1, 500)
+		f.start(nodes[0])
+		f.start(nodes[1])
+		f.awaitReady(f.now(), nodes[:2]...)
+	}
+}
+
+// terminateEach is a rolling restart, as operators do it.
+func terminateEach(f *faulty, random *rand.Rand, _ int) {
+	for _, i := range random.Perm(len(f.nodes)) {
+		f.asked[i].Store(true)
+		f.nodes[i].end(syscall.SIGTERM, exitOK)
+		f.start(i)
+		f.awaitReady(f.now(), i)
+	}
+}
+
+// pause stops a process for a while, with requests under way in it and more to come.
+func (f *faulty) pause(random *rand.Rand, node int) {
+	f.nodes[node].signal(syscall.SIGSTOP)
+	f.sleep(random, 500, 4000)
+	f.nodes[node].signal(syscall.SIGCONT)
+}
+
+// cut sets what becomes of messages for a while, and then lets all pass.
+func (f *faulty) cut(random *rand.Rand, least, most int, mode func(from, to int) linkMode) {
+	f.wires.set(mode)
+	f.sleep(random, least, most)
+	f.wires.set(func(int, int) linkMode { return linkOpen })
+}
+
+// when is a mode for messages for which condition holds.
+func when(condition func(from, to int) bool, mode linkMode) func(from, to int) linkMode {
+	return func(from, to int) linkMode {
+		if condition(from, to) {
+			return mode
+		}
+		return linkOpen
+	}
+}
+
+func anyMode(random *rand.Rand) linkMode {
+	return []linkMode{linkHold, linkHold, linkCut}[random.IntN(3)]
+}
+
+// partition parts a minority from the rest, more often than not with the leader in it.
+func partition(f *faulty, random *rand.Rand, leader int) {
+	few := random.Perm(len(f.nodes))[:1+random.IntN(len(f.nodes)/2)]
+	if !slices.Contains(few, leader) && random.IntN(2) == 0 {
+		few[0] = leader
+	}
+	f.cut(random, 500, 4000, when(func(from, to int) bool {
+		return slices.Contains(few, from) != slices.Contains(few, to)
+	}, anyMode(random)))
+}
+
+// oneWay takes from a node either its ears or its voice.
+func oneWay(f *faulty, random *rand.Rand, leader int) {
+	node, deaf := leader, random.IntN(2) == 0
+	if random.IntN(2) == 0 {
+		node = f.follower(random, leader)
+	}
+	f.cut(random, 500, 4000, when(func(from, to int) bool {
+		return deaf && to == node || !deaf && from == node
+	}, linkHold))
+}
+
+// bridge parts the nodes into two halves, and leaves one node that sees both.
+func bridge(f *faulty, random *rand.Rand, _ int) {
+	place := random.Perm(len(f.nodes)) // of each node in a row; the one in the middle is the bridge
+	middle := len(f.nodes) / 2
+	f.cut(random, 500, 4000, when(func(from, to int) bool {
+		return (place[from]-middle)*(place[to]-middle) < 0
+	}, anyMode(random)))
+}
+
+// heldAnswers holds back what followers say to the leader, then cuts it off until there is another, and delivers it then.
+func heldAnswers(f *faulty, random *rand.Rand, leader int) {
+	f.wires.set(when(func(_, to int) bool { return to == leader }, linkHold))
+	f.sleep(random, 1, 1000)
+	f.wires.set(when(func(from, to int) bool { return from == leader || to == leader }, linkHold))
+	f.sleep(random, 1000, 3500)
+	f.wires.set(when(func(from, _ int) bool { return from == leader }, linkHold))
+	f.sleep(random, 1, 1000)
+	f.wires.set(func(int, int) linkMode { return linkOpen })
+}
+
+// flapping changes links at random, several times a second.
+func flapping(f *faulty, random *rand.Rand, _ int) {
+	for range 4 + random.IntN(8) {
+		seed := random.Uint64()
+		f.wires.set(func(from, to int) linkMode {
+			link := rand.New(rand.NewPCG(seed, uint64(from*len(f.nodes)+to)))
+			return when(func(int, int) bool { return link.IntN(3) == 0 }, anyMode(link))(from, to)
+		})
+		f.sleep(random, 50, 500)
+	}
+	f.wires.set(func(int, int) linkMode { return linkOpen })
+}
+
+// cutHop breaks connections between the leader and a follower, again and again, while writes are passed on through them.
+func cutHop(f *faulty, random *rand.Rand, leader int) {
+	follower := f.follower(random, leader)
+	for range 3 + random.IntN(5) {
+		f.cut(random, 20, 500, when(func(from, to int) bool {
+			return from == leader && to == follower || from == follower && to == leader
+		}, linkCut))
+		f.sleep(random, 50, 500)
+	}
+}
+
+// stepClock sets the machine's clock by up to half a minute, and back.
+func stepClock(f *faulty, random *rand.Rand, _ int) {
+	began, was := f.now(), time.Now()
+	set := func(at time.Time) {
+		tv := syscall.NsecToTimeval(at.UnixNano())
+		if err := syscall.Settimeofday(&tv); err != nil {
+			f.violation("set the clock: %v", os.NewSyscallError("settimeofday", err))
+		}
+	}
+	defer func() { set(was.Add(f.now() - began)) }()
+	for range 1 + random.IntN(3) {
+		set(was.Add(f.now() - began + time.Duration(random.IntN(60)-30)*time.Second))
+		f.sleep(random, 200, 1000)
+	}
+}
