@@ -49,20 +49,28 @@ func faultClasses() []faultClass {
 	}
 }
 
-// choose returns the class that is asked for, and those that it consists of.
-func choose(name, store string, nodes int) (class faultClass, classes []faultClass) {
+func classNames() []string {
+	names := []string{"mixed"}
 	for _, c := range faultClasses() {
-		if c.applies != nil && !c.applies(store, nodes) {
-			continue
-		}
-		switch name {
-		case "mixed":
-			class.prepare, classes = snapshotStorm, append(classes, c)
-		case c.name:
-			class, classes = c, append(classes, c)
+		names = append(names, c.name)
+	}
+	return names
+}
+
+// choose returns the class of that name, as far as it applies to such a cluster, or all classes for mixed, and what sets
+// the nodes' environment.
+func choose(name, store string, nodes int) (classes []faultClass, prepare func(*testing.T, *proc)) {
+	for _, c := range faultClasses() {
+		if (name == c.name || name == "mixed") && (c.applies == nil || c.applies(store, nodes)) {
+			classes, prepare = append(classes, c), c.prepare
 		}
 	}
-	return class, classes
+	if name == "mixed" && *faultSeed%2 == 1 {
+		prepare = snapshotStorm
+	} else if name == "mixed" {
+		prepare = nil
+	}
+	return classes, prepare
 }
 
 // snapshotStorm makes a node take snapshots all the time, and keep so few log entries that others often need those.

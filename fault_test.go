@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"hash/fnv"
@@ -34,6 +35,9 @@ var (
 
 func TestFaults(t *testing.T) {
 	t.Parallel()
+	if names := classNames(); !slices.Contains(names, *faultName) {
+		t.Fatalf("-fault.class=%s is none of: %s", *faultName, strings.Join(names, " "))
+	}
 	var clusters sync.WaitGroup // at once, for they mostly wait
 	defer clusters.Wait()
 	for _, tc := range []struct {
@@ -114,7 +118,7 @@ type faulty struct {
 	ready     time.Duration // the longest that a node took to be ready
 }
 
-func newFaulty(t *testing.T, class faultClass, store string, n int) *faulty {
+func newFaulty(t *testing.T, prepare func(*testing.T, *proc), store string, n int) *faulty {
 	t.Helper()
 	f := &faulty{t: t, history: newHistory(t.Errorf), store: store, asked: make([]*atomic.Bool, n)}
 	for i := range n {
@@ -123,17 +127,20 @@ func newFaulty(t *testing.T, class faultClass, store string, n int) *faulty {
 			"SNAPSHOT_THRESHOLD": "500", "SNAPSHOT_INTERVAL": "300ms", "TRAILING_LOGS": "50",
 		})
 		p.name = p.env["NODE_ID"]
-		if class.prepare != nil {
-			class.prepare(t, p)
+		if prepare != nil {
+			prepare(t, p)
 		}
 		f.nodes = append(f.nodes, p)
 	}
 	for i := range 2 * n {
 		f.teams = append(f.teams, &team{name: strconv.Itoa(i), tags: make(map[string]uint64)})
 	}
-	var err error
-	if f.wires, err = newNamespaces(t, f.nodes); err != nil || *faultProxy {
-		t.Logf("links are cut by proxies (%v)", err)
+	err := errors.New("as asked")
+	if !*faultProxy {
+		f.wires, err = newNamespaces(t, f.nodes)
+	}
+	if err != nil {
+		t.Logf("links are cut by proxies: %v", err)
 		f.wires = newProxies(t, f.nodes)
 	}
 	transport := &http.Transport{MaxIdleConnsPerHost: 100, DialContext: f.nodes[0].dial}
@@ -147,11 +154,11 @@ func newFaulty(t *testing.T, class faultClass, store string, n int) *faulty {
 
 func injectFaults(t *testing.T, store string, n int) { //nolint:thelper // it is the test
 	t.Logf("replay with: go test -v -run %s -fault.class=%s -fault.seed=%d -fault.time=%v", t.Name(), *faultName, *faultSeed, *faultTime)
-	class, classes := choose(*faultName, store, n)
+	classes, prepare := choose(*faultName, store, n)
 	if len(classes) == 0 {
 		t.Skipf("%s does not apply to this cluster", *faultName)
 	}
-	f := newFaulty(t, class, store, n)
+	f := newFaulty(t, prepare, store, n)
 	defer func() { // all that runs is ended with the test
 		for _, asked := range f.asked {
 			asked.Store(true)

@@ -43,7 +43,7 @@ func newNamespaces(t *testing.T, nodes []*proc) (wires, error) {
 		"netns add " + ns.hub, "-n " + ns.hub + " link add hub type bridge",
 		"-n " + ns.hub + " addr add " + inNet(-1) + "/24 dev hub", "-n " + ns.hub + " link set hub up",
 	}
-	for i, p := range nodes {
+	for i := range nodes {
 		name, port := fmt.Sprintf("%s%d", prefix, i), fmt.Sprintf("port%d", i)
 		ns.nodes = append(ns.nodes, name)
 		commands = append(
@@ -51,8 +51,6 @@ func newNamespaces(t *testing.T, nodes []*proc) (wires, error) {
 			"-n "+ns.hub+" link set "+port+" master hub up", "-n "+name+" addr add "+inNet(i)+"/24 dev eth0",
 			"-n "+name+" link set eth0 up", "-n "+name+" link set lo up",
 		)
-		p.within, p.dial = []string{"ip", "netns", "exec", name}, ns.dial
-		p.env["HTTP_ADDR"], p.env["RAFT_ADDR"] = inNet(i), inNet(i)
 	}
 	for _, args := range commands {
 		if out, err := exec.CommandContext(t.Context(), "ip", strings.Fields(args)...).CombinedOutput(); err != nil {
@@ -66,6 +64,10 @@ func newNamespaces(t *testing.T, nodes []*proc) (wires, error) {
 		return nil, err
 	}
 	t.Cleanup(func() { _, _ = ns.home.Close(), ns.far.Close() })
+	for i, p := range nodes {
+		p.within, p.dial = []string{"ip", "netns", "exec", ns.nodes[i]}, ns.dial
+		p.env["HTTP_ADDR"], p.env["RAFT_ADDR"] = inNet(i), inNet(i)
+	}
 	setPeers(nodes, func(_, to int) string { return inNet(to) + ":" + nodes[to].env["RAFT_PORT"] })
 	return ns, nil
 }

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# The campaign of the fault suite: every class of faults on every cluster it applies to, with one seed after another, and
+# then all classes mixed. Prints a table; exits 1 if anything failed, and says where the log is.
+# usage: _scripts/faults.sh [seconds [first seed [flags of the test...]]]    such as: _scripts/faults.sh 3600 1 -fault.clock
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+seconds=${1:-600} seed=${2:-1}
+flags=("${@:3}")
+out=$(mktemp -d)
+go test -c -o "$out/test" .
+classes=$("$out/test" -test.run 'TestFaults$' -fault.class=? | sed -n 's/.* is none of: //p')
+count=$(wc -w <<<"$classes")
+seeds=$((seconds / count / 40)) # a run should not be much shorter than 40 s, of which some are spent before and after
+seeds=$((seeds > 0 ? seeds : 1))
+each=$((seconds / count / seeds - 12))
+each=$((each > 5 ? each : 5))
+failed=0
+
+for ((last = seed + seeds; seed < last; seed++)); do
+  for class in $classes; do
+    log=$out/$class-$seed.log
+    if ! "$out/test" -test.v -test.timeout 30m -test.run 'TestFaults$' -fault.class="$class" -fault.seed="$seed" -fault.time="${each}s" \
+      "${flags[@]}" >"$log" 2>&1; then
+      echo "FAILED: -fault.class=$class -fault.seed=$seed -fault.time=${each}s; see $log"
+      failed=1
+    fi
+  done
+done
+
+# A FAULTS line is name=value pairs. The first awk makes records of it: one of sums, and one of each recovery, which sort
+# puts in order.
+grep -h ' FAULTS ' "$out"/*.log | awk '{
+  for (i = 1; i <= NF; i++) if (split($i, pair, "=") == 2) v[pair[1]] = pair[2]
+  print v["class"], "sum", v["faults"], v["ops"], v["violations"], v["ready"]
+  n = split(v["recovery"], took, ",")
+  for (i = 1; i <= n; i++) print v["class"], "took", took[i]
+}' | sort -k1,1 -k2,2 -k3,3n | awk '
+function row() {
+  printf "%-15s %5d %7d %9d %11d %9s ms %6s ms %6d ms\n", class, runs, faults, ops, violations, n ? took[int((n + 1) / 2)] : "-", n ? took[n] : "-", ready
+}
+BEGIN { printf "%-15s %5s %7s %9s %11s %12s %9s %9s\n", "class", "runs", "faults", "checked", "violations", "recovery p50", "max", "ready max" }
+$1 != class { if (class) row(); class = $1; runs = faults = ops = violations = ready = n = 0 }
+$2 == "sum" { runs++; faults += $3; ops += $4; violations += $5; if ($6 > ready) ready = $6; all["runs"]++; all["faults"] += $3; all["ops"] += $4; all["v"] += $5 }
+$2 == "took" { took[++n] = $3 }
+END { row(); printf "%-15s %5d %7d %9d %11d\n", "all", all["runs"], all["faults"], all["ops"], all["v"] }'
+exit "$failed"
