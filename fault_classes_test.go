@@ -13,6 +13,7 @@ import (
 type faultClass struct {
 	name    string
 	process bool                                           // it stops processes: of such there is only one at a time
+	alone   bool                                           // it is not mixed with others
 	applies func(store string, nodes int) bool             // nil: always
 	prepare func(t *testing.T, p *proc)                    // if not nil: sets the environment of a node before it first starts
 	inject  func(f *faulty, random *rand.Rand, leader int) // and heals: when it returns, all nodes run and are connected
@@ -61,7 +62,7 @@ func classNames() []string {
 // the nodes' environment.
 func choose(name, store string, nodes int) (classes []faultClass, prepare func(*testing.T, *proc)) {
 	for _, c := range faultClasses() {
-		if (name == c.name || name == "mixed") && (c.applies == nil || c.applies(store, nodes)) {
+		if (name == c.name || name == "mixed" && !c.alone) && (c.applies == nil || c.applies(store, nodes)) {
 			classes, prepare = append(classes, c), c.prepare
 		}
 	}

@@ -365,13 +365,13 @@ func (f *faulty) client(ctx context.Context, id int, random *rand.Rand) {
 	}
 }
 
-// probe reads through a node again and again without waiting for answers, so that there are always reads under way in
-// it, also when it is paused or cut off.
+// probe reads through a node again and again without waiting for answers: where clients wait until a pause or a cut is
+// over, reads still arrive, of what was written elsewhere in the meantime.
 func (f *faulty) probe(ctx context.Context, node int) {
-	slots := make(chan struct{}, 20)
+	slots := make(chan struct{}, 50)
 	var reads sync.WaitGroup
 	defer reads.Wait()
-	tick := time.NewTicker(50 * time.Millisecond)
+	tick := time.NewTicker(100 * time.Millisecond)
 	defer tick.Stop()
 	for n := 0; ctx.Err() == nil; n++ {
 		<-tick.C

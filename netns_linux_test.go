@@ -58,7 +58,7 @@ func newNamespaces(t *testing.T, nodes []*proc) (wires, error) {
 		}
 	}
 	var err1, err2 error
-	ns.home, err1 = os.Open("/proc/self/ns/net")
+	ns.home, err1 = os.Open("/proc/thread-self/ns/net") // any thread of this process may be dialing from a hub
 	ns.far, err2 = os.Open(filepath.Join(netnsDir, ns.hub))
 	if err := errors.Join(err1, err2, ns.filter(0, "")); err != nil {
 		return nil, err
@@ -83,7 +83,7 @@ func removeNamespaces(of func(pid int) bool, prefix string) {
 		}
 		pids, _ := exec.CommandContext(context.Background(), "ip", "netns", "pids", entry.Name()).Output()
 		for _, field := range strings.Fields(string(pids)) {
-			if pid, err := strconv.Atoi(field); err == nil {
+			if pid, err := strconv.Atoi(field); err == nil && pid != os.Getpid() { // its first thread may have been dialing
 				_ = syscall.Kill(pid, syscall.SIGKILL)
 			}
 		}
