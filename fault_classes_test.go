@@ -31,6 +31,7 @@ func faultClasses() []faultClass {
 		{name: "kill-all", process: true, applies: func(store string, _ int) bool { return store == storeBolt }, inject: killAll},
 		{name: "restart-each", process: true, inject: restartEach},
 		{name: "restart-two", process: true, applies: func(_ string, nodes int) bool { return nodes >= 5 }, inject: restartTwo},
+		{name: "forgetful", process: true, alone: true, inject: forgetful},
 		{name: "terminate-each", process: true, inject: terminateEach},
 		{name: "pause-leader", process: true, inject: func(f *faulty, random *rand.Rand, leader int) { f.pause(random, leader) }},
 		{name: "pause-follower", process: true, inject: func(f *faulty, random *rand.Rand, leader int) {
@@ -117,6 +118,23 @@ func restartTwo(f *faulty, random *rand.Rand, _ int) {
 		f.start(nodes[1])
 		f.awaitReady(f.now(), nodes[:2]...)
 	}
+}
+
+// forgetful lets a majority acknowledge writes that the others do not get; then all of it but the leader are killed, come
+// back, and are left alone with the others. With memory they must not elect one of those.
+func forgetful(f *faulty, random *rand.Rand, leader int) {
+	rest, few := random.Perm(len(f.nodes)), len(f.nodes)/2
+	rest = slices.DeleteFunc(rest, func(i int) bool { return i == leader })
+	behind, killed := rest[:few], rest[few:]
+	f.cut(random, 100, 1500, when(func(from, to int) bool {
+		return slices.Contains(behind, from) || slices.Contains(behind, to)
+	}, linkHold))
+	f.kill(killed...)
+	for _, i := range killed {
+		f.start(i)
+	}
+	f.sleep(random, 50, 600)
+	f.cut(random, 1000, 4000, when(func(from, to int) bool { return from == leader || to == leader }, linkCut))
 }
 
 // terminateEach is a rolling restart, as operators do it.

@@ -227,6 +227,9 @@ func (f *faulty) round(random *rand.Rand, classes []faultClass) int {
 		f.measure(healed)
 		f.measures.Wait()
 	}
+	if took := f.now() - healed; took > 10*time.Second {
+		f.violation("a write was acknowledged %v after healing; want 10s at most", took)
+	}
 	f.awaitReady(healed)
 	return len(classes)
 }
@@ -328,9 +331,7 @@ func (f *faulty) measure(since time.Duration) {
 		took := f.now() - since
 		f.mu.Lock()
 		defer f.mu.Unlock()
-		if f.recovered = append(f.recovered, took); took > 10*time.Second {
-			f.violation("a write was acknowledged after %v; want 10s at most", took)
-		}
+		f.recovered = append(f.recovered, took)
 	})
 }
 

@@ -20,7 +20,7 @@ failed=0
 for ((last = seed + seeds; seed < last; seed++)); do
   for class in $classes; do
     log=$out/$class-$seed.log
-    if ! "$out/test" -test.v -test.timeout 30m -test.run 'TestFaults$' -fault.class="$class" -fault.seed="$seed" -fault.time="${each}s" \
+    if ! "$out/test" -test.v -test.timeout 30m -test.run 'TestFaults$' -fault.class="$class" -fault.seed="$seed" -fault.time="${each}s" -fault.pace=10ms \
       "${flags[@]}" >"$log" 2>&1; then
       echo "FAILED: -fault.class=$class -fault.seed=$seed -fault.time=${each}s; see $log"
       failed=1
