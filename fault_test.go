@@ -279,16 +279,15 @@ func (f *faulty) ask(i int, method, path, body string, limit time.Duration) (ans
 	return roundTrip(f.web, req)
 }
 
-// await waits until condition holds, no longer than limit after since, and says whether it does.
-func (f *faulty) await(what string, since, limit time.Duration, condition func() bool) bool {
+// await waits until condition holds, no longer than limit after since.
+func (f *faulty) await(what string, since, limit time.Duration, condition func() bool) {
 	for !condition() {
 		if f.now()-since > limit {
 			f.violation("waited in vain for %s", what)
-			return false
+			return
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
-	return true
 }
 
 type faultyStatus struct {
