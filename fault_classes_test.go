@@ -2,8 +2,8 @@ package main
 
 import (
 	"math/rand/v2"
-	"os"
 	"slices"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -241,18 +241,24 @@ func cutHop(f *faulty, random *rand.Rand, leader int) {
 	}
 }
 
+var (
+	clock     sync.Mutex   // of this machine: held by the cluster that sets it
+	wallClock = time.Now() // is right, and the monotonic clock tells how long ago it was
+)
+
 // stepClock sets the machine's clock by up to half a minute, and back.
 func stepClock(f *faulty, random *rand.Rand, _ int) {
-	began, was := f.now(), time.Now()
-	set := func(at time.Time) {
-		tv := syscall.NsecToTimeval(at.UnixNano())
+	clock.Lock()
+	defer clock.Unlock()
+	set := func(off time.Duration) {
+		tv := syscall.NsecToTimeval(wallClock.Add(time.Since(wallClock) + off).UnixNano())
 		if err := syscall.Settimeofday(&tv); err != nil {
-			f.violation("set the clock: %v", os.NewSyscallError("settimeofday", err))
+			f.violation("set the clock: %v", err)
 		}
 	}
-	defer func() { set(was.Add(f.now() - began)) }()
+	defer set(0)
 	for range 1 + random.IntN(3) {
-		set(was.Add(f.now() - began + time.Duration(random.IntN(60)-30)*time.Second))
+		set(time.Duration(random.IntN(60)-30) * time.Second)
 		f.sleep(random, 200, 1000)
 	}
 }
