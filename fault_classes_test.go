@@ -20,7 +20,7 @@ type faultClass struct {
 }
 
 func faultClasses() []faultClass {
-	return []faultClass{
+	return append(diskClasses(), []faultClass{
 		{name: "kill-one", process: true, inject: func(f *faulty, random *rand.Rand, _ int) {
 			f.crash(random, random.IntN(len(f.nodes)))
 		}},
@@ -48,7 +48,7 @@ func faultClasses() []faultClass {
 		{name: "flapping", inject: flapping},
 		{name: "hop", inject: cutHop},
 		{name: "clock", applies: func(string, int) bool { return *faultClock }, inject: stepClock},
-	}
+	}...)
 }
 
 func classNames() []string {

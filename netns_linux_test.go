@@ -65,7 +65,8 @@ func newNamespaces(t *testing.T, nodes []*proc) (wires, error) {
 	}
 	t.Cleanup(func() { _, _ = ns.home.Close(), ns.far.Close() })
 	for i, p := range nodes {
-		p.within, p.dial = []string{"ip", "netns", "exec", ns.nodes[i]}, ns.dial
+		// ip netns exec would give it mounts of its own, too, and keep disks of other nodes mounted.
+		p.within, p.dial = []string{"nsenter", "--net=/run/netns/" + ns.nodes[i]}, ns.dial
 		p.env["HTTP_ADDR"], p.env["RAFT_ADDR"] = inNet(i), inNet(i)
 	}
 	setPeers(nodes, func(_, to int) string { return inNet(to) + ":" + nodes[to].env["RAFT_PORT"] })
