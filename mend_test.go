@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"testing"
 	"time"
 
@@ -137,6 +138,46 @@ func TestFollowerOfAFallenLeaderCatchesUp(t *testing.T) {
 	c.leader(l, g)
 	c.cut(f, linkOpen)
 	awaitEqualLogs(t, c.nodes...)
+}
+
+// A follower whose leader has been silent for a while votes for a candidate that has as much as itself.
+func TestVotesAgainstASilentLeader(t *testing.T) {
+	c := newTestCluster(t, 3, storeMemory)
+	l := c.leader()
+	candidate, voter := c.nodes[c.followers(l)[0]], c.nodes[c.followers(l)[1]]
+	awaitEqualLogs(t, c.nodes...)
+	index, logTerm, err := candidate.storage.lastEntry()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ask := func(index uint64) (preVote, vote bool, silent time.Duration) {
+		t.Helper()
+		id, term := voter.cfg.NodeID, voter.State().Term
+		var pre raft.RequestPreVoteResponse
+		var real raft.RequestVoteResponse
+		err1 := candidate.transport.NetworkTransport.RequestPreVote(raft.ServerID(id), raft.ServerAddress(id), &raft.RequestPreVoteRequest{
+			RPCHeader: header(candidate), Term: term + 1, LastLogIndex: index, LastLogTerm: logTerm,
+		}, &pre)
+		err2 := candidate.transport.NetworkTransport.RequestVote(raft.ServerID(id), raft.ServerAddress(id), &raft.RequestVoteRequest{
+			RPCHeader: header(candidate), Term: term + 1, LastLogIndex: index, LastLogTerm: logTerm,
+		}, &real)
+		if err := errors.Join(err1, err2); err != nil {
+			t.Fatal(err)
+		}
+		return pre.Granted, real.Granted, time.Since(voter.raft.Load().LastContact())
+	}
+	if pre, vote, _ := ask(index); pre || vote {
+		t.Errorf("got pre-vote %v, vote %v while there is a leader; want none", pre, vote)
+	}
+	c.cut(l, linkCut)
+	waitFor(t, "the leader to be silent for a while", voter.doubtful)
+	if pre, vote, silent := ask(index - 1); pre || vote {
+		t.Errorf("got pre-vote %v, vote %v after %v for a candidate that has less; want none", pre, vote, silent)
+	}
+	// Its term is now that of the candidate, but it still follows; if not, it has timed out, and then votes anyway.
+	if pre, vote, silent := ask(index); !pre || !vote {
+		t.Errorf("got pre-vote %v, vote %v after a silence of %v; want both", pre, vote, silent)
+	}
 }
 
 // Two of three nodes restart, one as soon as the leader brings the other up.

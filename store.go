@@ -29,7 +29,8 @@ const (
 const (
 	heartbeatTimeout = 1 * time.Second
 	leaseTimeout     = heartbeatTimeout
-	electionTimeout  = heartbeatTimeout + time.Millisecond // no shorter than any heartbeat timeout that hurry sets
+	electionTimeout  = heartbeatTimeout + time.Millisecond   // no shorter than any heartbeat timeout that hurry sets
+	doubtAfter       = heartbeatTimeout - heartbeatTimeout/5 // heartbeats to two nodes are so far apart at most
 	maxAppendEntries = 64
 )
 
@@ -192,6 +193,7 @@ func (s *Store) startRaft() (err error) {
 	st, t := s.storage, newTransport(s.network, s.log.Named("transport"), transportHooks{
 		leading: s.leadsIn, gated: s.form.gated, needed: func() int { return s.voters() / 2 }, standsBy: s.standsBy,
 		applied: func() uint64 { return s.raft.Load().AppliedIndex() }, newest: s.storage.rules.newest,
+		doubtful: s.doubtful, last: s.storage.lastEntry,
 	})
 	h, err := s.form.holds()
 	switch {
@@ -493,6 +495,16 @@ func (s *Store) lead(r *raft.Raft, term uint64) {
 		case <-s.ctx.Done(): // Raft may leave the barrier unanswered when it shuts down
 		}
 	}
+}
+
+// doubtful says whether this node follows a leader of whom it has heard nothing for doubtAfter.
+func (s *Store) doubtful() bool {
+	r := s.raft.Load()
+	if r == nil || r.State() != raft.Follower {
+		return false
+	}
+	_, leader := r.LeaderWithID()
+	return leader != "" && time.Since(r.LastContact()) > doubtAfter
 }
 
 // State returns where this node stands.

@@ -33,6 +33,8 @@ type transportHooks struct {
 	standsBy func(voter string, term uint64) bool // the voter's vote in the term is for this node
 	applied  func() uint64                        // raft's
 	newest   func() position                      // what the newest snapshot here ends with
+	doubtful func() bool                          // this node follows a leader that has been silent for doubtAfter
+	last     func() (index, term uint64, err error)
 }
 
 func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport {
@@ -51,7 +53,7 @@ func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport
 		for {
 			select {
 			case rpc := <-t.NetworkTransport.Consumer():
-				if t.refuse(rpc) {
+				if t.refuse(rpc) || t.doubt(rpc) {
 					continue
 				}
 				t.mend(&rpc)
@@ -74,6 +76,27 @@ type idsAreAddresses struct{}
 
 func (idsAreAddresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
 	return raft.ServerAddress(id), nil
+}
+
+// doubt lets a node vote whose leader has been silent for a while. Raft refuses all candidates until the node itself has run
+// out of patience. By then the candidate, if it has the longer log, does not vote for this node either, and waits for
+// another election timeout. It returns true when it has answered.
+func (t *transport) doubt(rpc raft.RPC) bool {
+	switch req := rpc.Command.(type) {
+	case *raft.RequestVoteRequest:
+		req.LeadershipTransfer = req.LeadershipTransfer || t.doubtful()
+	case *raft.RequestPreVoteRequest:
+		if !t.doubtful() {
+			return false
+		}
+		index, term, err := t.last()
+		if err != nil || req.LastLogTerm < term || req.LastLogTerm == term && req.LastLogIndex < index {
+			return false
+		}
+		rpc.Respond(&raft.RequestPreVoteResponse{Term: req.Term, Granted: true}, nil) // the vote itself is Raft's
+		return true
+	}
+	return false
 }
 
 // mend saves Raft from messages that it takes wrongly.
