@@ -301,6 +301,9 @@ func newCensus(total int, answers map[string]holding) census {
 			c.ruling = h.Cluster
 		}
 	}
+	if c.leader != "" && c.complete != "" && !answers[c.complete].beyond(answers[c.leader]) {
+		c.complete = c.leader // of nodes that have as much, the one that need not change
+	}
 	if c.complete != "" && c.complete != c.founder {
 		c.founder = ""
 	}
@@ -451,8 +454,6 @@ var keyCurrentTerm = []byte("CurrentTerm")
 // advice says what a node without a leader waits for, and what people can do about it.
 func (f *formation) advice(c census) string {
 	switch {
-	case c.leader != "":
-		return c.String() + "; node " + c.leader + ", which leads, must be confirmed by a majority without this node"
 	case c.majorityLost() && c.complete == "":
 		return fmt.Sprintf("%v; all must answer, or a majority for %v; then node %s forms the cluster", c, f.patience, c.lost[0])
 	case c.majorityLost() && f.cfg.KVStore == storeMemory:
@@ -462,6 +463,8 @@ func (f *formation) advice(c census) string {
 		return fmt.Sprintf("%v; a majority has lost its state, so what was acknowledged may be lost: start the missing nodes with their "+
 			"state directories; if those are gone, stop node %s, whose log is the most complete, copy its STATE_DIR to other nodes, in the "+
 			"place of what they have, until a majority has it, and start them", c, c.complete)
+	case c.leader != "":
+		return c.String() + "; node " + c.leader + ", which leads, must be confirmed by a majority without this node"
 	}
 	return c.String() + "; more nodes must answer, so that nothing that was acknowledged is lost"
 }

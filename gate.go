@@ -65,17 +65,26 @@ type startOver struct{ storage *storage }
 
 func (*startOver) Error() string { return "the node starts over in another cluster" }
 
-// stay watches over a node that is of a cluster but sees no leader: the others may have formed another cluster without
-// it, or be without state and in need of what it has.
+// candidacy is longer than a candidate can know of a leader whose messages it gets. Raft lets a node that was told to
+// stand for election hear of another one's, and go on standing. If that leader dies at once, nobody tells the node, which
+// for its sake grants no pre-vote to anybody, and may get none. To stand again makes it forget.
+const candidacy = 3 * heartbeatTimeout
+
+// stay watches over a node that is of a cluster but sees no leader, or none that a majority confirms: the others may have
+// formed another cluster without it, or be without state and in need of what it has.
 func (s *Store) stay() {
-	var ripe patience
+	var ripe, stuck patience
 	for s.pause(stayInterval) {
-		if s.Leader() != "" {
+		now := s.State()
+		if stuck.over(now.State == "candidate" && now.Leader != "", candidacy) {
+			s.transport.campaign(s.ctx.Done())
+		}
+		if now.Leader != "" && (now.Leader != s.cfg.NodeID || s.confirmed()) {
 			ripe = patience{}
 			continue
 		}
 		c, err := s.form.census(s.ctx)
-		if err != nil || s.Leader() != "" {
+		if err != nil || s.Leader() != now.Leader {
 			continue
 		}
 		s.form.waits("no leader is known; " + s.form.advice(c))
@@ -89,12 +98,19 @@ func (s *Store) stay() {
 			s.forget()
 			return
 		case patient:
-			if id, granted := s.form.seekGrants(s.ctx, c); granted && s.Leader() == "" {
+			if id, granted := s.form.seekGrants(s.ctx, c); granted && s.Leader() == now.Leader {
 				s.takeOver(id)
 				return
 			}
 		}
 	}
+}
+
+// confirmed says whether this node, which leads, can be confirmed. If a majority has lost its state it may go on with the
+// acknowledgements of gated nodes; but these confirm nobody, so it can bring up no other node, and answers no read.
+func (s *Store) confirmed() bool {
+	_, _, err := s.confirmLeadership(s.ctx, s.raft.Load(), "")
+	return err == nil
 }
 
 // outranked stops a node whose cluster is no more: a majority is of another one. What this node holds may be all that
@@ -103,7 +119,8 @@ func (s *Store) outranked(ruling string) {
 	err := fmt.Errorf("node %s is of cluster %s, but a majority of the nodes is of cluster %s, formed while they were without state; "+
 		"this node does not serve any more", s.cfg.NodeID, s.form.id(), ruling)
 	if s.cfg.KVStore == storeMemory {
-		s.fail(fmt.Errorf("%w: start it again to join the others", err))
+		s.end(fmt.Errorf("%w: start it again to join the others", err))
+		return
 	}
 	err = fmt.Errorf("%w; nothing was deleted: if its data are not needed, move STATE_DIR %q away and start it again to join the others",
 		err, s.cfg.StateDir)
@@ -165,9 +182,14 @@ func (s *Store) leave(prepare func(*storage) (*storage, error)) {
 	if err == nil {
 		err = &startOver{next}
 	}
+	s.end(err)
+}
+
+// end has the process end, or start over, for the given reason.
+func (s *Store) end(err error) {
 	select {
 	case s.failed <- err:
-	default: // the node stops for another reason
+	default: // it does so for another reason
 	}
 }
 

@@ -84,6 +84,7 @@ type network struct {
 	self     string
 	log      hclog.Logger
 	listener net.Listener
+	dialer   func(ctx context.Context, network, addr string) (net.Conn, error) // net.Dialer.DialContext
 
 	// These are set by start.
 
@@ -111,14 +112,19 @@ func newNetwork(self, listen string, log hclog.Logger) (*network, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen for peers on RAFT_ADDR:RAFT_PORT %s: %w", listen, err)
 	}
+	return networkOver(l, (&net.Dialer{Timeout: dialTimeout}).DialContext, self, log), nil
+}
+
+// networkOver returns a network that takes and makes its connections by listener and dialer.
+func networkOver(listener net.Listener, dialer func(ctx context.Context, network, addr string) (net.Conn, error), self string, log hclog.Logger) *network {
 	return &network{
-		self: self, log: log, listener: l,
+		self: self, log: log, listener: listener, dialer: dialer,
 		raftConns: make(chan net.Conn),
 		shaking:   make(chan struct{}, maxHandshakes),
 		closing:   make(chan struct{}),
 		conns:     make(map[net.Conn]struct{}),
 		refused:   make(map[string]bool),
-	}, nil
+	}
 }
 
 // start begins to take and make connections. See the fields of these names.
@@ -251,8 +257,7 @@ func (n *network) connect(ctx context.Context, h hello) (net.Conn, error) {
 	if !known {
 		return nil, errors.New("its address is not known")
 	}
-	dialer := net.Dialer{Timeout: dialTimeout}
-	raw, err := dialer.DialContext(ctx, "tcp", addr)
+	raw, err := n.dialer(ctx, "tcp", addr)
 	if err != nil {
 		return nil, err
 	}

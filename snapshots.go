@@ -328,11 +328,13 @@ func (s *memorySnapshot) Write(p []byte) (int, error) { return s.data.Write(p) }
 func (s *memorySnapshot) ID() string                  { return s.meta.ID }
 func (s *memorySnapshot) Cancel() error               { return nil }
 
-// Close publishes the snapshot.
+// Close publishes the snapshot, unless there is a newer one.
 func (s *memorySnapshot) Close() error {
 	s.store.mu.Lock()
 	defer s.store.mu.Unlock()
 	s.meta.Size = int64(s.data.Len())
-	s.store.newest = s
+	if s.store.newest == nil || s.store.newest.meta.Index <= s.meta.Index {
+		s.store.newest = s
+	}
 	return nil
 }

@@ -210,7 +210,7 @@ func (e *entries) StoreLogs(l []*raft.Log) error {
 // after it. Nor does an end that is executed in part: then this node has executed what the leader has not, and stops.
 func (e *entries) DeleteRange(first, last uint64) error {
 	end, err := e.LastIndex()
-	if err != nil {
+	if err != nil || last == 0 { // raft.RecoverCluster means an empty log, after which raft.InmemStore takes itself for endless
 		return err
 	}
 	newest := e.newest().index

@@ -43,7 +43,8 @@ type Store struct {
 	metrics  *metrics
 	started  time.Time
 	onChange func(RaftState)
-	open     func(*Config, hclog.Logger, func(error)) (*storage, error) // openStorage
+	open     func(*Config, hclog.Logger, func(error)) (*storage, error)    // openStorage
+	listen   func(self, listen string, log hclog.Logger) (*network, error) // newNetwork
 
 	replica    *replica
 	storage    *storage
@@ -74,7 +75,7 @@ type Store struct {
 // NewStore returns a Store that Open starts. The Store owns machine from then on: see StateMachine.
 func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *Store {
 	s := &Store{
-		cfg: cfg, log: log, metrics: m, started: time.Now(), open: openStorage,
+		cfg: cfg, log: log, metrics: m, started: time.Now(), open: openStorage, listen: newNetwork,
 		leadership:   newLeadership(RaftState{State: "starting"}),
 		writes:       newWrites(m, log.Named("writes")),
 		running:      make(chan struct{}),
@@ -116,7 +117,7 @@ func (s *Store) fail(err error) {
 // Open listens for peers and opens the storage, then returns while the node finds or forms its cluster.
 func (s *Store) Open() error {
 	var err error
-	if s.network, err = newNetwork(s.cfg.NodeID, s.cfg.RaftAddr, s.log.Named("network")); err != nil {
+	if s.network, err = s.listen(s.cfg.NodeID, s.cfg.RaftAddr, s.log.Named("network")); err != nil {
 		return err
 	}
 	if s.storage, err = s.open(s.cfg, s.log, s.fail); err != nil {
@@ -143,7 +144,7 @@ func (s *Store) Open() error {
 	s.wg.Go(s.watch)
 	s.wg.Go(func() {
 		if err := s.join(); err != nil && s.ctx.Err() == nil {
-			s.fail(err)
+			s.end(err)
 		}
 	})
 	return nil

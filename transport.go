@@ -49,6 +49,10 @@ func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport
 		rpcs:           make(chan raft.RPC),
 		closing:        n.closing,
 	}
+	go func() { // it ends with the network, also when Raft never gets to run on it
+		<-n.closing
+		_ = t.NetworkTransport.Close()
+	}()
 	n.goUnlessClosed(func() {
 		for {
 			select {
