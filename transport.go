@@ -124,8 +124,9 @@ func (t *transport) mend(rpc *raft.RPC) {
 	}
 }
 
-// newerSnapshot fails to be read when the node has applied what is in it. Raft reads it on its main thread, so nothing is
-// applied meanwhile; what it reads after that failure goes nowhere.
+// newerSnapshot fails to be read when the node has applied more than is in it. (A leader that has not heard that its
+// snapshot is installed sends it again, and must be told.) Raft reads it on its main thread, so nothing is applied
+// meanwhile; what it reads after that failure goes nowhere.
 type newerSnapshot struct {
 	io.Reader
 	index   uint64
@@ -134,7 +135,7 @@ type newerSnapshot struct {
 }
 
 func (s *newerSnapshot) Read(p []byte) (int, error) {
-	if applied := s.applied(); !s.judged && s.index <= applied {
+	if applied := s.applied(); !s.judged && s.index < applied {
 		s.judged = true
 		return 0, fmt.Errorf("a snapshot up to entry %d comes late: the node has applied entry %d", s.index, applied)
 	}
