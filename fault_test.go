@@ -26,7 +26,7 @@ import (
 
 var (
 	faultSeed  = flag.Uint64("fault.seed", 1, "seed of the faults")
-	faultTime  = flag.Duration("fault.time", 30*time.Second, "how long faults are injected into each cluster")
+	faultTime  = flag.Duration("fault.time", 20*time.Second, "how long faults are injected into each cluster")
 	faultName  = flag.String("fault.class", "mixed", "the class of faults, of those in fault_classes_test.go, or mixed")
 	faultPace  = flag.Duration("fault.pace", 40*time.Millisecond, "how long a client rests between two operations")
 	faultProxy = flag.Bool("fault.proxy", false, "cut links by proxies even where network namespaces may be made")
