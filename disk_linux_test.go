@@ -270,7 +270,7 @@ func TestProcessFlippedBits(t *testing.T) {
 		files = append(files, found...)
 	}
 	stopped, served := 0, 0
-	for range 40 {
+	for range 25 {
 		p := newProc(t, nil)
 		if err := os.CopyFS(p.env["STATE_DIR"], os.DirFS(origin.env["STATE_DIR"])); err != nil {
 			t.Fatal(err)

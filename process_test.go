@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"maps"
@@ -54,6 +55,10 @@ func TestMain(m *testing.M) {
 	if buildDir, err = os.MkdirTemp("", "raftstarter-test-"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
+	}
+	flag.Parse()
+	if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue { // tests mostly wait, for processes and timeouts
+		_ = f.Value.Set("4")
 	}
 	code := m.Run()
 	_ = os.RemoveAll(buildDir)

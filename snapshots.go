@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -142,23 +144,52 @@ func openSnapshots(stateDir string, log hclog.Logger, fail func(error)) (*fileSn
 		return nil, err
 	}
 	f := &fileSnapshots{store, filepath.Join(stateDir, snapshotsDir), fail}
-	entries, err := os.ReadDir(f.dir)
+	kept, rest, err := f.directories()
 	if err != nil {
 		return nil, err
 	}
-	for _, entry := range entries {
-		path := filepath.Join(f.dir, entry.Name())
-		if strings.HasSuffix(path, tmpSuffix) { // a crash has left it half written
-			if err := os.RemoveAll(path); err != nil {
-				return nil, err
-			}
-		} else if entry.IsDir() {
-			if err := f.check(entry.Name()); err != nil {
-				return nil, damaged(path, err)
-			}
+	for _, id := range kept {
+		if err := f.check(id); err != nil {
+			return nil, damaged(filepath.Join(f.dir, id), err)
+		}
+	}
+	for _, name := range rest {
+		if err := os.RemoveAll(filepath.Join(f.dir, name)); err != nil {
+			return nil, err
 		}
 	}
 	return f, nil
+}
+
+// directories returns the names of the newest snapshots, newest first, and of what a crash may have left half written or,
+// of older ones, half removed.
+func (f *fileSnapshots) directories() (kept, rest []string, err error) {
+	entries, err := os.ReadDir(f.dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	type id struct{ term, index, at uint64 } // as raft's file store names a snapshot
+	var ids []id
+	for _, entry := range entries {
+		var i id
+		if n, _ := fmt.Sscanf(entry.Name(), "%d-%d-%d", &i.term, &i.index, &i.at); strings.HasSuffix(entry.Name(), tmpSuffix) {
+			rest = append(rest, entry.Name())
+		} else if n == 3 {
+			ids = append(ids, i)
+		}
+	}
+	slices.SortFunc(ids, func(a, b id) int {
+		return cmp.Or(cmp.Compare(b.term, a.term), cmp.Compare(b.index, a.index), cmp.Compare(b.at, a.at))
+	})
+	for _, i := range ids {
+		name := fmt.Sprintf("%d-%d-%d", i.term, i.index, i.at)
+		if len(kept) < snapshotsKept {
+			kept = append(kept, name)
+		} else {
+			rest = append(rest, name)
+		}
+	}
+	return kept, rest, nil
 }
 
 // setAsideSnapshots renames what snapshots there are: without a database beside them nobody knows of which cluster they
@@ -256,7 +287,7 @@ func (f *fileSnapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, erro
 	if err == nil {
 		return meta, state, nil
 	}
-	if _, gone := os.Stat(filepath.Join(f.dir, id)); errors.Is(gone, fs.ErrNotExist) { // two newer ones have taken its place
+	if kept, _, _ := f.directories(); !slices.Contains(kept, id) { // newer ones have taken its place
 		return nil, nil, err
 	}
 	return nil, nil, f.failed("open a snapshot", damaged(filepath.Join(f.dir, id), err))

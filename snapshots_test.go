@@ -270,6 +270,38 @@ func TestDamagedSnapshotOnDiskStopsTheNode(t *testing.T) {
 	}
 }
 
+// Raft removes old snapshots file by file: a crash may leave a part of one.
+func TestSnapshotHalfRemoved(t *testing.T) {
+	dir := t.TempDir()
+	s := openTestStorage(t, storeBolt, dir)
+	var ids []string
+	for index := range uint64(snapshotsKept + 1) {
+		ids = append(ids, writeSnapshot(t, s.snapshots, 9+index, framed("state"))) // 9, 10 and 11: by number, not by name
+	}
+	if err := s.close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, missing := range []string{stateName, metaName} {
+		old := filepath.Join(dir, snapshotsDir, ids[0])
+		if err := os.CopyFS(old, os.DirFS(filepath.Join(dir, snapshotsDir, ids[1]))); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(filepath.Join(old, missing)); err != nil {
+			t.Fatal(err)
+		}
+		s := openTestStorage(t, storeBolt, dir)
+		if got := len(readSnapshots(t, s.snapshots)); got != snapshotsKept {
+			t.Errorf("got %d snapshots; want %d", got, snapshotsKept)
+		}
+		if _, err := os.Stat(old); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("got %v for the rest of an old snapshot; want it gone", err)
+		}
+		if err := s.close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // Raft only logs that a snapshot could not be written, and goes on.
 func TestSnapshotThatCannotBeWrittenStopsTheNode(t *testing.T) {
 	dir := t.TempDir()
