@@ -349,6 +349,47 @@ func TestSlowDisksCostNoLeadership(t *testing.T) {
 	t.Errorf("slow writes cost the leadership in each of %d attempts", attempts)
 }
 
+// A new leader has what was acknowledged in its log, but does not know at once that it is committed.
+func TestNewLeaderReadsWhatWasAcknowledged(t *testing.T) {
+	t.Parallel()
+	c := unstartedCluster(t, 3, storeMemory)
+	delay := new(atomic.Int64)
+	for i, node := range c.nodes {
+		node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
+			st, err := openStorage(cfg, log, fail)
+			if err == nil {
+				st.logs = slowLogs{st.logs, delay}
+			}
+			return st, err
+		}
+		c.start(i)
+	}
+	came := 0
+	for i := range 5 {
+		old := c.leader()
+		next := c.nodes[c.followers(old)[0]]
+		awaitEqualLogs(t, c.nodes...)
+		w, err := c.nodes[old].kv.Set(t.Context(), []Pair{{"k", fmt.Sprint(i)}}, Condition{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.cut(old, linkCut)
+		if next.raft.Load().CommitIndex() < w.Index {
+			came++
+		}
+		delay.Store(int64(300 * time.Millisecond)) // so long nothing more is committed
+		next.transport.campaign(nil)
+		if item, err := next.kv.Get(t.Context(), "k", Linearizable); err != nil || item.Value != fmt.Sprint(i) {
+			t.Errorf("got %q, error %v; want %d, which was acknowledged", item.Value, err, i)
+		}
+		delay.Store(0)
+		c.cut(old, linkOpen)
+	}
+	if came == 0 {
+		t.Error("each time the new leader knew already what is committed, so nothing was tested")
+	}
+}
+
 // What Raft says of its state may get lost; the Store looks for itself as well.
 func TestStateIsSeenWithoutObservations(t *testing.T) {
 	t.Parallel()

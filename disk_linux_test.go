@@ -448,7 +448,7 @@ func flipBits(f *faulty, random *rand.Rand, _ int) {
 		case <-p.ended:
 			return true
 		default:
-			a, err := f.ask(node, http.MethodGet, "/readyz", "", time.Second)
+			a, err := f.ask(node, http.MethodGet, "/readyz", "")
 			return err == nil && a.status == http.StatusOK
 		}
 	})

@@ -269,8 +269,8 @@ func (f *faulty) kill(nodes ...int) {
 }
 
 // ask makes a request that is no part of the history. It may be called from any goroutine.
-func (f *faulty) ask(i int, method, path, body string, limit time.Duration) (answerTo, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), limit)
+func (f *faulty) ask(i int, method, path, body string) (answerTo, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, method, f.nodes[i].url()+path, strings.NewReader(body))
 	if err != nil {
@@ -296,7 +296,7 @@ type faultyStatus struct {
 }
 
 func (f *faulty) status(i int) (s faultyStatus) {
-	if a, err := f.ask(i, http.MethodGet, "/status", "", time.Second); err == nil {
+	if a, err := f.ask(i, http.MethodGet, "/status", ""); err == nil {
 		_ = json.Unmarshal([]byte(a.body), &s) // it stays empty
 	}
 	return s
@@ -323,7 +323,7 @@ func (f *faulty) measure(since time.Duration) {
 	f.measures.Go(func() {
 		i := 0
 		f.await("a write to be acknowledged", since, 30*time.Second, func() bool {
-			a, err := f.ask(i%len(f.nodes), http.MethodPut, "/key/recovery", strconv.Itoa(i), time.Second)
+			a, err := f.ask(i%len(f.nodes), http.MethodPut, "/key/recovery", strconv.Itoa(i))
 			i++
 			return err == nil && a.status == http.StatusOK
 		})
@@ -341,7 +341,7 @@ func (f *faulty) awaitReady(since time.Duration, nodes ...int) {
 			continue
 		}
 		f.await(p.name+" to be ready", since, 20*time.Second, func() bool {
-			a, err := f.ask(i, http.MethodGet, "/readyz", "", time.Second)
+			a, err := f.ask(i, http.MethodGet, "/readyz", "")
 			return err == nil && a.status == http.StatusOK
 		})
 	}

@@ -45,9 +45,10 @@ func awaitEqualLogs(t *testing.T, nodes ...*testNode) {
 	})
 }
 
-func (n *testNode) set(t *testing.T, key, value string) {
+// set sets the key k.
+func (n *testNode) set(t *testing.T, value string) {
 	t.Helper()
-	if _, err := n.kv.Set(t.Context(), []Pair{{key, value}}, Condition{}); err != nil {
+	if _, err := n.kv.Set(t.Context(), []Pair{{"k", value}}, Condition{}); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -57,7 +58,7 @@ func TestHeldSnapshotSetsNothingBack(t *testing.T) {
 	c := newTestCluster(t, 3, storeMemory)
 	l := c.leader()
 	leader, follower := c.nodes[l], c.nodes[c.followers(l)[0]]
-	leader.set(t, "k", "1")
+	leader.set(t, "1")
 	if err := leader.raft.Load().Snapshot().Error(); err != nil {
 		t.Fatal(err)
 	}
@@ -69,11 +70,11 @@ func TestHeldSnapshotSetsNothingBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	leader.set(t, "k", "2")
+	leader.set(t, "2")
 	awaitEqualLogs(t, c.nodes...)
 	id := follower.cfg.NodeID
 	var resp raft.InstallSnapshotResponse
-	err = leader.transport.NetworkTransport.InstallSnapshot(raft.ServerID(id), raft.ServerAddress(id), &raft.InstallSnapshotRequest{
+	err = leader.transport.InstallSnapshot(raft.ServerID(id), raft.ServerAddress(id), &raft.InstallSnapshotRequest{
 		RPCHeader: header(leader), SnapshotVersion: meta.Version, Term: leader.State().Term, LastLogIndex: meta.Index, LastLogTerm: meta.Term,
 		Size: meta.Size, Configuration: raft.EncodeConfiguration(meta.Configuration), ConfigurationIndex: meta.ConfigurationIndex,
 	}, &resp, state)
@@ -85,7 +86,7 @@ func TestHeldSnapshotSetsNothingBack(t *testing.T) {
 			t.Errorf("got %q, error %v; want 2 as before", item.Value, err)
 		}
 	}
-	leader.set(t, "k", "3") // the connection is good for more
+	leader.set(t, "3") // the connection is good for more
 	awaitEqualLogs(t, c.nodes...)
 }
 
@@ -118,7 +119,7 @@ func TestFollowerOfAFallenLeaderCatchesUp(t *testing.T) {
 	for _, node := range c.nodes {
 		waitFor(t, node.cfg.NodeID+" to be ready", func() bool { return node.Ready() == nil })
 	}
-	c.nodes[l].set(t, "k", "1")
+	c.nodes[l].set(t, "1")
 	awaitEqualLogs(t, c.nodes...)
 	for _, node := range c.nodes {
 		if err := node.raft.Load().Snapshot().Error(); err != nil {
@@ -186,7 +187,7 @@ func TestTwoNodesRestartOneAfterTheOther(t *testing.T) {
 	c := newTestCluster(t, 3, storeMemory)
 	l := c.leader()
 	first, second := c.followers(l)[0], c.followers(l)[1]
-	c.nodes[l].set(t, "k", "1")
+	c.nodes[l].set(t, "1")
 	c.stop(first)
 	c.links[[2]int{l, first}].set(linkHold) // no entry reaches it yet
 	c.start(first)

@@ -274,13 +274,13 @@ func (r *simRun) storage(fail func(error)) (*storage, error) {
 }
 
 // start starts a process of the node, with the disk that it has. If kept is not nil, it goes on with that instead, and
-// with the steps of the process before. It returns nil when the node runs already, or the simulation is over.
-func (n *simNode) start(kept *storage, steps *simSteps) *simRun {
+// with the steps of the process before. It does nothing when the node runs already, or the simulation is over.
+func (n *simNode) start(kept *storage, steps *simSteps) {
 	s := n.sim
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.over || n.run.Load() != nil {
-		return nil
+		return
 	}
 	if n.disk == nil {
 		n.disk = &simDisk{raft.NewInmemStore(), &memorySnapshots{}}
@@ -314,7 +314,6 @@ func (n *simNode) start(kept *storage, steps *simSteps) *simRun {
 	}
 	n.run.Store(r)
 	go r.open()
-	return r
 }
 
 func (r *simRun) open() {
@@ -526,9 +525,9 @@ func (s *sim) client(ctx context.Context, id int) {
 	}
 }
 
-// put writes a new value to a key through a node, and says whether that was acknowledged.
-func (s *sim) put(n *simNode, key string) bool {
-	out, ok := s.do(99, n, kvOp{kind: "put", key: key})
+// put writes a new value to the key k through a node, and says whether that was acknowledged.
+func (s *sim) put(n *simNode) bool {
+	out, ok := s.do(99, n, kvOp{kind: "put", key: "k"})
 	return ok && !out.failed
 }
 

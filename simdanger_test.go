@@ -40,7 +40,7 @@ func TestSimulationOfDangers(t *testing.T) {
 					}
 					s.await(20*time.Second, "all nodes to be ready", s.allReady)
 					s.settled.Store(true)
-					s.put(s.nodes[0], "k")
+					s.put(s.nodes[0])
 					if d.play(s) {
 						came++
 					}
@@ -121,7 +121,7 @@ func (s *sim) lateAcknowledgement() (came bool) {
 	x, third := others[0], others[1]
 	const value = `"a value that is nowhere else"`
 	for leader.lastIndex()%maxAppendEntries != 0 || leader.lastIndex() == 0 { // so that the entry comes in a message of its own
-		s.put(leader, "k")
+		s.put(leader)
 	}
 	s.await(time.Second, "the log to be everywhere", func() bool { return x.lastIndex() == leader.lastIndex() && third.lastIndex() == leader.lastIndex() })
 	s.net.set(leader.id, third.id, linkState{hold: entryWith(value)})
@@ -229,7 +229,7 @@ func (s *sim) deposedReachesNewcomer() (came bool) {
 	time.Sleep(10 * time.Millisecond)
 	s.links(func(from, to *simNode) bool { return from == old && to == b || from == b && to == old }, linkState{hold: raftOnly})
 	s.standBy(leader, voter)
-	if !s.soon(500*time.Millisecond, leader.leads) || !s.put(leader, "k") {
+	if !s.soon(500*time.Millisecond, leader.leads) || !s.put(leader) {
 		return false
 	}
 	x.run.Load().crash(true, false)
@@ -250,7 +250,7 @@ func (s *sim) deposedAdmits() (came bool) {
 	leader, x := others[0], others[1]
 	s.links(func(from, to *simNode) bool { return from == old || from == leader && to == old }, linkState{hold: raftOnly})
 	s.standBy(leader, x)
-	if !s.soon(time.Second, leader.leads) || !s.put(leader, "k") {
+	if !s.soon(time.Second, leader.leads) || !s.put(leader) {
 		return false
 	}
 	x.run.Load().crash(true, false)
@@ -300,7 +300,7 @@ func (s *sim) conflictAfterSnapshot() (came bool) {
 	others := s.lead(leader)
 	x := others[0]
 	for range 3 * int(leader.cfg.SnapshotThreshold) { // more than the log keeps
-		s.put(leader, "k")
+		s.put(leader)
 	}
 	covered := func() bool {
 		return leader.disk.snapshots.newest != nil && leader.disk.snapshots.newest.meta.Index == leader.lastIndex()
@@ -326,7 +326,7 @@ func (s *sim) lateSnapshot() (came bool) {
 	x := s.lead(leader)[0]
 	write := func() {
 		for range 3 * int(leader.cfg.SnapshotThreshold) { // more than the log keeps
-			s.put(leader, "k")
+			s.put(leader)
 		}
 		time.Sleep(time.Second)
 	}

@@ -51,7 +51,7 @@ func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport
 	}
 	go func() { // it ends with the network, also when Raft never gets to run on it
 		<-n.closing
-		_ = t.NetworkTransport.Close()
+		_ = t.Close()
 	}()
 	n.goUnlessClosed(func() {
 		for {
