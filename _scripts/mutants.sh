@@ -32,7 +32,7 @@ for patch in "${patches[@]}"; do
   fi
   while [[ $result == missed ]] && ((seed < seeds)); do
     seed=$((seed + 1))
-    if ! (cd "$copy" && ./mutant.test -test.timeout 10m -test.run "$tests" -fault.seed=$seed) >"$tmp/log" 2>&1; then
+    if ! (cd "$copy" && ./mutant.test -test.timeout 10m -test.run "$tests" -fault.seed=$seed -sim.seed=$seed) >"$tmp/log" 2>&1; then
       caught=$(sed -n 's/^ *--- FAIL: \([^ ]*\).*/\1/p' "$tmp/log" | tail -n 1)
       [[ -n $caught ]] && result=caught || result=broken
     elif grep -q 'no tests to run' "$tmp/log"; then
