@@ -460,17 +460,20 @@ func TestShutdownLeavesNothingBehind(t *testing.T) {
 			c := newTestCluster(t, 3, store)
 			leader := c.leader()
 			var wg sync.WaitGroup
+			loaded := func() bool { return c.nodes[leader].replica.applied.load() > 20 }
 			for i := range 30 { // under load, and with requests that will not be answered in time
 				wg.Go(func() {
-					ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*10*time.Millisecond)
-					defer cancel()
-					for ctx.Err() == nil {
-						_, _ = c.nodes[i%3].kv.Set(ctx, []Pair{{"k", "1"}}, Condition{})
-						_, _ = c.nodes[i%3].kv.Get(ctx, "k", Linearizable)
+					for first := true; first || !loaded(); first = false {
+						ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*10*time.Millisecond)
+						for ctx.Err() == nil {
+							_, _ = c.nodes[i%3].kv.Set(ctx, []Pair{{"k", "1"}}, Condition{})
+							_, _ = c.nodes[i%3].kv.Get(ctx, "k", Linearizable)
+						}
+						cancel()
 					}
 				})
 			}
-			waitFor(t, "some load", func() bool { return c.nodes[leader].replica.applied.load() > 20 })
+			waitFor(t, "some load", loaded)
 			c.cut(leader, linkCut)
 			c.stop(leader) // without anybody to hand over to
 			wg.Wait()
