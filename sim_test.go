@@ -128,7 +128,7 @@ func simulate(t *testing.T, store string, n int, seed uint64, run func(s *sim)) 
 		time.Sleep(time.Minute) // all goroutines must have ended by then
 		s.judge()
 		simTotals.clusters.Add(1)
-		simTotals.ops.Add(int64(len(s.h.ops)))
+		simTotals.ops.Add(int64(len(s.h.all())))
 		if t.Failed() {
 			t.Logf("seed %d of %q; the nodes' last words:\n%s", seed, t.Name(), s.log.last())
 		}
@@ -150,9 +150,9 @@ type simNode struct {
 	sim   *sim
 	id    string
 	cfg   *Config
-	run   atomic.Pointer[simRun] // nil while it is down
-	disk  *simDisk               // what outlives a crash; nil while there is nothing
-	empty atomic.Bool            // it is not, or not yet again, a full member
+	run   atomic.Pointer[simRun]  // nil while it is down
+	disk  atomic.Pointer[simDisk] // what outlives a crash; nil while there is nothing
+	empty atomic.Bool             // it is not, or not yet again, a full member
 }
 
 // simDisk is where a node stores things.
@@ -282,11 +282,9 @@ func (n *simNode) start(kept *storage, steps *simSteps) {
 	if s.over || n.run.Load() != nil {
 		return
 	}
-	if n.disk == nil {
-		n.disk = &simDisk{raft.NewInmemStore(), &memorySnapshots{}}
-	}
+	n.disk.CompareAndSwap(nil, &simDisk{raft.NewInmemStore(), &memorySnapshots{}})
 	r := &simRun{
-		node: n, disk: n.disk, host: s.net.listen(n.id), steps: steps, goesOn: kept != nil,
+		node: n, disk: n.disk.Load(), host: s.net.listen(n.id), steps: steps, goesOn: kept != nil,
 		opened: make(chan struct{}), gone: make(chan struct{}),
 	}
 	if kept == nil {
@@ -363,7 +361,7 @@ func (r *simRun) supervise() {
 	if again.storage == nil {
 		n.empty.Store(true)
 		if n.cfg.KVStore == storeMemory {
-			n.disk = nil
+			n.disk.Store(nil)
 		}
 	}
 	n.start(again.storage, r.steps)
@@ -390,7 +388,7 @@ func (r *simRun) crash(loses, silently bool) (crashed bool) {
 	r.host.crash(silently)
 	n.sim.log.note(n.id, fmt.Sprintf("crashes; loses %v, silently %v", loses, silently))
 	if loses || n.cfg.KVStore == storeMemory {
-		n.disk = nil
+		n.disk.Store(nil)
 		n.empty.Store(true)
 		simTotals.losses.Add(1)
 	}
@@ -500,6 +498,12 @@ func (h *simHistory) add(op porcupine.Operation) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.ops = append(h.ops, op)
+}
+
+func (h *simHistory) all() []porcupine.Operation {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.ops)
 }
 
 func (h *simHistory) refuse(value string) {
@@ -824,7 +828,7 @@ func (s *sim) cure() {
 			r.crash(true, false)
 		} else if m := simAdvice.FindStringSubmatch(reason); m != nil && source == nil {
 			i := slices.IndexFunc(s.nodes, func(n *simNode) bool { return n.id == m[1] })
-			source = s.nodes[i].disk
+			source = s.nodes[i].disk.Load()
 			s.nodes[i].run.Load().crash(false, false)
 			copies--
 		}
@@ -832,7 +836,7 @@ func (s *sim) cure() {
 	for _, n := range s.nodes {
 		if r := n.run.Load(); r != nil && source != nil && r.store.form.id() == "" && copies > 0 {
 			r.crash(true, false)
-			n.disk = source.copy()
+			n.disk.Store(source.copy())
 			copies--
 		}
 		if n.run.Load() == nil {
@@ -861,7 +865,7 @@ func (d *simDisk) copy() *simDisk {
 // compare has every node tell all it has. That ends the history.
 func (s *sim) compare() {
 	keys := make(map[string]bool)
-	for _, op := range s.h.ops {
+	for _, op := range s.h.all() {
 		keys[op.Input.(kvOp).key] = true
 	}
 	for _, n := range s.nodes {
@@ -872,7 +876,7 @@ func (s *sim) compare() {
 		if err := r.store.Read(context.Background(), Linearizable, func() {
 			for key := range keys {
 				item, _ := r.kv.machine.items.Get(key)
-				s.h.ops = append(s.h.ops, porcupine.Operation{
+				s.h.add(porcupine.Operation{
 					Input: kvOp{kind: "get", key: key}, Output: func() kvAnswer { a := simItem(item); a.known = true; return a }(),
 					Call: s.clock.Add(1), Return: s.clock.Add(1), Metadata: s.cluster(r),
 				})
@@ -897,7 +901,7 @@ func (s *sim) judge() {
 	for _, value := range s.h.refused {
 		h.refuse(value, "the Store said so")
 	}
-	for _, op := range s.h.ops {
+	for _, op := range s.h.all() {
 		in, out := op.Input.(kvOp), op.Output.(kvAnswer)
 		h.add(op.ClientId, in, out, time.Duration(op.Call), time.Duration(op.Return))
 		keys[in.key] = append(keys[in.key], op)

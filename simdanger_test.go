@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 // Chance rarely brings about what the protocol for nodes without state is there for. So each of these simulations plays
@@ -88,13 +90,23 @@ func (s *sim) begins(n *simNode, key, value string) (acknowledged func() bool) {
 	}
 }
 
+// storedDisk returns the disk that the node has now; an empty one for none.
+func (n *simNode) storedDisk() *simDisk {
+	if d := n.disk.Load(); d != nil {
+		return d
+	}
+	return &simDisk{raft.NewInmemStore(), &memorySnapshots{}}
+}
+
+// lastIndex returns the index of the node's newest log entry.
 func (n *simNode) lastIndex() uint64 {
-	index, _ := n.disk.LastIndex()
+	index, _ := n.storedDisk().LastIndex()
 	return index
 }
 
+// snapshot returns the index of the node's newest snapshot.
 func (n *simNode) snapshot() (index uint64) {
-	if list, _ := n.disk.snapshots.List(); len(list) > 0 {
+	if list, _ := n.storedDisk().snapshots.List(); len(list) > 0 {
 		index = list[0].Index
 	}
 	return index
@@ -303,7 +315,7 @@ func (s *sim) conflictAfterSnapshot() (came bool) {
 		s.put(leader)
 	}
 	covered := func() bool {
-		return leader.disk.snapshots.newest != nil && leader.disk.snapshots.newest.meta.Index == leader.lastIndex()
+		return leader.snapshot() > 0 && leader.snapshot() == leader.lastIndex()
 	}
 	s.soon(2*time.Second, covered)
 	x.run.Load().crash(true, false)
