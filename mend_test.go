@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"errors"
+	"io"
+	"strings"
 	"testing"
 	"time"
 
@@ -78,8 +80,8 @@ func TestHeldSnapshotSetsNothingBack(t *testing.T) {
 		RPCHeader: header(leader), SnapshotVersion: meta.Version, Term: leader.State().Term, LastLogIndex: meta.Index, LastLogTerm: meta.Term,
 		Size: meta.Size, Configuration: raft.EncodeConfiguration(meta.Configuration), ConfigurationIndex: meta.ConfigurationIndex,
 	}, &resp, state)
-	if err == nil || resp.Success {
-		t.Errorf("got %+v, error %v; want the snapshot refused", resp, err)
+	if err != nil || !resp.Success { // the leader would send it again for ever
+		t.Errorf("got %+v, error %v; want success: the node has all of it", resp, err)
 	}
 	for _, consistency := range []Consistency{Stale, Linearizable} {
 		if item, err := follower.kv.Get(t.Context(), "k", consistency); err != nil || item.Value != "2" {
@@ -88,6 +90,51 @@ func TestHeldSnapshotSetsNothingBack(t *testing.T) {
 	}
 	leader.set(t, "3") // the connection is good for more
 	awaitEqualLogs(t, c.nodes...)
+}
+
+// The last entries of a snapshot may be applied between spare's look and Raft's.
+func TestSnapshotIsJudgedWhenItIsRead(t *testing.T) {
+	for index, refused := range map[uint64]bool{4: true, 5: false, 6: false} {
+		rest := strings.NewReader("the snapshot")
+		s := &newerSnapshot{Reader: rest, index: index, applied: func() uint64 { return 5 }}
+		_, err := s.Read(make([]byte, 3))
+		if (err != nil) != refused {
+			t.Errorf("a snapshot of %d: got error %v; want it refused: %v", index, err, refused)
+		}
+		if _, err := io.Copy(io.Discard, s); err != nil || rest.Len() > 0 { // the connection is good for more
+			t.Errorf("a snapshot of %d: got error %v and %d bytes unread; want none", index, err, rest.Len())
+		}
+	}
+}
+
+// What a snapshot of this node covers reaches Raft neither as entries nor as a question about them.
+func TestMessagesAboutWhatASnapshotCovers(t *testing.T) {
+	tr := &transport{transportHooks: transportHooks{newest: func() uint64 { return 10 }}}
+	for _, tt := range []struct {
+		name              string
+		prev, n           uint64
+		wantPrev, wantLen uint64
+		wantCommit        uint64
+	}{
+		{"after the snapshot", 11, 2, 11, 2, 13},
+		{"right after it", 10, 2, 0, 2, 12},
+		{"across its end", 8, 4, 0, 2, 12},
+		{"within it", 3, 4, 0, 0, 7},
+		{"a question within it", 3, 0, 0, 0, 3},
+		{"from the beginning", 0, 11, 0, 1, 11},
+		{"a heartbeat", 0, 0, 0, 0, 0},
+	} {
+		req := &raft.AppendEntriesRequest{PrevLogEntry: tt.prev, PrevLogTerm: 2, LeaderCommitIndex: 100}
+		for i := range tt.n {
+			req.Entries = append(req.Entries, &raft.Log{Index: tt.prev + 1 + i})
+		}
+		tr.mend(&raft.RPC{Command: req})
+		if req.PrevLogEntry != tt.wantPrev || uint64(len(req.Entries)) != tt.wantLen || req.LeaderCommitIndex != tt.wantCommit ||
+			tt.wantLen > 0 && req.Entries[len(req.Entries)-1].Index != tt.prev+tt.n {
+			t.Errorf("%s: got %d entries after %d, commit index %d; want %d, %d, %d", tt.name, len(req.Entries), req.PrevLogEntry,
+				req.LeaderCommitIndex, tt.wantLen, tt.wantPrev, tt.wantCommit)
+		}
+	}
 }
 
 func TestNothingIsCommittedThatWasNotCompared(t *testing.T) {

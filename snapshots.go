@@ -36,25 +36,17 @@ const (
 // this node's own or one that the leader has sent; raft would publish it first and read it after.
 type checkedSnapshots struct {
 	raft.SnapshotStore
-	last atomic.Pointer[position] // see newest
+	newest atomic.Uint64 // index of the last entry that the newest snapshot covers, 0 for none
 }
-
-// position is that of an entry in the log.
-type position struct{ index, term uint64 }
 
 func newCheckedSnapshots(store raft.SnapshotStore) (*checkedSnapshots, error) {
 	c := &checkedSnapshots{SnapshotStore: store}
 	list, err := store.List()
 	if err == nil && len(list) > 0 {
-		c.last.Store(&position{list[0].Index, list[0].Term})
-	} else {
-		c.last.Store(new(position))
+		c.newest.Store(list[0].Index)
 	}
 	return c, err
 }
-
-// newest returns what the newest snapshot ends with, the zero value when there is none.
-func (c *checkedSnapshots) newest() position { return *c.last.Load() }
 
 func (c *checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
 	configurationIndex uint64, t raft.Transport,
@@ -64,7 +56,7 @@ func (c *checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint
 		return nil, err
 	}
 	r, w := io.Pipe()
-	checked := &checkedSink{SnapshotSink: sink, store: c, end: position{index, term}, w: w, verdict: make(chan error, 1)}
+	checked := &checkedSink{SnapshotSink: sink, store: c, index: index, w: w, verdict: make(chan error, 1)}
 	go func() { // ended by Close or Cancel, which close w
 		err := checkFrames(r, index)
 		_ = r.CloseWithError(err) // ends the Write that waits for more to be read
@@ -76,7 +68,7 @@ func (c *checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint
 type checkedSink struct {
 	raft.SnapshotSink
 	store   *checkedSnapshots
-	end     position
+	index   uint64 // of the last entry that it covers
 	w       *io.PipeWriter
 	verdict chan error
 	closed  bool
@@ -100,7 +92,7 @@ func (s *checkedSink) Close() error {
 	}
 	err := s.SnapshotSink.Close()
 	if err == nil {
-		s.store.last.Store(&s.end)
+		s.store.newest.Store(s.index)
 	}
 	return err
 }

@@ -48,7 +48,7 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	if cfg.KVStore == storeMemory {
 		mem := raft.NewInmemStore()
 		snapshots, err := newCheckedSnapshots(&memorySnapshots{})
-		rules := &entries{LogStore: mem, newest: snapshots.newest, fail: fail}
+		rules := &entries{LogStore: mem, newest: snapshots.newest.Load, fail: fail}
 		return &storage{
 			logs: rules, stable: &stableStore{StableStore: mem}, snapshots: snapshots, close: func() error { return nil }, rules: rules,
 		}, err
@@ -80,7 +80,7 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	ticker := time.NewTicker(watchTick)
 	ctx, stop := context.WithCancel(context.Background())
 	go guarded.watch(ctx, ticker.C, int(stuckAfter/watchTick))
-	rules := &entries{LogStore: cache, newest: snapshots.newest, fail: fail}
+	rules := &entries{LogStore: cache, newest: snapshots.newest.Load, fail: fail}
 	return &storage{
 		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules,
 		close: func() error {
@@ -186,7 +186,7 @@ func checkPair(path string, bucket, last, key, value []byte) error {
 // and the network delivers in order.
 type entries struct {
 	raft.LogStore
-	newest  func() position         // what the newest snapshot ends with
+	newest  func() uint64           // index up to which the newest snapshot covers it
 	applied func() uint64           // index up to which the state machine has executed the log. Set before Raft runs, as is settle
 	settle  func(last uint64) error // called before entries up to last are stored
 	fail    func(error)
@@ -213,7 +213,7 @@ func (e *entries) DeleteRange(first, last uint64) error {
 	if err != nil || last == 0 { // raft.RecoverCluster means an empty log, after which raft.InmemStore takes itself for endless
 		return err
 	}
-	newest := e.newest().index
+	newest := e.newest()
 	if last == end && newest < last {
 		if first <= newest {
 			return raft.ErrLogNotFound

@@ -194,7 +194,8 @@ func (s *Store) startRaft() (err error) {
 	st, t := s.storage, newTransport(s.network, s.log.Named("transport"), transportHooks{
 		leading: s.leadsIn, gated: s.form.gated, needed: func() int { return s.voters() / 2 }, standsBy: s.standsBy,
 		applied: func() uint64 { return s.raft.Load().AppliedIndex() }, newest: s.storage.rules.newest,
-		doubtful: s.doubtful, last: s.storage.lastEntry,
+		following: func(term uint64) bool { return s.raft.Load().CurrentTerm() == term },
+		doubtful:  s.doubtful, last: s.storage.lastEntry,
 	})
 	h, err := s.form.holds()
 	switch {

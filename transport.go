@@ -27,14 +27,15 @@ type transport struct {
 
 // transportHooks is what transport must know of the node.
 type transportHooks struct {
-	leading  func(term uint64) bool               // this node is the leader of the term
-	gated    func() bool                          // see gate.go
-	needed   func() int                           // so many others make a majority with this node
-	standsBy func(voter string, term uint64) bool // the voter's vote in the term is for this node
-	applied  func() uint64                        // raft's
-	newest   func() position                      // what the newest snapshot here ends with
-	doubtful func() bool                          // this node follows a leader that has been silent for doubtAfter
-	last     func() (index, term uint64, err error)
+	leading   func(term uint64) bool               // this node is the leader of the term
+	gated     func() bool                          // see gate.go
+	needed    func() int                           // so many others make a majority with this node
+	standsBy  func(voter string, term uint64) bool // the voter's vote in the term is for this node
+	applied   func() uint64                        // raft's
+	following func(term uint64) bool               // this node is in that term
+	newest    func() uint64                        // index up to which the newest snapshot here covers the log
+	doubtful  func() bool                          // this node follows a leader that has been silent for doubtAfter
+	last      func() (index, term uint64, err error)
 }
 
 func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport {
@@ -57,7 +58,7 @@ func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport
 		for {
 			select {
 			case rpc := <-t.NetworkTransport.Consumer():
-				if t.refuse(rpc) || t.doubt(rpc) {
+				if t.refuse(rpc) || t.doubt(rpc) || t.spare(rpc) {
 					continue
 				}
 				t.mend(&rpc)
@@ -103,6 +104,20 @@ func (t *transport) doubt(rpc raft.RPC) bool {
 	return false
 }
 
+// spare answers a leader that sends a snapshot of which this node has applied all: it has heard no answer to it, or takes
+// the node for empty. Raft would go back to the snapshot. It returns true when it has answered.
+func (t *transport) spare(rpc raft.RPC) bool {
+	req, ok := rpc.Command.(*raft.InstallSnapshotRequest)
+	if !ok || !t.following(req.Term) || t.applied() < req.LastLogIndex {
+		return false
+	}
+	go func() { // until the snapshot has been read off its connection, or that ends
+		_, err := io.Copy(io.Discard, rpc.Reader)
+		rpc.Respond(&raft.InstallSnapshotResponse{Term: req.Term, Success: err == nil}, err)
+	}()
+	return true
+}
+
 // mend saves Raft from messages that it takes wrongly.
 //
 // A snapshot that the network has held back would set the state back to what it was, and the node would go on serving it.
@@ -110,23 +125,25 @@ func (t *transport) doubt(rpc raft.RPC) bool {
 // Entries up to the leader's commit index would be taken for committed, also those that this node has from another leader
 // and that the message does not compare with the leader's.
 //
-// And a node that has a snapshot and one entry more, from a leader that has fallen, would refuse all that the next leader
-// sends: the entry that its snapshot ends with, which it is asked about, is not in its log.
+// And what this node's snapshot covers is left out: it is committed, so the leader's is the same. Raft would look for it in
+// the log alone, and where it is not there refuse all that the leader sends; where an older log's end is there in its
+// place, a held message could have all cut off that came after the snapshot.
 func (t *transport) mend(rpc *raft.RPC) {
 	switch req := rpc.Command.(type) {
 	case *raft.InstallSnapshotRequest:
 		rpc.Reader = &newerSnapshot{Reader: rpc.Reader, index: req.LastLogIndex, applied: t.applied}
 	case *raft.AppendEntriesRequest:
-		req.LeaderCommitIndex = min(req.LeaderCommitIndex, req.PrevLogEntry+uint64(len(req.Entries)))
-		if newest := t.newest(); req.PrevLogEntry > 0 && newest == (position{req.PrevLogEntry, req.PrevLogTerm}) {
+		end := req.PrevLogEntry + uint64(len(req.Entries))
+		req.LeaderCommitIndex = min(req.LeaderCommitIndex, end)
+		if newest := t.newest(); end > 0 && req.PrevLogEntry <= newest {
+			req.Entries = req.Entries[min(newest-req.PrevLogEntry, uint64(len(req.Entries))):]
 			req.PrevLogEntry, req.PrevLogTerm = 0, 0 // which Raft does not ask about
 		}
 	}
 }
 
-// newerSnapshot fails to be read when the node has applied more than is in it. (A leader that has not heard that its
-// snapshot is installed sends it again, and must be told.) Raft reads it on its main thread, so nothing is applied
-// meanwhile; what it reads after that failure goes nowhere.
+// newerSnapshot fails to be read when the node has applied more than is in it, if only since spare looked. Raft reads it on
+// its main thread, so nothing is applied meanwhile; what it reads after that failure goes nowhere.
 type newerSnapshot struct {
 	io.Reader
 	index   uint64
