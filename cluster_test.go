@@ -317,10 +317,9 @@ func (s slowLogs) StoreLogs(l []*raft.Log) error {
 	return s.LogStore.StoreLogs(l)
 }
 
-// Not in parallel: on a machine without time to spare, 700 ms can become a second.
-func TestSlowDisksCostNoLeadership(t *testing.T) {
-	c := unstartedCluster(t, 3, storeMemory)
-	delay := new(atomic.Int64)
+// slowCluster starts three nodes whose disks are as slow as delay says, in nanoseconds.
+func slowCluster(t *testing.T) (c *testCluster, delay *atomic.Int64) {
+	c, delay = unstartedCluster(t, 3, storeMemory), new(atomic.Int64)
 	for i, node := range c.nodes {
 		node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
 			st, err := openStorage(cfg, log, fail)
@@ -331,6 +330,12 @@ func TestSlowDisksCostNoLeadership(t *testing.T) {
 		}
 		c.start(i)
 	}
+	return c, delay
+}
+
+// Not in parallel: on a machine without time to spare, 700 ms can become a second.
+func TestSlowDisksCostNoLeadership(t *testing.T) {
+	c, delay := slowCluster(t)
 	const attempts = 3
 	for attempt := range attempts {
 		leader := c.nodes[c.leader()]
@@ -352,18 +357,7 @@ func TestSlowDisksCostNoLeadership(t *testing.T) {
 // A new leader has what was acknowledged in its log, but does not know at once that it is committed.
 func TestNewLeaderReadsWhatWasAcknowledged(t *testing.T) {
 	t.Parallel()
-	c := unstartedCluster(t, 3, storeMemory)
-	delay := new(atomic.Int64)
-	for i, node := range c.nodes {
-		node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
-			st, err := openStorage(cfg, log, fail)
-			if err == nil {
-				st.logs = slowLogs{st.logs, delay}
-			}
-			return st, err
-		}
-		c.start(i)
-	}
+	c, delay := slowCluster(t)
 	came := 0
 	for i := range 5 {
 		old := c.leader()

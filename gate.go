@@ -159,7 +159,7 @@ func (s *Store) takeOver(cluster string) {
 		"old-cluster", s.form.id(), "cluster", cluster)
 	s.leave(func(st *storage) (*storage, error) {
 		last, _, err := st.lastEntry()
-		st.survivor = true
+		st.survivor, st.executed = true, s.replica.applied.load()
 		return st, errors.Join(err, st.stable.Set(keyCluster, standing{kind: standFounder, index: last, cluster: cluster}.encode()))
 	})
 }

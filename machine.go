@@ -38,14 +38,31 @@ type StateMachine interface {
 // a majority has lost its state: later commands may have been executed, and their results been seen, before at.
 type Reformed interface{ Reformed(at time.Time) }
 
-// survivor is the replica of a node whose log becomes the beginning of another cluster's (raft.RecoverCluster takes
-// the snapshot when all of the log is executed).
-type survivor struct{ *replica }
+// survivor is the replica of a node whose log becomes the beginning of another cluster's: raft.RecoverCluster executes all
+// of it and then takes the snapshot. What the node had not executed before may never have been committed; others may have
+// executed something else in its place, whose results have been seen, and lost it.
+type survivor struct {
+	*replica
+	executed uint64 // index of the last entry that the node had executed before
+	reformed bool
+}
 
-func (s survivor) Snapshot() (raft.FSMSnapshot, error) {
-	if m, ok := s.machine.(Reformed); ok {
+func (s *survivor) reform() {
+	if m, ok := s.machine.(Reformed); ok && !s.reformed {
 		m.Reformed(time.Now())
 	}
+	s.reformed = true
+}
+
+func (s *survivor) Apply(entry *raft.Log) any {
+	if entry.Index > s.executed {
+		s.reform()
+	}
+	return s.replica.Apply(entry)
+}
+
+func (s *survivor) Snapshot() (raft.FSMSnapshot, error) {
+	s.reform()
 	return s.replica.Snapshot()
 }
 

@@ -895,6 +895,7 @@ func (s *sim) judge() {
 	first := make(map[string]int64)    // when a cluster acknowledged its first write
 	var writes []porcupine.Operation
 	h := newHistory(s.t.Errorf)
+	h.lossy = s.lossy
 	if s.cures.Load() > 0 { // people have set the state back, tags with it
 		h.report = s.t.Logf
 	}

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"slices"
 	"testing"
 	"time"
 
@@ -28,6 +29,9 @@ func TestSimulationOfDangers(t *testing.T) {
 		{"a candidate hears of a leader that dies", storeMemory, 3, true, (*sim).leaderOfACandidate},
 		{"an entry follows a snapshot and is replaced", storeMemory, 5, false, (*sim).conflictAfterSnapshot},
 		{"a snapshot comes late", storeBolt, 3, false, (*sim).lateSnapshot},
+		{"a survivor has an entry that was never committed", storeMemory, 3, true, (*sim).survivorWithATail},
+		{"all that a survivor has is a snapshot", storeMemory, 3, false, (*sim).survivorWithASnapshot},
+		{"a leader falls silent", storeMemory, 3, true, (*sim).silentLeader},
 	} {
 		t.Run(d.name, func(t *testing.T) {
 			t.Parallel()
@@ -361,4 +365,68 @@ func (s *sim) lateSnapshot() (came bool) {
 		s.do(98, x, kvOp{kind: "get", key: "k"})
 	}
 	return x.snapshot() > first
+}
+
+// The survivor of a majority has an entry that was never committed. What the others committed in its place is lost with
+// them, but its tag has been seen.
+func (s *sim) survivorWithATail() (came bool) {
+	s.lossy = true
+	old := s.nodes[s.rand(3)]
+	others := s.lead(old)
+	s.links(func(from, to *simNode) bool { return from == old || to == old }, linkState{hold: raftOnly})
+	s.begins(old, "k", `"nobody else has it"`)
+	s.standBy(others[0], others[1])
+	if !s.soon(time.Second, others[0].leads) || !s.put(others[0]) {
+		return false
+	}
+	for _, n := range others {
+		n.run.Load().crash(true, s.rand(2) == 0)
+		n.comeBack(s.upTo(2 * time.Second))
+	}
+	return true
+}
+
+// A node was brought up by a snapshot, with no entry after it, when the others lose their state.
+func (s *sim) survivorWithASnapshot() (came bool) {
+	s.lossy = true
+	leader := s.nodes[s.rand(3)]
+	others := s.lead(leader)
+	survivor := others[0]
+	for range 2 * leader.cfg.TrailingLogs { // more than the log keeps
+		s.put(leader)
+	}
+	if err := leader.run.Load().store.raft.Load().Snapshot().Error(); err != nil {
+		s.t.Errorf("snapshot of %s: %v", leader.id, err)
+	}
+	survivor.run.Load().crash(true, false)
+	survivor.start(nil, nil)
+	s.soon(3*time.Second, survivor.member)
+	came = survivor.snapshot() > 0 && survivor.lastIndex() == 0
+	for _, n := range []*simNode{leader, others[1]} {
+		n.run.Load().crash(true, s.rand(2) == 0)
+		n.comeBack(s.upTo(2 * time.Second))
+	}
+	return came
+}
+
+// A leader dies, and those that follow it notice at different moments, none of them late. Now and then both stand at once
+// and split the vote, which costs another election timeout.
+func (s *sim) silentLeader() (came bool) {
+	const limit = heartbeatTimeout + hurryTurns*watchInterval + 200*time.Millisecond
+	took := make([]time.Duration, 7)
+	for i := range took {
+		leader := s.nodes[s.rand(3)]
+		others := s.lead(leader)
+		time.Sleep(500*time.Millisecond + s.upTo(time.Second)) // all have heard of it
+		leader.run.Load().crash(true, true)
+		began := time.Now()
+		s.await(10*time.Second, "another leader", func() bool { return others[0].leads() || others[1].leads() })
+		took[i] = time.Since(began)
+		leader.start(nil, nil)
+		s.await(10*time.Second, "all to be ready", s.allReady)
+	}
+	if slices.Sort(took); took[len(took)/2] > limit {
+		s.t.Errorf("another leads %v after the leader's death; want half of them within %v", took, limit)
+	}
+	return true
 }

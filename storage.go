@@ -40,6 +40,7 @@ type storage struct {
 
 	// survivor says that it was the most complete of what was left when a majority had lost its state.
 	survivor bool
+	executed uint64 // by a survivor, before it went on alone: the index of the last entry
 }
 
 // openStorage opens the node's storage, making it where there is none. From then on any failure of the log or of the

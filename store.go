@@ -200,7 +200,7 @@ func (s *Store) startRaft() (err error) {
 	h, err := s.form.holds()
 	switch {
 	case err == nil && st.survivor && h.Fresh:
-		err = raft.RecoverCluster(conf, survivor{s.replica}, st.logs, st.stable, st.snapshots, t, membership(s.cfg.Peers))
+		err = raft.RecoverCluster(conf, &survivor{replica: s.replica, executed: st.executed}, st.logs, st.stable, st.snapshots, t, membership(s.cfg.Peers))
 	case err == nil && h.Fresh && h.LastIndex == 0:
 		err = writeFirstEntry(st, s.cfg.Peers)
 	}
