@@ -282,7 +282,7 @@ func cutTag(s string) (opaque, rest string, ok bool) {
 }
 
 func setTag(w http.ResponseWriter, tag Tag) {
-	w.Header().Set("ETag", `"`+strconv.FormatUint(uint64(tag), 10)+`"`)
+	w.Header()["Etag"] = []string{`"` + strconv.FormatUint(uint64(tag), 10) + `"`}
 }
 
 // wrote answers a successful write: 200 and no body.

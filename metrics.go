@@ -2,8 +2,11 @@ package main
 
 import (
 	"fmt"
+	"maps"
 	"net/http"
 	"strconv"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	raftmetrics "github.com/armon/go-metrics"
@@ -24,6 +27,20 @@ type metrics struct {
 	batch         prometheus.Histogram // commands
 	round         prometheus.Histogram // reads
 	forwarded     prometheus.Counter   // commands
+
+	mu   sync.Mutex                      // guards changes of seen
+	seen atomic.Pointer[map[kind]series] // of requests, so that each need not be looked up by its labels' text
+}
+
+// kind is what tells requests apart; method is one of the known.
+type kind struct {
+	route, method string
+	status        int
+}
+
+type series struct {
+	requests prometheus.Counter
+	latency  prometheus.Observer
 }
 
 func newMetrics() *metrics {
@@ -50,6 +67,7 @@ func newMetrics() *metrics {
 		round:         histogram("read_round_reads", "Linearizable reads that shared one confirmation round.", sizes),
 		forwarded:     counter("forwarded_commands_total", "Commands passed on to the leader."),
 	}
+	m.seen.Store(new(map[kind]series))
 	m.registry.MustRegister(m.requests, m.latency, m.leaderChanges, m.commit, m.apply, m.batch, m.round, m.forwarded,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
@@ -80,8 +98,21 @@ func (m *metrics) answered(route, method string, status int, took time.Duration)
 	default:
 		method = "other"
 	}
-	m.requests.WithLabelValues(route, method, strconv.Itoa(status)).Inc()
-	m.latency.WithLabelValues(route, method).Observe(took.Seconds())
+	k := kind{route, method, status}
+	s, known := (*m.seen.Load())[k]
+	if !known {
+		s = series{m.requests.WithLabelValues(route, method, strconv.Itoa(status)), m.latency.WithLabelValues(route, method)}
+		m.mu.Lock()
+		more := maps.Clone(*m.seen.Load())
+		if more == nil {
+			more = make(map[kind]series)
+		}
+		more[k] = s
+		m.seen.Store(&more)
+		m.mu.Unlock()
+	}
+	s.requests.Inc()
+	s.latency.Observe(took.Seconds())
 }
 
 // handler serves the metrics in Prometheus' text format.

@@ -209,6 +209,9 @@ func pathRest(r *http.Request, prefix string) (string, error) {
 
 // readQuery returns the query, in which none of names stands more than once.
 func readQuery(r *http.Request, names ...string) (url.Values, error) {
+	if r.URL.RawQuery == "" {
+		return nil, nil
+	}
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return nil, badRequest("the query cannot be read: %v", err)

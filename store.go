@@ -93,7 +93,7 @@ func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *
 		}
 		return 0
 	})
-	s.writes.propose, s.writes.callLeader = s.propose, s.callLeader
+	s.writes.propose, s.writes.leads, s.writes.callLeader = s.propose, s.leadsNow, s.callLeader
 	return s
 }
 
@@ -248,20 +248,33 @@ func (s *Store) leadsIn(term uint64) bool {
 	return r != nil && leads(r, term)
 }
 
+// leadsNow says whether this node is the leader, as far as it knows.
+func (s *Store) leadsNow() bool {
+	r := s.raft.Load()
+	return r != nil && r.State() == raft.Leader
+}
+
 // Apply has the state machine execute command, and returns once a majority has it and the leader has executed it, or
-// with one of the errors in errors.go. The Store owns command from then on.
+// with one of the errors in errors.go, at ctx's deadline or after requestTimeout if it has none. The Store owns command
+// from then on.
 func (s *Store) Apply(ctx context.Context, command []byte) (Result, error) {
 	if s.halted.Load() != nil {
 		return Result{}, ErrOutranked
 	}
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
-	defer cancel()
+	if _, bounded := ctx.Deadline(); !bounded {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, requestTimeout)
+		defer cancel()
+	}
 	var o outcome
 	err := s.leadership.try(ctx, func() error {
 		o = s.writes.submit(ctx, command)
 		return o.err
 	})
-	return o.Result, err
+	if err != nil {
+		return Result{}, err
+	}
+	return Result{Index: o.index, Data: o.results[0]}, nil
 }
 
 // Read calls f, which reads the state machine, while no command is executed. With Linearizable, f sees every command
@@ -296,11 +309,10 @@ func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) err
 
 // propose appends an entry of these commands to Raft's log; it returns nil when this node does not lead.
 func (s *Store) propose(commands [][]byte) raft.ApplyFuture {
-	r := s.raft.Load()
-	if r == nil || r.State() != raft.Leader || s.handing.Load() {
+	if !s.leadsNow() || s.handing.Load() {
 		return nil
 	}
-	return r.Apply(encodeEntry(time.Now(), commands), requestTimeout)
+	return s.raft.Load().Apply(encodeEntry(time.Now(), commands), requestTimeout)
 }
 
 // callLeader asks the leader. The error is ErrNoLeader or ErrNotLeader when the call certainly had no effect, else

@@ -14,6 +14,7 @@ import (
 const (
 	maxBatchBytes   = 256 << 10 // of commands in one log entry, but for a single larger one
 	batchesInFlight = 2         // entries being committed, or batches being passed on, while the next one gathers
+	largeBatch      = 16        // commands; a leader commits nothing beside an entry of so many
 	maxWaiting      = 32 << 20  // bytes of commands that may wait; beyond it the node is overloaded
 )
 
@@ -23,20 +24,31 @@ type Result struct {
 	Data  []byte
 }
 
-// outcome is what became of a command: executed (err is nil), certainly not executed, or unknown (ErrUnknownOutcome).
+// outcome is what became of commands that went into one log entry: executed (err is nil), certainly not executed, or
+// unknown (ErrUnknownOutcome).
 type outcome struct {
-	Result
-	err error
+	index   uint64   // of the entry
+	results [][]byte // one for each command
+	err     error
 }
 
-// write is a command on its way to a log entry.
+// write is a command on its way to a log entry, or all those that another node passed on in one message.
 type write struct {
-	command []byte
-	hop     bool // another node passed it on to us, so we pass it on to nobody
-	done    chan outcome
+	commands [][]byte
+	bytes    int  // of commands
+	hop      bool // another node passed it on to us, so we pass it on to nobody
+	done     chan outcome
 
 	taken     bool // it is in a batch: from here on it may be executed. Guarded by writes.mu
 	abandoned bool // nobody waits for it any more, and it never was in a batch. Guarded by writes.mu
+}
+
+func newWrite(commands ...[]byte) *write {
+	w := &write{commands: commands, done: make(chan outcome, 1)}
+	for _, c := range commands {
+		w.bytes += len(c)
+	}
+	return w
 }
 
 // writes takes commands into the log. Those that arrive while others are being committed gather into one log entry, or,
@@ -47,11 +59,14 @@ type writes struct {
 	metrics *metrics
 	// propose appends an entry of these commands to Raft's log; it returns nil when this node does not lead.
 	propose func(commands [][]byte) raft.ApplyFuture
+	// leads says whether this node is the leader.
+	leads func() bool
 	// callLeader asks the leader; see Store.callLeader.
 	callLeader func(op byte, request []byte, timeout time.Duration) ([]byte, error)
 
 	wake  chan struct{} // holds one token: there may be something to take
-	slots chan struct{} // a token for each batch under way
+	slots chan struct{} // a token for each batch under way; all of them for a leader's large one
+	turn  chan struct{} // a token for who waits for slots
 	ended chan struct{} // closed when run has ended
 
 	mu      sync.Mutex // guards what follows, and taken and abandoned of every write
@@ -64,13 +79,17 @@ func newWrites(m *metrics, log hclog.Logger) *writes {
 		log: log, metrics: m,
 		wake:  make(chan struct{}, 1),
 		slots: make(chan struct{}, batchesInFlight),
+		turn:  make(chan struct{}, 1),
 		ended: make(chan struct{}),
 	}
 }
 
 // submit has a command executed, and waits for its outcome as long as ctx allows.
 func (b *writes) submit(ctx context.Context, command []byte) outcome {
-	w := &write{command: command, done: make(chan outcome, 1)}
+	return b.execute(ctx, newWrite(command))
+}
+
+func (b *writes) execute(ctx context.Context, w *write) outcome {
 	if err := b.add(w); err != nil {
 		return outcome{err: err}
 	}
@@ -78,6 +97,10 @@ func (b *writes) submit(ctx context.Context, command []byte) outcome {
 }
 
 // run commits batches until ctx ends.
+//
+// Two small entries at once answer sooner than one after the other. But an entry costs as much as dozens of commands, on
+// every node, and of many commands at once the second entry would hold half. So a large one takes all slots: what arrives
+// meanwhile is the next. A node that passes batches on has no such cost, and always has another on its way.
 func (b *writes) run(ctx context.Context) {
 	defer close(b.ended)
 	for {
@@ -87,55 +110,84 @@ func (b *writes) run(ctx context.Context) {
 			return
 		}
 		for {
-			select {
-			case b.slots <- struct{}{}:
-			case <-ctx.Done():
+			if !b.hold(ctx, 1) {
 				return
+			}
+			held := 1
+			if b.leads() && b.gathered() >= largeBatch {
+				b.release(held) // who waits for more must hold none
+				if held = batchesInFlight; !b.hold(ctx, held) {
+					return
+				}
 			}
 			batch := b.take()
 			if len(batch) == 0 {
-				<-b.slots
+				b.release(held)
 				break
 			}
 			go func() {
 				b.commit(batch)
-				<-b.slots
+				b.release(held)
 			}()
 		}
 	}
 }
 
-// idle waits until no batch is under way and says whether that came about before ctx ended.
-func (b *writes) idle(ctx context.Context) bool {
-	for taken := range cap(b.slots) {
+// hold takes n slots, waiting for them, and says whether it has them before ctx ended.
+func (b *writes) hold(ctx context.Context, n int) bool {
+	select {
+	case b.turn <- struct{}{}: // two who want more than one slot might each wait for the other's
+		defer func() { <-b.turn }()
+	case <-ctx.Done():
+		return false
+	}
+	for taken := range n {
 		select {
 		case b.slots <- struct{}{}:
 		case <-ctx.Done():
-			for range taken {
-				<-b.slots
-			}
+			b.release(taken)
 			return false
 		}
-	}
-	for range cap(b.slots) {
-		<-b.slots
 	}
 	return true
 }
 
-// add queues writes, all or none.
-func (b *writes) add(writes ...*write) error {
-	size := 0
-	for _, w := range writes {
-		size += len(w.command)
+func (b *writes) release(n int) {
+	for range n {
+		<-b.slots
 	}
+}
+
+// idle waits until no batch is under way and says whether that came about before ctx ended.
+func (b *writes) idle(ctx context.Context) bool {
+	idle := b.hold(ctx, batchesInFlight)
+	if idle {
+		b.release(batchesInFlight)
+	}
+	return idle
+}
+
+// gathered returns how many commands wait, or largeBatch if they are more.
+func (b *writes) gathered() (n int) {
 	b.mu.Lock()
-	if b.bytes > 0 && b.bytes+size > maxWaiting {
+	defer b.mu.Unlock()
+	for _, w := range b.waiting {
+		if n += len(w.commands); n >= largeBatch {
+			return largeBatch
+		}
+	}
+	return n
+}
+
+// add queues a write.
+func (b *writes) add(w *write) error {
+	b.mu.Lock()
+	if b.bytes > 0 && b.bytes+w.bytes > maxWaiting {
 		b.mu.Unlock()
 		return ErrOverloaded
 	}
-	b.waiting = append(b.waiting, writes...)
-	b.bytes += size
+	b.waiting = append(b.waiting, w)
+	b.bytes += w.bytes
 	b.mu.Unlock()
 	select {
 	case b.wake <- struct{}{}:
@@ -152,10 +204,10 @@ func (b *writes) take() []*write {
 	size, n := 0, 0
 	for ; n < len(b.waiting); n++ {
 		w := b.waiting[n]
-		if size += len(w.command); size > maxBatchBytes && len(batch) > 0 {
+		if size += w.bytes; size > maxBatchBytes && len(batch) > 0 {
 			break
 		}
-		b.bytes -= len(w.command)
+		b.bytes -= w.bytes
 		if !w.abandoned {
 			w.taken = true
 			batch = append(batch, w)
@@ -189,31 +241,51 @@ func (b *writes) wait(ctx context.Context, w *write) outcome {
 // commit gives every write of a batch its outcome: the leader appends one log entry, any other node passes on to the
 // leader what has not been passed on already.
 func (b *writes) commit(batch []*write) {
-	commands := make([][]byte, len(batch))
-	for i, w := range batch {
-		commands[i] = w.command
-	}
-	if future := b.propose(commands); future != nil {
-		b.await(future, batch)
+	if future := b.propose(commandsOf(batch)); future != nil {
+		share(batch, b.await(future))
 		return
 	}
 	own := batch[:0]
-	request := []byte(nil)
 	for _, w := range batch {
 		if w.hop {
 			w.done <- outcome{err: ErrNotLeader}
 		} else {
 			own = append(own, w)
-			request = appendCommands(request, [][]byte{w.command})
 		}
 	}
 	if len(own) > 0 {
-		b.forward(request, own)
+		share(own, b.forward(commandsOf(own)))
 	}
 }
 
-// await gives a batch its outcome when the entry that holds it has its own.
-func (b *writes) await(future raft.ApplyFuture, batch []*write) {
+func commandsOf(batch []*write) [][]byte {
+	commands := make([][]byte, 0, len(batch))
+	for _, w := range batch {
+		commands = append(commands, w.commands...)
+	}
+	return commands
+}
+
+// share gives every write its part of the outcome of all.
+func share(batch []*write, all outcome) {
+	n := 0
+	for _, w := range batch {
+		n += len(w.commands)
+	}
+	if all.err == nil && len(all.results) != n {
+		all = outcome{err: ErrUnknownOutcome}
+	}
+	for _, w := range batch {
+		part := outcome{index: all.index, err: all.err}
+		if all.err == nil {
+			part.results, all.results = all.results[:len(w.commands)], all.results[len(w.commands):]
+		}
+		w.done <- part
+	}
+}
+
+// await returns the outcome of a log entry when it has one.
+func (b *writes) await(future raft.ApplyFuture) outcome {
 	began := time.Now()
 	done := make(chan error, 1)
 	go func() { done <- future.Error() }()
@@ -222,38 +294,30 @@ func (b *writes) await(future raft.ApplyFuture, batch []*write) {
 		b.metrics.commit.Observe(time.Since(began).Seconds())
 		results, _ := future.Response().([][]byte)
 		switch {
-		case err == nil && len(results) == len(batch):
-			for i, w := range batch {
-				w.done <- outcome{Result: Result{Index: future.Index(), Data: results[i]}}
-			}
-			return
-		case err != nil && future.Index() == 0:
-			finish(batch, ErrNotLeader) // it never was in the log
-			return
+		case err == nil:
+			return outcome{index: future.Index(), results: results}
+		case future.Index() == 0:
+			return outcome{err: ErrNotLeader} // it never was in the log
 		}
-		b.log.Debug("a log entry failed", "index", future.Index(), "commands", len(batch), "error", err)
+		b.log.Debug("a log entry failed", "index", future.Index(), "error", err)
 	case <-b.ended: // Raft may leave a future unanswered when it shuts down
 	}
-	finish(batch, ErrUnknownOutcome) // the next leader may still commit the entry
+	return outcome{err: ErrUnknownOutcome} // the next leader may still commit the entry
 }
 
-// forward passes a batch on to the leader.
-func (b *writes) forward(request []byte, batch []*write) {
-	b.metrics.forwarded.Add(float64(len(batch)))
-	answer, err := b.callLeader(opApply, request, requestTimeout)
+// forward passes commands on to the leader.
+func (b *writes) forward(commands [][]byte) outcome {
+	b.metrics.forwarded.Add(float64(len(commands)))
+	answer, err := b.callLeader(opApply, appendCommands(nil, commands), requestTimeout)
 	if err != nil {
-		finish(batch, err)
-		return
+		return outcome{err: err}
 	}
-	outcomes, err := decodeOutcomes(answer, len(batch))
+	o, err := decodeOutcome(answer)
 	if err != nil {
 		b.log.Error("the leader's answer makes no sense", "error", err)
-		finish(batch, ErrUnknownOutcome)
-		return
+		return outcome{err: ErrUnknownOutcome}
 	}
-	for i, w := range batch {
-		w.done <- outcomes[i]
-	}
+	return o
 }
 
 // handleApply executes commands that another node passed on to this one. It answers with an error only when none of
@@ -263,29 +327,13 @@ func (b *writes) handleApply(ctx context.Context, _ string, request []byte) ([]b
 	if err != nil {
 		return nil, err
 	}
-	batch := make([]*write, len(commands))
-	for i, c := range commands {
-		batch[i] = &write{command: c, hop: true, done: make(chan outcome, 1)}
-	}
-	if err := b.add(batch...); err != nil {
-		finish(batch, err)
-	}
-	var answer []byte
-	for _, w := range batch {
-		answer = appendOutcome(answer, b.wait(ctx, w))
-	}
-	return answer, nil
+	w := newWrite(commands...)
+	w.hop = true
+	return appendOutcome(nil, b.execute(ctx, w)), nil
 }
 
-// finish gives all writes the same outcome.
-func finish(writes []*write, err error) {
-	for _, w := range writes {
-		w.done <- outcome{err: err}
-	}
-}
-
-// The outcomes of forwarded commands travel as one byte of status, the entry's index and the result's length as
-// uvarints, and the result. A status names one of these errors, 0 none: the numbers are a format.
+// The outcome of commands that were passed on travels as one byte of status, the entry's index as a uvarint, and each
+// result behind its length. A status names one of these errors, 0 none: the numbers are a format.
 var outcomeErrors = []error{0: nil, 1: ErrNotLeader, 2: ErrOverloaded, 3: ErrNotInTime, 4: ErrUnknownOutcome}
 
 func appendOutcome(b []byte, o outcome) []byte {
@@ -296,35 +344,20 @@ func appendOutcome(b []byte, o outcome) []byte {
 			break
 		}
 	}
-	b = binary.AppendUvarint(append(b, status), o.Index)
-	b = binary.AppendUvarint(b, uint64(len(o.Data)))
-	return append(b, o.Data...)
+	return appendCommands(binary.AppendUvarint(append(b, status), o.index), o.results)
 }
 
-// decodeOutcomes reads the outcomes of n commands.
-func decodeOutcomes(b []byte, n int) ([]outcome, error) {
-	malformed := errors.New("malformed outcomes")
-	outcomes := make([]outcome, n)
-	for i := range outcomes {
-		if len(b) == 0 || int(b[0]) >= len(outcomeErrors) {
-			return nil, malformed
-		}
-		outcomes[i].err = outcomeErrors[b[0]]
-		b = b[1:]
-		index, m := binary.Uvarint(b)
-		if m <= 0 {
-			return nil, malformed
-		}
-		b = b[m:]
-		size, m := binary.Uvarint(b)
-		if m <= 0 || size > uint64(len(b)-m) {
-			return nil, malformed
-		}
-		outcomes[i].Result = Result{Index: index, Data: b[m : m+int(size)]}
-		b = b[m+int(size):]
+func decodeOutcome(b []byte) (o outcome, err error) {
+	malformed := errors.New("malformed outcome")
+	if len(b) == 0 || int(b[0]) >= len(outcomeErrors) {
+		return o, malformed
 	}
-	if len(b) > 0 {
-		return nil, malformed
+	o.err = outcomeErrors[b[0]]
+	index, n := binary.Uvarint(b[1:])
+	if n <= 0 {
+		return o, malformed
 	}
-	return outcomes, nil
+	o.index = index
+	o.results, err = decodeCommands(b[1+n:])
+	return o, err
 }

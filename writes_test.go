@@ -33,7 +33,7 @@ func (f *fakeFuture) Index() uint64 { return f.index }
 func newTestWrites(t *testing.T) *writes {
 	t.Helper()
 	w := newWrites(newMetrics(), hclog.NewNullLogger())
-	w.propose = func([][]byte) raft.ApplyFuture { return nil }
+	w.propose, w.leads = func([][]byte) raft.ApplyFuture { return nil }, func() bool { return true }
 	w.callLeader = func(byte, []byte, time.Duration) ([]byte, error) { return nil, ErrNoLeader }
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(func() {
@@ -53,12 +53,6 @@ func TestOutcomeOfAWrite(t *testing.T) {
 	answers := func(answer []byte, err error) func(byte, []byte, time.Duration) ([]byte, error) {
 		return func(byte, []byte, time.Duration) ([]byte, error) { return answer, err }
 	}
-	outcomes := func(all ...outcome) (b []byte) {
-		for _, o := range all {
-			b = appendOutcome(b, o)
-		}
-		return b
-	}
 	tests := []struct {
 		name       string
 		propose    func([][]byte) raft.ApplyFuture
@@ -77,20 +71,21 @@ func TestOutcomeOfAWrite(t *testing.T) {
 		{name: "aborted by a restore", propose: leads(&fakeFuture{index: 7, err: raft.ErrAbortedByRestore}), want: ErrUnknownOutcome},
 		{name: "the state machine gave no results", propose: leads(&fakeFuture{index: 7}), want: ErrUnknownOutcome},
 		{name: "no answer in time", propose: leads(&fakeFuture{wait: never}), want: ErrUnknownOutcome},
-		{name: "passed on and executed", callLeader: answers(outcomes(outcome{Result: Result{Index: 9}}), nil), index: 9},
-		{name: "passed on and refused", callLeader: answers(outcomes(outcome{err: ErrNotLeader}), nil), want: ErrNotLeader},
-		{name: "passed on and too many", callLeader: answers(outcomes(outcome{err: ErrOverloaded}), nil), want: ErrOverloaded},
-		{name: "passed on and withdrawn", callLeader: answers(outcomes(outcome{err: ErrNotInTime}), nil), want: ErrNotInTime},
-		{name: "passed on and unknown", callLeader: answers(outcomes(outcome{err: ErrUnknownOutcome}), nil), want: ErrUnknownOutcome},
-		{name: "passed on and an error that has no number", callLeader: answers(outcomes(outcome{err: errors.New("new")}), nil), want: ErrUnknownOutcome},
+		{name: "passed on and executed", callLeader: answers(appendOutcome(nil, outcome{index: 9, results: one}), nil), index: 9},
+		{name: "passed on and refused", callLeader: answers(appendOutcome(nil, outcome{err: ErrNotLeader}), nil), want: ErrNotLeader},
+		{name: "passed on and too many", callLeader: answers(appendOutcome(nil, outcome{err: ErrOverloaded}), nil), want: ErrOverloaded},
+		{name: "passed on and withdrawn", callLeader: answers(appendOutcome(nil, outcome{err: ErrNotInTime}), nil), want: ErrNotInTime},
+		{name: "passed on and unknown", callLeader: answers(appendOutcome(nil, outcome{err: ErrUnknownOutcome}), nil), want: ErrUnknownOutcome},
+		{name: "passed on and an error that has no number", callLeader: answers(appendOutcome(nil, outcome{err: errors.New("new")}), nil), want: ErrUnknownOutcome},
 		{name: "no leader to pass it on to", callLeader: answers(nil, ErrNoLeader), want: ErrNoLeader},
 		{name: "the leader was not reached", callLeader: answers(nil, ErrNotLeader), want: ErrNotLeader},
 		{name: "the leader was cut off", callLeader: answers(nil, ErrUnknownOutcome), want: ErrUnknownOutcome},
 		{name: "the leader answers nonsense", callLeader: answers([]byte{77}, nil), want: ErrUnknownOutcome},
-		{name: "the leader answers for too few", callLeader: answers(nil, nil), want: ErrUnknownOutcome},
+		{name: "the leader answers for too few", callLeader: answers(appendOutcome(nil, outcome{index: 9}), nil), want: ErrUnknownOutcome},
+		{name: "the leader answers nothing", callLeader: answers(nil, nil), want: ErrUnknownOutcome},
 		{
 			name: "the leader answers for too many", want: ErrUnknownOutcome,
-			callLeader: answers(outcomes(outcome{}, outcome{}), nil),
+			callLeader: answers(appendOutcome(nil, outcome{index: 9, results: append(one, one...)}), nil),
 		},
 	}
 	for _, tt := range tests {
@@ -105,8 +100,8 @@ func TestOutcomeOfAWrite(t *testing.T) {
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 			defer cancel()
 			o := w.submit(ctx, []byte("command"))
-			if !errors.Is(o.err, tt.want) || o.Index != tt.index {
-				t.Errorf("got index %d, error %v; want index %d, error %v", o.Index, o.err, tt.index, tt.want)
+			if !errors.Is(o.err, tt.want) || o.index != tt.index {
+				t.Errorf("got index %d, error %v; want index %d, error %v", o.index, o.err, tt.index, tt.want)
 			}
 		})
 	}
@@ -148,8 +143,8 @@ func TestWritesGatherWhileOthersAreCommitted(t *testing.T) {
 	submit := func(i int) {
 		wg.Go(func() {
 			command := fmt.Sprint(i)
-			if o := w.submit(t.Context(), []byte(command)); o.err != nil || string(o.Data) != command {
-				t.Errorf("got %q, %v; want its own result %q", o.Data, o.err, command)
+			if o := w.submit(t.Context(), []byte(command)); o.err != nil || string(o.results[0]) != command {
+				t.Errorf("got %q, %v; want its own result %q", o.results, o.err, command)
 			}
 		})
 	}
@@ -168,10 +163,69 @@ func TestWritesGatherWhileOthersAreCommitted(t *testing.T) {
 	}
 }
 
+// A leader's large entry has no other beside it, and idle waits for it without hindering it.
+func TestLargeEntryIsAlone(t *testing.T) {
+	w := newTestWrites(t)
+	release := make(chan struct{})
+	entries := make(chan int, 100)
+	w.propose = func(commands [][]byte) raft.ApplyFuture {
+		entries <- len(commands)
+		return &fakeFuture{index: 1, results: commands, wait: release}
+	}
+	var wg sync.WaitGroup
+	waiting := 0
+	submit := func(n int) {
+		for range n {
+			wg.Go(func() { w.submit(t.Context(), []byte("command")) })
+		}
+		waiting += n
+		waitFor(t, "them to wait", func() bool { w.mu.Lock(); defer w.mu.Unlock(); return len(w.waiting) == waiting })
+	}
+	for range batchesInFlight { // small ones go side by side
+		wg.Go(func() { w.submit(t.Context(), []byte("command")) })
+		<-entries
+	}
+	submit(largeBatch)
+	release <- struct{}{} // one of the two ends, and the large one must still wait for the other
+	idle := make(chan bool)
+	go func() { idle <- w.idle(t.Context()) }()
+	select {
+	case n := <-entries:
+		t.Errorf("got an entry of %d beside a small one", n)
+	case <-time.After(50 * time.Millisecond):
+	}
+	release <- struct{}{}
+	for range 2 { // idle and the large one, in either order
+		select {
+		case got := <-entries:
+			if got != largeBatch {
+				t.Errorf("got an entry of %d; want %d", got, largeBatch)
+			}
+			waiting = 0
+			submit(1)
+			select {
+			case n := <-entries:
+				t.Errorf("got an entry of %d beside a large one", n)
+			case <-time.After(50 * time.Millisecond):
+			}
+			release <- struct{}{}
+			<-entries
+			release <- struct{}{}
+		case is := <-idle:
+			if !is {
+				t.Error("got not idle; want it to wait until it is")
+			}
+		case <-time.After(5 * time.Second):
+			t.Fatal("neither idle nor another entry")
+		}
+	}
+	wg.Wait()
+}
+
 func TestBatchHasABound(t *testing.T) {
 	w := newWrites(newMetrics(), hclog.NewNullLogger())
 	for _, size := range []int{maxBatchBytes - 1, 1, 1, maxBatchBytes * 2, 1} {
-		if err := w.add(&write{command: make([]byte, size)}); err != nil {
+		if err := w.add(newWrite(make([]byte, size))); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -183,10 +237,10 @@ func TestBatchHasABound(t *testing.T) {
 	if w.bytes != 0 {
 		t.Errorf("got %d bytes waiting; want none", w.bytes)
 	}
-	if err := w.add(&write{command: make([]byte, maxWaiting)}, &write{command: make([]byte, maxBodyBytes)}); err != nil {
+	if err := w.add(newWrite(make([]byte, maxWaiting), make([]byte, maxBodyBytes))); err != nil {
 		t.Errorf("the first of any size: got %v; want it to be taken", err)
 	}
-	if err := w.add(&write{command: make([]byte, 1)}); !errors.Is(err, ErrOverloaded) {
+	if err := w.add(newWrite(make([]byte, 1))); !errors.Is(err, ErrOverloaded) {
 		t.Errorf("one too many: got %v; want %v", err, ErrOverloaded)
 	}
 }
@@ -232,9 +286,8 @@ func TestForwardedCommandsGoNoFurther(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := decodeOutcomes(answer, 2)
-	if err != nil || !errors.Is(got[0].err, ErrNotLeader) || !errors.Is(got[1].err, ErrNotLeader) {
-		t.Errorf("got %v, %v; want %v for both", got, err, ErrNotLeader)
+	if got, err := decodeOutcome(answer); err != nil || !errors.Is(got.err, ErrNotLeader) {
+		t.Errorf("got %v, %v; want %v", got, err, ErrNotLeader)
 	}
 	if _, err := w.handleApply(t.Context(), "node2", []byte{200}); err == nil {
 		t.Error("malformed commands were accepted")
