@@ -36,8 +36,12 @@ const (
 // this node's own or one that the leader has sent; raft would publish it first and read it after.
 type checkedSnapshots struct {
 	raft.SnapshotStore
-	newest atomic.Uint64 // index of the last entry that the newest snapshot covers, 0 for none
+	newest atomic.Uint64 // index of the last entry that the newest snapshot covers, 0 for none. It only grows
 }
+
+// errOvertaken is why a snapshot is not published: the leader has sent a newer one while this node took its own. Raft would
+// go by the older one from then on, and refuse all entries that follow the newer.
+var errOvertaken = errors.New("a newer snapshot has come meanwhile")
 
 func newCheckedSnapshots(store raft.SnapshotStore) (*checkedSnapshots, error) {
 	c := &checkedSnapshots{SnapshotStore: store}
@@ -87,14 +91,19 @@ func (s *checkedSink) Close() error {
 	}
 	s.closed = true
 	_ = s.w.Close()
-	if err := <-s.verdict; err != nil {
+	err := <-s.verdict
+	if err == nil && s.index < s.store.newest.Load() {
+		err = errOvertaken
+	}
+	if err != nil {
 		return errors.Join(err, s.SnapshotSink.Cancel())
 	}
-	err := s.SnapshotSink.Close()
-	if err == nil {
-		s.store.newest.Store(s.index)
+	if err = s.SnapshotSink.Close(); err != nil {
+		return err
 	}
-	return err
+	for before := s.store.newest.Load(); before < s.index && !s.store.newest.CompareAndSwap(before, s.index); before = s.store.newest.Load() {
+	}
+	return nil
 }
 
 func (s *checkedSink) Cancel() error {

@@ -152,6 +152,24 @@ func TestMemorySnapshots(t *testing.T) {
 	})
 }
 
+// A node takes a snapshot of its own while the leader's, which is newer, arrives and is installed.
+func TestOvertakenSnapshotIsNotPublished(t *testing.T) {
+	for _, kind := range []string{storeBolt, storeMemory} {
+		st := openTestStorage(t, kind, t.TempDir())
+		own := newSnapshot(t, st.snapshots, 4, framed("the state of four"))
+		writeSnapshot(t, st.snapshots, 9, framed("the state of nine"))
+		if err := own.Close(); !errors.Is(err, errOvertaken) {
+			t.Errorf("%s: got %v; want %v", kind, err, errOvertaken)
+		}
+		if newest := st.rules.newest(); newest != 9 {
+			t.Errorf("%s: got %d for the newest index; want 9", kind, newest)
+		}
+		if got := readSnapshots(t, st.snapshots); len(got) != 1 {
+			t.Errorf("%s: got %q; want the state of nine alone", kind, got)
+		}
+	}
+}
+
 // What arrives otherwise than it was sent is never published: raft would only then find out, and send it on later.
 func TestDamagedSnapshotIsNotPublished(t *testing.T) {
 	good := framed("the state of five")
