@@ -319,6 +319,7 @@ func (s slowLogs) StoreLogs(l []*raft.Log) error {
 
 // slowCluster starts three nodes whose disks are as slow as delay says, in nanoseconds.
 func slowCluster(t *testing.T) (c *testCluster, delay *atomic.Int64) {
+	t.Helper()
 	c, delay = unstartedCluster(t, 3, storeMemory), new(atomic.Int64)
 	for i, node := range c.nodes {
 		node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {

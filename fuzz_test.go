@@ -57,14 +57,14 @@ func FuzzEntry(f *testing.F) {
 }
 
 func FuzzOutcome(f *testing.F) {
-	f.Add(appendOutcome(nil, outcome{index: 7, results: [][]byte{[]byte("x"), nil}}))
-	f.Add(appendOutcome(nil, outcome{err: ErrUnknownOutcome}))
+	f.Add(encodeOutcome(outcome{index: 7, results: [][]byte{[]byte("x"), nil}}))
+	f.Add(encodeOutcome(outcome{err: ErrUnknownOutcome}))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		o, err := decodeOutcome(b)
 		if err != nil {
 			return
 		}
-		again, err := decodeOutcome(appendOutcome(nil, o))
+		again, err := decodeOutcome(encodeOutcome(o))
 		if diff := cmp.Diff(o, again, cmp.AllowUnexported(outcome{}), cmpopts.EquateErrors()); err != nil || diff != "" {
 			t.Errorf("%v (-want +got)\n%s", err, diff)
 		}

@@ -128,7 +128,7 @@ func (ns *namespaces) set(mode func(from, to int) linkMode) {
 
 // filter replaces the packet filter of a node.
 func (ns *namespaces) filter(node int, rules string) error {
-	cmd := exec.CommandContext(context.Background(), "ip", "netns", "exec", ns.nodes[node], "iptables-restore", "-w")
+	cmd := exec.CommandContext(context.Background(), "nsenter", "--net=/run/netns/"+ns.nodes[node], "iptables-restore", "-w")
 	cmd.Stdin = strings.NewReader("*filter\n:INPUT ACCEPT [0:0]\n" + rules + "COMMIT\n")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("iptables-restore: %w: %s", err, out)

@@ -329,14 +329,14 @@ func (b *writes) handleApply(ctx context.Context, _ string, request []byte) ([]b
 	}
 	w := newWrite(commands...)
 	w.hop = true
-	return appendOutcome(nil, b.execute(ctx, w)), nil
+	return encodeOutcome(b.execute(ctx, w)), nil
 }
 
 // The outcome of commands that were passed on travels as one byte of status, the entry's index as a uvarint, and each
 // result behind its length. A status names one of these errors, 0 none: the numbers are a format.
 var outcomeErrors = []error{0: nil, 1: ErrNotLeader, 2: ErrOverloaded, 3: ErrNotInTime, 4: ErrUnknownOutcome}
 
-func appendOutcome(b []byte, o outcome) []byte {
+func encodeOutcome(o outcome) []byte {
 	status := byte(4) // an error that is not in the list promises nothing
 	for i, err := range outcomeErrors {
 		if o.err == nil && i == 0 || err != nil && errors.Is(o.err, err) {
@@ -344,7 +344,7 @@ func appendOutcome(b []byte, o outcome) []byte {
 			break
 		}
 	}
-	return appendCommands(binary.AppendUvarint(append(b, status), o.index), o.results)
+	return appendCommands(binary.AppendUvarint([]byte{status}, o.index), o.results)
 }
 
 func decodeOutcome(b []byte) (o outcome, err error) {
