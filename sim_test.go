@@ -260,7 +260,7 @@ func (s simSink) Close() error { return s.around("snapshot", s.SnapshotSink.Clos
 func (r *simRun) storage(fail func(error)) (*storage, error) {
 	db := simStore{r.disk, r.steps}
 	snapshots, err1 := newCheckedSnapshots(simSnapshots{r.disk.snapshots, r.steps})
-	rules := &entries{LogStore: db, newest: snapshots.newest.Load, fail: fail}
+	rules := &entries{LogStore: db, newest: snapshots.newest.load, fail: fail}
 	st := &storage{
 		logs: rules, stable: &stableStore{StableStore: db}, snapshots: snapshots, rules: rules, close: func() error { return nil },
 	}

@@ -16,7 +16,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -36,7 +35,7 @@ const (
 // this node's own or one that the leader has sent; raft would publish it first and read it after.
 type checkedSnapshots struct {
 	raft.SnapshotStore
-	newest atomic.Uint64 // index of the last entry that the newest snapshot covers, 0 for none. It only grows
+	newest progress // index of the last entry that the newest snapshot covers, 0 for none
 }
 
 // errOvertaken is why a snapshot is not published: the leader has sent a newer one while this node took its own. Raft would
@@ -47,7 +46,7 @@ func newCheckedSnapshots(store raft.SnapshotStore) (*checkedSnapshots, error) {
 	c := &checkedSnapshots{SnapshotStore: store}
 	list, err := store.List()
 	if err == nil && len(list) > 0 {
-		c.newest.Store(list[0].Index)
+		c.newest.advance(list[0].Index)
 	}
 	return c, err
 }
@@ -92,18 +91,16 @@ func (s *checkedSink) Close() error {
 	s.closed = true
 	_ = s.w.Close()
 	err := <-s.verdict
-	if err == nil && s.index < s.store.newest.Load() {
+	if err == nil && s.index < s.store.newest.load() {
 		err = errOvertaken
 	}
 	if err != nil {
 		return errors.Join(err, s.SnapshotSink.Cancel())
 	}
-	if err = s.SnapshotSink.Close(); err != nil {
-		return err
+	if err = s.SnapshotSink.Close(); err == nil {
+		s.store.newest.advance(s.index)
 	}
-	for before := s.store.newest.Load(); before < s.index && !s.store.newest.CompareAndSwap(before, s.index); before = s.store.newest.Load() {
-	}
-	return nil
+	return err
 }
 
 func (s *checkedSink) Cancel() error {

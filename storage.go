@@ -49,7 +49,7 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	if cfg.KVStore == storeMemory {
 		mem := raft.NewInmemStore()
 		snapshots, err := newCheckedSnapshots(&memorySnapshots{})
-		rules := &entries{LogStore: mem, newest: snapshots.newest.Load, fail: fail}
+		rules := &entries{LogStore: mem, newest: snapshots.newest.load, fail: fail}
 		return &storage{
 			logs: rules, stable: &stableStore{StableStore: mem}, snapshots: snapshots, close: func() error { return nil }, rules: rules,
 		}, err
@@ -81,7 +81,7 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	ticker := time.NewTicker(watchTick)
 	ctx, stop := context.WithCancel(context.Background())
 	go guarded.watch(ctx, ticker.C, int(stuckAfter/watchTick))
-	rules := &entries{LogStore: cache, newest: snapshots.newest.Load, fail: fail}
+	rules := &entries{LogStore: cache, newest: snapshots.newest.load, fail: fail}
 	return &storage{
 		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules,
 		close: func() error {
