@@ -18,5 +18,6 @@ var (
 	ErrOutranked      = errors.New("this node's cluster is no more: a majority of the nodes has formed another one")
 )
 
-// requestTimeout bounds a command or a read, from beginning to end, on whichever nodes it visits.
+// requestTimeout bounds a command or a read, from beginning to end, on whichever nodes it visits; a command that comes with
+// a deadline of its own goes by that.
 const requestTimeout = 10 * time.Second

@@ -281,6 +281,7 @@ func cutTag(s string) (opaque, rest string, ok bool) {
 	return opaque, rest, ok
 }
 
+// setTag sets the ETag, under the spelling that net/http would have to find for it each time.
 func setTag(w http.ResponseWriter, tag Tag) {
 	w.Header()["Etag"] = []string{`"` + strconv.FormatUint(uint64(tag), 10) + `"`}
 }

@@ -28,12 +28,12 @@ type metrics struct {
 	round         prometheus.Histogram // reads
 	forwarded     prometheus.Counter   // commands
 
-	mu   sync.Mutex                      // guards changes of seen
-	seen atomic.Pointer[map[kind]series] // of requests, so that each need not be looked up by its labels' text
+	mu   sync.Mutex                             // guards changes of seen
+	seen atomic.Pointer[map[requestKind]series] // of requests, so that each need not be looked up by its labels' text
 }
 
-// kind is what tells requests apart; method is one of the known.
-type kind struct {
+// requestKind is what tells requests apart; method is one of the known.
+type requestKind struct {
 	route, method string
 	status        int
 }
@@ -67,7 +67,7 @@ func newMetrics() *metrics {
 		round:         histogram("read_round_reads", "Linearizable reads that shared one confirmation round.", sizes),
 		forwarded:     counter("forwarded_commands_total", "Commands passed on to the leader."),
 	}
-	m.seen.Store(new(map[kind]series))
+	m.seen.Store(&map[requestKind]series{})
 	m.registry.MustRegister(m.requests, m.latency, m.leaderChanges, m.commit, m.apply, m.batch, m.round, m.forwarded,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
@@ -98,15 +98,12 @@ func (m *metrics) answered(route, method string, status int, took time.Duration)
 	default:
 		method = "other"
 	}
-	k := kind{route, method, status}
+	k := requestKind{route, method, status}
 	s, known := (*m.seen.Load())[k]
 	if !known {
 		s = series{m.requests.WithLabelValues(route, method, strconv.Itoa(status)), m.latency.WithLabelValues(route, method)}
 		m.mu.Lock()
 		more := maps.Clone(*m.seen.Load())
-		if more == nil {
-			more = make(map[kind]series)
-		}
 		more[k] = s
 		m.seen.Store(&more)
 		m.mu.Unlock()
