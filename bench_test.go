@@ -1,7 +1,9 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"runtime"
@@ -78,10 +80,8 @@ func BenchmarkStaleReadOverHTTP(b *testing.B) {
 						b.Error(err)
 						return
 					}
-					if body := make([]byte, len(answer)+1); response.StatusCode != http.StatusOK {
-						b.Errorf("got status %d", response.StatusCode)
-					} else if n, _ := response.Body.Read(body); n != len(answer) {
-						b.Errorf("got %d bytes; want %d", n, len(answer))
+					if body, err := io.ReadAll(response.Body); err != nil || !bytes.Equal(body, answer) {
+						b.Errorf("got %q, error %v; want %q", body, err, answer)
 					}
 					_ = response.Body.Close()
 				}

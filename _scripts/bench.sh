@@ -63,11 +63,13 @@ start_etcd() {
     pids+=($!)
   done
   sleep 4
+  leader=
   for i in 1 2 3; do
     if curl -s "http://$host:2100$i/metrics" | grep -q '^etcd_server_is_leader 1'; then
       leader=$host:2100$i
     fi
   done
+  [[ -n $leader ]] || { cat "$work/log1"; exit 1; }
 }
 
 # note SYSTEM WORK CLIENTS reads what hey or benchmark prints and adds a line to the results.
@@ -90,7 +92,6 @@ for ((round = 1; round <= rounds; round++)); do
           etcd-write) command=("$tools/benchmark" --endpoints "$leader" --conns "$c" --clients "$c" put --total $total --key-space-size 1 --key-size 1 --val-size 256) ;;
           etcd-*) command=("$tools/benchmark" --endpoints "$leader" --conns "$c" --clients "$c" range k --total $total --consistency "${work_kind:0:1}") ;;
         esac
-        [[ $system-$work_kind == etcd-stale ]] && command[-1]=s
         "${command[@]}" >"$work/out" 2>&1 || { cat "$work/out"; exit 1; }
         note "$system" "$work_kind" "$c"
       done
@@ -99,7 +100,7 @@ for ((round = 1; round <= rounds; round++)); do
   done
 done
 
-# Medians, and beside each of ours its ratio to etcd's.
+# Medians (of an even number the lower), and beside each of ours its ratio to etcd's.
 sort -t, -k1,3 "$work/results" | awk -F, '
 function flush() { if (key) { m = int((n + 1) / 2); print key "," sorted(rate) "," sorted(p50) "," sorted(p99) } n = 0 }
 function sorted(a,  i, j, t) { for (i = 2; i <= n; i++) for (j = i; j > 1 && a[j] < a[j-1]; j--) { t = a[j]; a[j] = a[j-1]; a[j-1] = t } return a[int((n + 1) / 2)] }
