@@ -65,7 +65,7 @@ start_etcd() {
   sleep 4
   leader=
   for i in 1 2 3; do
-    if curl -s "http://$host:2100$i/metrics" | grep -q '^etcd_server_is_leader 1'; then
+    if curl -s "http://$host:2100$i/metrics" | grep '^etcd_server_is_leader 1' >"$work/out"; then
       leader=$host:2100$i
     fi
   done
