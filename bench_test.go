@@ -60,7 +60,7 @@ func BenchmarkStaleReadOverHTTP(b *testing.B) {
 		handler http.Handler
 	}{
 		{"service", c.nodes[0].server},
-		{"bare", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { writeBody(w, jsonType, answer) })},
+		{"bare", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _ = writeBody(w, jsonType, answer) })},
 	} {
 		b.Run(bm.name, func(b *testing.B) {
 			web := httptest.NewServer(bm.handler)

@@ -137,13 +137,14 @@ var variables = []variable{
 		func(l *loader, v setting) { l.cfg.TrailingLogs = l.number(v, 0, math.MaxInt64) }),
 	preset("SHUTDOWN_TIMEOUT", "8s", "bound on a graceful stop",
 		func(l *loader, v setting) { l.cfg.ShutdownTimeout = l.duration(v, 1) }),
-	derived("HTTP_TOKEN_FILE", "none", "not supported yet: a file with bearer tokens, one a line",
+	derived("HTTP_TOKEN_FILE", "none", "a file with bearer tokens, one a line; set: every request but `/livez`, `/readyz` and `/metrics` needs one",
 		func(l *loader, v setting) { l.cfg.HTTPTokenFile = v.text }),
-	derived("TLS_CERT_FILE", "none", "not supported yet: this node's certificate, for the HTTP port and between peers",
+	derived("TLS_CERT_FILE", "none", "this node's certificate, in PEM: the HTTP port speaks TLS with it, and peers mutual TLS; "+
+		"its id or its host in `PEERS` is a subject alternative name",
 		func(l *loader, v setting) { l.cfg.TLSCertFile = v.text }),
-	derived("TLS_KEY_FILE", "none", "not supported yet: the key of `TLS_CERT_FILE`",
+	derived("TLS_KEY_FILE", "none", "the key of `TLS_CERT_FILE`, in PEM",
 		func(l *loader, v setting) { l.cfg.TLSKeyFile = v.text }),
-	derived("TLS_CA_FILE", "none", "not supported yet: the authority that signed the peers' certificates",
+	derived("TLS_CA_FILE", "none", "the authority that signed the certificates of all nodes, in PEM; set with the two above or not at all",
 		func(l *loader, v setting) { l.cfg.TLSCAFile = v.text }),
 }
 
@@ -158,12 +159,13 @@ const (
 type system struct {
 	hostname string        // "" when it could not be told
 	hostIPv4 func() string // asked only when needed: it may look a name up
+	readFile func(path string) (content []byte, mode os.FileMode, err error)
 }
 
 // thisSystem is the real one, and all in this file that is not pure.
 func thisSystem() system {
 	hostname, _ := os.Hostname() // loadConfig tells the operator what to do without one
-	return system{hostname: hostname, hostIPv4: func() string {
+	return system{hostname: hostname, readFile: readSecret, hostIPv4: func() string {
 		// A name server that does not answer must not hold up the start for long.
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 		defer cancel()
@@ -206,8 +208,8 @@ func loadConfig(getenv func(string) string, sys system) (*Config, error) {
 		}
 	}
 	l.checkListeners()
-	l.checkUnsupported()
 	l.identify(sys)
+	l.checkFiles(sys)
 	if len(l.problems) > 0 {
 		return nil, errors.Join(l.problems...)
 	}
@@ -333,20 +335,35 @@ func (l *loader) checkListeners() {
 	}
 }
 
-// checkUnsupported refuses what would else be ignored: an operator who sets these believes the node is protected.
-func (l *loader) checkUnsupported() {
-	c, hint := &l.cfg, ""
-	if c.TLSCertFile == "" || c.TLSKeyFile == "" || c.TLSCAFile == "" {
-		hint = " (TLS_CERT_FILE, TLS_KEY_FILE and TLS_CA_FILE are set together or not at all)"
+// checkFiles reads the files of tokens, certificates and keys, to say now what is wrong with them.
+func (l *loader) checkFiles(sys system) {
+	c, before := &l.cfg, len(l.problems)
+	read := func(name, path string, secret bool) (content []byte) {
+		if path == "" {
+			return nil
+		}
+		content, mode, err := sys.readFile(path)
+		if err != nil {
+			l.fail("%s=%q will not do: %w: set %s to a file that this user can read and that is not empty", name, path, err, name)
+		} else if secret && mode&0o007 != 0 {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("%s=%q can be read by every user of this machine (its mode is %#o): chmod o-rwx it", name, path, mode.Perm()))
+		}
+		return content
 	}
-	for _, f := range []struct{ name, path, hint string }{
-		{"HTTP_TOKEN_FILE", c.HTTPTokenFile, ""},
-		{"TLS_CERT_FILE", c.TLSCertFile, hint},
-		{"TLS_KEY_FILE", c.TLSKeyFile, hint},
-		{"TLS_CA_FILE", c.TLSCAFile, hint},
-	} {
-		if f.path != "" {
-			l.fail("%s=%q is not supported yet: unset it%s", f.name, f.path, f.hint)
+	if content := read("HTTP_TOKEN_FILE", c.HTTPTokenFile, true); content != nil {
+		if _, err := parseTokens(c.HTTPTokenFile, content); err != nil {
+			l.fail("HTTP_TOKEN_FILE: %w", err)
+		}
+	}
+	read("TLS_CERT_FILE", c.TLSCertFile, false)
+	read("TLS_KEY_FILE", c.TLSKeyFile, true)
+	read("TLS_CA_FILE", c.TLSCAFile, false)
+	switch some := c.TLSCertFile + c.TLSKeyFile + c.TLSCAFile; {
+	case some != "" && (c.TLSCertFile == "" || c.TLSKeyFile == "" || c.TLSCAFile == ""):
+		l.fail("TLS_CERT_FILE=%q, TLS_KEY_FILE=%q, TLS_CA_FILE=%q: set all three, or none of them", c.TLSCertFile, c.TLSKeyFile, c.TLSCAFile)
+	case some != "" && len(l.problems) == before && c.RaftAdvertise != "": // else it would be said twice, or nobody knows of whom
+		if _, err := readCertificates(c, sys.readFile); err != nil {
+			l.fail("%w", err)
 		}
 	}
 }

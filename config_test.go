@@ -1,8 +1,10 @@
 package main
 
 import (
+	"crypto/x509"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -12,7 +14,7 @@ import (
 
 // testSystem is a machine with a name and an address, neither of them from the one the test runs on.
 func testSystem() system {
-	return system{hostname: "node1", hostIPv4: func() string { return "10.1.1.1" }}
+	return system{hostname: "node1", hostIPv4: func() string { return "10.1.1.1" }, readFile: readSecret}
 }
 
 type testEnv map[string]string
@@ -155,7 +157,19 @@ func TestLoadConfigPeers(t *testing.T) {
 
 // Every problem is one line that holds the variable, the value and the cure, and comes with no other.
 func TestLoadConfigProblem(t *testing.T) {
-	const together = "TLS_CERT_FILE, TLS_KEY_FILE and TLS_CA_FILE are set together"
+	const all = "set all three, or none of them"
+	file := func(content string, mode os.FileMode) string {
+		path := filepath.Join(t.TempDir(), "file")
+		if err := os.WriteFile(path, []byte(content), mode); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+	some, none, folder := file("some", 0o600), file("", 0o600), t.TempDir()
+	ca, other := newTestCA(t), newTestCA(t)
+	good := ca.node("node1")
+	own := func(of map[string]string, pairs ...string) testEnv { return testEnv(of).with(pairs...) }
+	two := "node1@a:1,node2@b:1"
 	label64 := strings.Repeat("l", 64)
 	tooLong := strings.Repeat("l.", 127) + "com" // 257 bytes
 	tests := []struct {
@@ -209,10 +223,26 @@ func TestLoadConfigProblem(t *testing.T) {
 		{"duration without a unit", testEnv{"SHUTDOWN_TIMEOUT": "8"}, []string{`SHUTDOWN_TIMEOUT="8"`, "such as 8s"}},
 		{"no time at all", testEnv{"SHUTDOWN_TIMEOUT": "0s"}, []string{`SHUTDOWN_TIMEOUT="0s"`, "set SHUTDOWN_TIMEOUT to at least"}},
 		{"negative duration", testEnv{"SHUTDOWN_TIMEOUT": "-8s"}, []string{`SHUTDOWN_TIMEOUT="-8s"`, "set SHUTDOWN_TIMEOUT to at least"}},
-		{"tokens", testEnv{"HTTP_TOKEN_FILE": "/x"}, []string{`HTTP_TOKEN_FILE="/x" is not supported yet: unset it`}},
-		{"tls certificate alone", testEnv{"TLS_CERT_FILE": "/c"}, []string{`TLS_CERT_FILE="/c" is not supported yet: unset it`, together}},
-		{"tls key alone", testEnv{"TLS_KEY_FILE": "/k"}, []string{`TLS_KEY_FILE="/k" is not supported yet: unset it`, together}},
-		{"tls authority alone", testEnv{"TLS_CA_FILE": "/a"}, []string{`TLS_CA_FILE="/a" is not supported yet: unset it`, together}},
+		{"tokens that are not there", testEnv{"HTTP_TOKEN_FILE": "/no/such/file"}, []string{`HTTP_TOKEN_FILE="/no/such/file" will not do`, "no such file", "set HTTP_TOKEN_FILE to a file that"}},
+		{"no tokens", testEnv{"HTTP_TOKEN_FILE": none}, []string{"HTTP_TOKEN_FILE=", "is empty", "set HTTP_TOKEN_FILE to"}},
+		{"tokens in a directory", testEnv{"HTTP_TOKEN_FILE": folder}, []string{"HTTP_TOKEN_FILE=", "is a directory"}},
+		{"blank lines for tokens", testEnv{"HTTP_TOKEN_FILE": file("\n \n", 0o600)}, []string{"HTTP_TOKEN_FILE: ", "holds no token", "write at least one"}},
+		{"tokens of other letters", testEnv{"HTTP_TOKEN_FILE": file("good\n\nnot good\n", 0o600)}, []string{"HTTP_TOKEN_FILE: line 3 of ", "is not a token: use letters"}},
+		{"tls certificate alone", testEnv{"TLS_CERT_FILE": some}, []string{"TLS_CERT_FILE=", `TLS_KEY_FILE=""`, all}},
+		{"tls key alone", testEnv{"TLS_KEY_FILE": some}, []string{`TLS_CERT_FILE=""`, all}},
+		{"tls authority alone", testEnv{"TLS_CA_FILE": some}, []string{`TLS_CERT_FILE=""`, all}},
+		{"tls without an authority", testEnv{"TLS_CERT_FILE": some, "TLS_KEY_FILE": some}, []string{`TLS_CA_FILE=""`, all}},
+		{"tls key that is not there", own(good, "TLS_KEY_FILE", "/no/such/key"), []string{`TLS_KEY_FILE="/no/such/key" will not do`, "no such file"}},
+		{"tls authority that is empty", own(good, "TLS_CA_FILE", none), []string{"TLS_CA_FILE=", "is empty"}},
+		{"tls certificate that is none", own(good, "TLS_CERT_FILE", some), []string{"TLS_CERT_FILE", "PEM"}},
+		{"tls key of another certificate", own(good, "TLS_KEY_FILE", ca.node("node2")["TLS_KEY_FILE"]), []string{"TLS_KEY_FILE", "match"}},
+		{"tls authority that is none", own(good, "TLS_CA_FILE", some), []string{"TLS_CA_FILE holds no certificate in PEM"}},
+		{"tls authority of others", own(good, "TLS_CA_FILE", other.node("node1")["TLS_CA_FILE"]), []string{"TLS_CERT_FILE is no server's certificate under TLS_CA_FILE", "unknown authority"}},
+		{"tls certificate that has expired", own(ca.issue(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Hour) }, "node1")), []string{"TLS_CERT_FILE", "expired"}},
+		{"tls certificate of another node", own(ca.node("node2"), "PEERS", two), []string{"TLS_CERT_FILE", `"node2"`, `neither node "node1" nor its host "a"`}},
+		{"tls certificate for servers only", own(ca.issue(func(c *x509.Certificate) {
+			c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+		}, "node1"), "PEERS", two), []string{"TLS_CERT_FILE is no client's certificate", "incompatible key usage"}},
 		{"stray comma at the end", testEnv{"PEERS": "node1@a:1,"}, []string{`PEERS="node1@a:1,"`, "entry 2", "remove the stray comma"}},
 		{"stray comma in between", testEnv{"PEERS": "node1@a:1, ,b@b:1"}, []string{`PEERS="node1@a:1, ,b@b:1"`, "entry 2", "remove the stray comma"}},
 		{"peers of white space", testEnv{"PEERS": " "}, []string{`PEERS=" "`, "unset PEERS"}},
@@ -293,7 +323,7 @@ func TestLoadConfigAllProblemsAtOnce(t *testing.T) {
 		"KV_STORE": "redis", "HTTP_ADDR": "a b", "HTTP_PORT": "tcp://a:1", "RAFT_ADDR": "*", "RAFT_PORT": "x",
 		"RAFT_ADVERTISE_ADDR": "::", "RAFT_ADVERTISE_PORT": "0", "READ_CONSISTENCY": "maybe", "LOG_LEVEL": "l", "LOG_FORMAT": "f",
 		"MAX_BODY_BYTES": "b", "SNAPSHOT_THRESHOLD": "t", "SNAPSHOT_INTERVAL": "i", "TRAILING_LOGS": "l", "SHUTDOWN_TIMEOUT": "s",
-		"HTTP_TOKEN_FILE": "/t", "TLS_CERT_FILE": "/c", "TLS_KEY_FILE": "/k", "TLS_CA_FILE": "/a",
+		"HTTP_TOKEN_FILE": "/no/t", "TLS_CERT_FILE": "/no/c", "TLS_KEY_FILE": "/no/k", "TLS_CA_FILE": "/no/a",
 	}
 	with := e.with("NODE_ID", "x y", "PEERS", "a@0.0.0.0:0,b, ,a@c:1,d@C:1,e f@g:1")
 	got := configProblems(t, with, testSystem())
@@ -310,7 +340,7 @@ func TestLoadConfigAllProblemsAtOnce(t *testing.T) {
 		t.Errorf("got %d problems; want %d:\n%s", len(got), want, strings.Join(got, "\n"))
 	}
 	for _, line := range got {
-		if strings.Contains(line, "set together") {
+		if strings.Contains(line, "set all three") {
 			t.Errorf("got %s; want no word of a part, all three are set", line)
 		}
 	}

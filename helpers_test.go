@@ -163,6 +163,10 @@ func (c *testCluster) start(i int) {
 	machine := newMachine()
 	m := newMetrics()
 	node.Store = NewStore(node.cfg, machine, m, log)
+	var err error
+	if node.certs, err = openCertificates(node.cfg, m, log); err != nil {
+		c.t.Fatalf("certificates: %v", err)
+	}
 	if node.open != nil {
 		node.Store.open = node.open
 	}
@@ -181,6 +185,7 @@ func (c *testCluster) start(i int) {
 	}
 	node.web = httptest.NewUnstartedServer(nil)
 	node.web.Config = node.server.listener()
+	node.web.Listener = node.server.door(node.web.Listener, nil)
 	node.web.Start()
 	node.url = node.web.URL
 	node.running = true

@@ -72,8 +72,7 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 	body := make([]byte, 0, len(key)+len(value)+8)
 	body = append(appendJSONString(append(body, '{'), key), ':')
 	body = append(append(body, value...), '}')
-	writeBody(w, jsonType, body)
-	return nil
+	return writeBody(w, jsonType, body)
 }
 
 func (a *api) putKey(w http.ResponseWriter, r *http.Request) error {
@@ -81,7 +80,7 @@ func (a *api) putKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	value, err := readJSON(w, r, a.cfg.MaxBodyBytes)
+	value, err := readJSON(r)
 	if err != nil {
 		return err
 	}
@@ -111,7 +110,7 @@ func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 	}
-	object, err := readJSON(w, r, a.cfg.MaxBodyBytes)
+	object, err := readJSON(r)
 	if err != nil {
 		return err
 	}
@@ -173,8 +172,7 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 		query.Set("after", last)
 		w.Header().Set("Link", `</key?`+query.Encode()+`>; rel="next"`)
 	}
-	writeBody(w, jsonType, append(body, '}'))
-	return nil
+	return writeBody(w, jsonType, append(body, '}'))
 }
 
 // target returns the key that a write is for, and its preconditions.

@@ -20,6 +20,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -101,14 +102,47 @@ func newLogger(cfg *Config, w io.Writer) hclog.Logger {
 	return log
 }
 
+// warnOfOpenPorts says what is open to whom, unless it is open to nobody but this machine.
+func warnOfOpenPorts(cfg *Config, log hclog.Logger) {
+	var open []string
+	host := func(addr string) net.IP {
+		host, _, _ := net.SplitHostPort(addr)
+		return net.ParseIP(host)
+	}
+	if !host(cfg.HTTPAddr).IsLoopback() {
+		switch {
+		case cfg.HTTPTokenFile == "":
+			open = append(open, "whoever reaches the HTTP port can read and write: set HTTP_TOKEN_FILE")
+		case cfg.TLSCertFile == "":
+			open = append(open, "tokens cross the network in the clear: set the TLS files")
+		}
+	}
+	if cfg.TLSCertFile == "" && !host(cfg.RaftAddr).IsLoopback() {
+		open = append(open, "whoever reaches the Raft port can take the cluster over: set the TLS files, or let only the peers reach it")
+	}
+	if len(open) > 0 {
+		log.Warn("open ports: " + strings.Join(open, "; "))
+	}
+}
+
 // serve runs the node until a signal or an error ends it. If kept is not nil, it is the storage that the node goes on with.
 func serve(cfg *Config, sig signals, log hclog.Logger, kept *storage) error {
 	m := newMetrics()
 	if err := m.collectRaft(); err != nil {
 		return err
 	}
+	certs, err := openCertificates(cfg, m, log)
+	if err != nil {
+		return err
+	}
+	tokens, err := openTokens(cfg, log)
+	if err != nil {
+		return err
+	}
+	warnOfOpenPorts(cfg, log)
 	machine := newMachine()
 	store := NewStore(cfg, machine, m, log)
+	store.certs = certs
 	if kept != nil {
 		store.open = func(*Config, hclog.Logger, func(error)) (*storage, error) { return kept, nil }
 	}
@@ -116,6 +150,7 @@ func serve(cfg *Config, sig signals, log hclog.Logger, kept *storage) error {
 		log.Info("new raft state", "state", s.State, "leader", s.Leader, "term", s.Term)
 	})
 	handler := newServer(cfg, store, m, log.Named("http"), routes(cfg, store, machine))
+	handler.tokens = tokens
 	web := handler.listener()
 
 	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.HTTPAddr)
@@ -124,7 +159,7 @@ func serve(cfg *Config, sig signals, log hclog.Logger, kept *storage) error {
 	}
 	defer web.Close()
 	httpFailed := make(chan error, 1)
-	go func() { httpFailed <- web.Serve(listener) }()
+	go func() { httpFailed <- web.Serve(handler.door(listener, certs)) }()
 	opened, open := make(chan error, 1), false // a large or locked database takes its time
 	go func() { opened <- store.Open() }()
 
@@ -143,7 +178,9 @@ func serve(cfg *Config, sig signals, log hclog.Logger, kept *storage) error {
 			log.Info("stopping; a second signal ends the process at once", "signal", s.String())
 			return shutdown(handler, web, cfg.ShutdownTimeout, sig)
 		case <-sig.reload:
-			log.Info("reload: nothing that is configured can change without a restart")
+			log.Info("SIGHUP: reading certificates and tokens again; nothing else can change without a restart", "certificates", certs != nil, "tokens", tokens != nil)
+			certs.reload()
+			tokens.reload()
 		case err := <-store.Failed():
 			if errors.As(err, new(*startOver)) {
 				store.Abandon() // its port is listened on again in a moment
@@ -201,11 +238,19 @@ func checkHealth(cfg *Config) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+net.JoinHostPort(host, port)+"/livez", http.NoBody)
+	client, scheme := &http.Client{}, "http"
+	if cfg.TLSCertFile != "" {
+		certs, err := readCertificates(cfg, readSecret)
+		if err != nil {
+			return err
+		}
+		client.Transport, scheme = &http.Transport{TLSClientConfig: certs.toOurselves()}, "https"
+	}
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://"+net.JoinHostPort(host, port)+"/livez", http.NoBody)
 	if err != nil {
 		return err
 	}
-	response, err := http.DefaultClient.Do(request)
+	response, err := client.Do(request)
 	if err != nil {
 		return err
 	}

@@ -2,11 +2,15 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -17,11 +21,11 @@ const (
 	helloTimeout   = 3 * time.Second // for a connection to say who it is, and to be answered
 	dialTimeout    = 2 * time.Second
 	redialInterval = 100 * time.Millisecond
-	maxHandshakes  = 256 // connections at once that have not said who they are; more are closed unheard
+	maxRefusals    = 100 // ways of being refused that are logged as warnings
 )
 
 // errStarting refuses Raft's messages while this node's Raft is not running.
-var errStarting = errors.New("this node is starting; try again")
+var errStarting error = &refusal{"starting", errors.New("this node is starting; try again")}
 
 // Every connection to the Raft port begins with a hello, which says what it carries, who speaks, whom it is meant for
 // and, once the cluster has formed, which cluster the speaker is of. Format: helloMagic, whose last byte is the version;
@@ -34,6 +38,18 @@ const (
 	kindRaft byte = 'R'
 	kindPeer byte = 'P'
 )
+
+// refusal is the reason why a connection is refused, and what the metrics call it.
+type refusal struct {
+	kind string
+	error
+}
+
+func (r *refusal) Unwrap() error { return r.error }
+
+func refuseAs(kind, format string, args ...any) error {
+	return &refusal{kind, fmt.Errorf(format, args...)}
+}
 
 type hello struct {
 	kind           byte
@@ -54,6 +70,9 @@ func readHello(r io.Reader) (h hello, err error) {
 	head := make([]byte, len(helloMagic)+1)
 	if _, err := io.ReadFull(r, head); err != nil {
 		return h, err
+	}
+	if head[0] == 0x16 { // that is how TLS begins
+		return h, errors.New("no hello of this service, but TLS, which this node has not: set the TLS files on all nodes or on none")
 	}
 	if string(head[:len(helloMagic)]) != helloMagic {
 		return h, errors.New("no hello of this service, or one of another version")
@@ -83,8 +102,13 @@ func readShort(r io.Reader) (string, error) {
 type network struct {
 	self     string
 	log      hclog.Logger
-	listener net.Listener
+	listener *doorman
 	dialer   func(ctx context.Context, network, addr string) (net.Conn, error) // net.Dialer.DialContext
+
+	// certs secure every connection; nil for none. They are set before start, as is refuses.
+	certs *reloaded[*certificates]
+	// refuses takes note of a connection that is refused, and of the kind of the reason.
+	refuses func(kind string)
 
 	// These are set by start.
 
@@ -98,12 +122,11 @@ type network struct {
 	servePeer func(conn net.Conn, h hello)
 
 	raftConns chan net.Conn // accepted, for Raft's transport
-	shaking   chan struct{} // a token for each connection that has not said who it is
 	closing   chan struct{} // closed by Close
 	wg        sync.WaitGroup
 
-	mu      sync.Mutex // guards what follows
-	conns   map[net.Conn]struct{}
+	mu      sync.Mutex // guards what follows, and the chain of each connection
+	conns   map[*tracked]struct{}
 	refused map[string]bool // what has been logged, so that it is logged once
 }
 
@@ -117,14 +140,17 @@ func newNetwork(self, listen string, log hclog.Logger) (*network, error) {
 
 // networkOver returns a network that takes and makes its connections by listener and dialer.
 func networkOver(listener net.Listener, dialer func(ctx context.Context, network, addr string) (net.Conn, error), self string, log hclog.Logger) *network {
-	return &network{
-		self: self, log: log, listener: listener, dialer: dialer,
+	n := &network{
+		self: self, log: log, dialer: dialer,
+		refuses:   func(string) {},
 		raftConns: make(chan net.Conn),
-		shaking:   make(chan struct{}, maxHandshakes),
 		closing:   make(chan struct{}),
-		conns:     make(map[net.Conn]struct{}),
+		conns:     make(map[*tracked]struct{}),
 		refused:   make(map[string]bool),
 	}
+	most := min(maxRaftConns, maxFiles()/8)
+	n.listener = newDoorman(listener, most, most/2, func() { n.refuses("crowd") })
+	return n
 }
 
 // start begins to take and make connections. See the fields of these names.
@@ -143,12 +169,7 @@ func (n *network) start(address func(string) (string, bool), cluster func() stri
 				time.Sleep(100 * time.Millisecond)
 				continue
 			}
-			select {
-			case n.shaking <- struct{}{}:
-				n.wg.Go(func() { n.receive(conn) })
-			default:
-				_ = conn.Close()
-			}
+			n.wg.Go(func() { n.receive(conn) })
 		}
 	})
 }
@@ -157,16 +178,15 @@ func (n *network) start(address func(string) (string, bool), cluster func() stri
 func (n *network) receive(raw net.Conn) {
 	conn, err := n.track(raw)
 	if err != nil {
-		<-n.shaking
 		return
 	}
-	h, err := n.greet(conn)
-	<-n.shaking
+	conn, h, err := n.greet(conn)
 	if err != nil {
-		n.logRefusal(conn.RemoteAddr().String(), h, err)
+		n.refuse(conn.RemoteAddr().String(), h, err)
 		_ = conn.Close()
 		return
 	}
+	raw.(*guest).served()
 	if h.kind == kindPeer {
 		defer conn.Close()
 		n.servePeer(conn, h)
@@ -179,54 +199,76 @@ func (n *network) receive(raw net.Conn) {
 	}
 }
 
-// greet reads the hello and answers it.
-func (n *network) greet(conn net.Conn) (hello, error) {
+// greet reads the hello and answers it. It returns the connection to go on with.
+func (n *network) greet(conn net.Conn) (net.Conn, hello, error) {
 	if err := conn.SetDeadline(time.Now().Add(helloTimeout)); err != nil {
-		return hello{}, err
+		return conn, hello{}, err
+	}
+	var cert *x509.Certificate // the other node's
+	if n.certs != nil {
+		inner := tls.Server(conn, n.certs.get().toUs)
+		if err := inner.Handshake(); err != nil {
+			return conn, hello{}, &refusal{"tls", fmt.Errorf("TLS: %w", err)}
+		}
+		cert = inner.ConnectionState().PeerCertificates[0]
+		conn = n.secure(conn, inner)
 	}
 	h, err := readHello(conn)
 	if err != nil {
-		return h, err
+		return conn, h, err
 	}
-	refusal := n.judge(h)
+	refused := n.judge(h, cert)
 	reason := ""
-	if refusal != nil {
-		reason = refusal.Error()
+	if refused != nil {
+		reason = refused.Error()
 		reason = reason[:min(len(reason), 255)]
 	}
 	if _, err := conn.Write(append([]byte{byte(len(reason))}, reason...)); err != nil {
-		return h, errors.Join(refusal, err)
+		return conn, h, errors.Join(refused, err)
 	}
-	return h, errors.Join(refusal, conn.SetDeadline(time.Time{}))
+	return conn, h, errors.Join(refused, conn.SetDeadline(time.Time{}))
 }
 
 // judge says why a hello is refused, if it is. Raft's messages carry neither target nor cluster, so a node of another
 // cluster, or one at an address that used to be ours, must be kept out here. Nodes of two clusters may still ask one
-// another what they hold (see peers.handle).
-func (n *network) judge(h hello) error {
+// another what they hold (see peers.handle). Under TLS the sender must be the node that its certificate names: whoever
+// else has one of the same authority is no peer.
+func (n *network) judge(h hello, cert *x509.Certificate) error {
 	if h.kind != kindRaft && h.kind != kindPeer {
-		return fmt.Errorf("connection kind %q is not known", h.kind)
+		return refuseAs("hello", "connection kind %q is not known", h.kind)
 	}
 	if h.target != n.self {
-		return fmt.Errorf("this is node %q, not %q: does an address in PEERS belong to another node?", n.self, h.target)
+		return refuseAs("target", "this is node %q, not %q: does an address in PEERS belong to another node?", n.self, h.target)
 	}
-	if _, known := n.address(h.sender); !known || h.sender == n.self {
-		return fmt.Errorf("node %q is neither in the PEERS of node %q nor in its stored membership", h.sender, n.self)
+	addr, known := n.address(h.sender)
+	if !known || h.sender == n.self {
+		return refuseAs("stranger", "node %q is neither in the PEERS of node %q nor in its stored membership", h.sender, n.self)
+	}
+	if cert != nil {
+		host, _, _ := net.SplitHostPort(addr)
+		if err := names(cert, h.sender, host); err != nil {
+			return &refusal{"identity", err}
+		}
 	}
 	if mine := n.cluster(); h.kind == kindRaft && mine != "" && h.cluster != "" && mine != h.cluster {
-		return fmt.Errorf("node %q is of cluster %s, node %q of cluster %s", h.sender, h.cluster, n.self, mine)
+		return refuseAs("cluster", "node %q is of cluster %s, node %q of cluster %s", h.sender, h.cluster, n.self, mine)
 	}
 	return n.welcome(h)
 }
 
-// logRefusal warns once about each way in which a peer and this node do not get along. Whoever does not even say hello,
-// or comes a little early, is for debugging; so are strangers, when they have made up many names.
-func (n *network) logRefusal(remote string, h hello, err error) {
+// refuse takes note of a connection that is refused, and warns once about each way in which a peer and this node do not get
+// along. Whoever just goes away, or comes a little early, is for debugging; so are strangers, when they have made up many names.
+func (n *network) refuse(remote string, h hello, err error) {
+	kind := "hello"
+	if r := new(refusal); errors.As(err, &r) {
+		kind = r.kind
+	}
+	n.refuses(kind)
+	gone := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, new(syscall.Errno))
 	key := h.sender + "\x00" + h.cluster + "\x00" + err.Error()
-	broken := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, new(net.Error))
 	level := hclog.Debug
 	n.mu.Lock()
-	if !broken && !errors.Is(err, errStarting) && !n.refused[key] && len(n.refused) < 100 {
+	if !gone && !errors.Is(err, errStarting) && !n.refused[key] && len(n.refused) < maxRefusals {
 		n.refused[key] = true
 		level = hclog.Warn
 	}
@@ -265,6 +307,17 @@ func (n *network) connect(ctx context.Context, h hello) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
+	if n.certs != nil {
+		host, _, _ := net.SplitHostPort(addr)
+		inner := tls.Client(conn, n.certs.get().toPeer(h.target, host))
+		hurried, cancel := context.WithTimeout(ctx, helloTimeout)
+		defer cancel()
+		if err := inner.HandshakeContext(hurried); err != nil {
+			_ = conn.Close()
+			return nil, fmt.Errorf("TLS: %w", err)
+		}
+		conn = n.secure(conn, inner)
+	}
 	if err := introduce(ctx, conn, h); err != nil {
 		_ = conn.Close()
 		return nil, err
@@ -294,10 +347,35 @@ func introduce(ctx context.Context, conn net.Conn, h hello) error {
 	return conn.SetDeadline(time.Time{})
 }
 
+// secure returns a connection after its TLS handshake, and remembers whose certificate the other end has shown.
+func (n *network) secure(raw net.Conn, inner *tls.Conn) net.Conn {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	raw.(*tracked).chain = inner.ConnectionState().PeerCertificates
+	return &secured{inner, raw}
+}
+
+// recheck closes the connections whose certificates are not good any more under a new authority.
+func (n *network) recheck(certs *certificates) {
+	n.mu.Lock()
+	var bad []*tracked
+	for conn := range n.conns {
+		if conn.chain != nil && certs.verify(conn.chain, x509.ExtKeyUsageAny) != nil {
+			bad = append(bad, conn)
+		}
+	}
+	n.mu.Unlock()
+	for _, conn := range bad {
+		n.log.Warn("closing a connection: its certificate is not good any more", "remote", conn.RemoteAddr().String())
+		_ = conn.Close()
+	}
+}
+
 // tracked is a connection that network closes when it closes.
 type tracked struct {
 	net.Conn
-	n *network
+	n     *network
+	chain []*x509.Certificate // that the other end has shown under TLS, its own first
 }
 
 // Read hides the error of a connection that network has closed: its end was wanted.
@@ -329,7 +407,7 @@ func (n *network) goUnlessClosed(f func()) {
 
 // track takes conn over, and closes it if network is closing.
 func (n *network) track(conn net.Conn) (net.Conn, error) {
-	t := &tracked{conn, n}
+	t := &tracked{Conn: conn, n: n}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	select {
@@ -360,7 +438,7 @@ func (n *network) sever() error {
 	}
 	close(n.closing)
 	conns := n.conns
-	n.conns = make(map[net.Conn]struct{}) // so that closing them changes another map
+	n.conns = make(map[*tracked]struct{}) // so that closing them changes another map
 	n.mu.Unlock()
 	err := n.listener.Close()
 	for conn := range conns {

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -74,6 +75,8 @@ type proc struct {
 	binary string
 	within []string                                                          // the command that runs the binary, if it is not run directly
 	dial   func(ctx context.Context, network, addr string) (net.Conn, error) // how it is reached; nil for as usual
+	tls    *tls.Config                                                       // for requests to it; nil for none
+	token  string                                                            // in requests to it; "" for none
 
 	// Of its newest run:
 	cmd    *exec.Cmd
@@ -155,7 +158,7 @@ func (p *proc) start(args ...string) {
 	argv := slices.Concat(p.within, []string{p.binary}, args)
 	cmd, ended := exec.CommandContext(p.t.Context(), argv[0], argv[1:]...), make(chan struct{})
 	p.cmd, p.ended, p.stderr, p.stdout, p.began = cmd, ended, stderr.Name(), new(bytes.Buffer), time.Now()
-	p.client = &http.Client{Timeout: 15*time.Second + slack, Transport: &http.Transport{MaxIdleConnsPerHost: 8, DialContext: p.dial}}
+	p.client = &http.Client{Timeout: 15*time.Second + slack, Transport: &http.Transport{MaxIdleConnsPerHost: 8, DialContext: p.dial, TLSClientConfig: p.tls}}
 	cmd.Stdout, cmd.Stderr, cmd.Env = p.stdout, stderr, []string{} // nil would be the environment of this process
 	for name, value := range p.env {
 		cmd.Env = append(cmd.Env, name+"="+value)
@@ -218,13 +221,22 @@ func (p *proc) end(sig os.Signal, code int) {
 	p.exits(code, stopLimit)
 }
 
-func (p *proc) url() string { return "http://" + p.env["HTTP_ADDR"] + ":" + p.env["HTTP_PORT"] }
+func (p *proc) url() string {
+	scheme := "http://"
+	if p.tls != nil {
+		scheme = "https://"
+	}
+	return scheme + p.env["HTTP_ADDR"] + ":" + p.env["HTTP_PORT"]
+}
 
 // ask makes an HTTP request. It may be called from any goroutine.
 func (p *proc) ask(method, path, body string) (answerTo, error) {
 	req, err := http.NewRequestWithContext(p.t.Context(), method, p.url()+path, strings.NewReader(body))
 	if err != nil {
 		return answerTo{}, err
+	}
+	if p.token != "" {
+		req.Header.Set("Authorization", "Bearer "+p.token)
 	}
 	response, err := p.client.Do(req)
 	if err != nil {

@@ -3,9 +3,12 @@ package main
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
@@ -22,8 +25,10 @@ import (
 // The routes of this service are in http.go.
 
 const (
-	maxHeader     = 64 << 10
+	maxHeader     = 32 << 10
 	answerTimeout = 14 * time.Second // for the answer to a request with a body, from the end of its header on
+	smallBytes    = 16 << 10         // of a body or an answer: so much of each is not counted
+	largeBytes    = 64 << 20         // what bodies and answers may have of memory beyond that, or more where MAX_BODY_BYTES is large
 	jsonType      = "application/json"
 	textType      = "text/plain; charset=utf-8"
 )
@@ -35,6 +40,7 @@ type handlerFunc func(w http.ResponseWriter, r *http.Request) error
 type route struct {
 	path                   string
 	get, post, put, delete handlerFunc // nil for not allowed
+	open                   bool        // to those without a token, too
 }
 
 // server answers HTTP requests: those of its routes, and the probes' and operators'. It is an http.Handler.
@@ -44,54 +50,143 @@ type server struct {
 	metrics  *metrics
 	log      hclog.Logger
 	routes   []route
+	tokens   *reloaded[tokens] // nil for none; set before the first request
+	origins  *http.CrossOriginProtection
+	room     room
 	servedBy []string
 	stopping atomic.Bool // the node is about to stop, and says so to load balancers
 }
 
 func newServer(cfg *Config, store *Store, m *metrics, log hclog.Logger, routes []route) *server {
-	s := &server{cfg: cfg, store: store, metrics: m, log: log, servedBy: []string{cfg.NodeID}}
+	s := &server{cfg: cfg, store: store, metrics: m, log: log, origins: http.NewCrossOriginProtection(), servedBy: []string{cfg.NodeID}}
+	s.room.most = max(largeBytes, 8*cfg.MaxBodyBytes)
 	s.routes = append(slices.Clone(routes),
-		route{path: "/livez", get: s.livez},
-		route{path: "/readyz", get: s.readyz},
+		route{path: "/livez", get: s.livez, open: true},
+		route{path: "/readyz", get: s.readyz, open: true},
 		route{path: "/status", get: s.status},
-		route{path: "/metrics", get: s.scrape})
+		route{path: "/metrics", get: s.scrape, open: true})
 	return s
 }
 
-// listener returns an http.Server for s, with all of its limits.
+// listener returns an http.Server for s, with all of its limits on requests.
 func (s *server) listener() *http.Server {
 	return &http.Server{
 		Handler:           s,
 		ReadHeaderTimeout: 10 * time.Second,
 		ReadTimeout:       12 * time.Second,
-		WriteTimeout:      60 * time.Second,
+		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       2 * time.Minute,
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          s.log.StandardLogger(&hclog.StandardLoggerOptions{ForceLevel: hclog.Debug}),
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			if t, ok := conn.(*tls.Conn); ok {
+				conn = t.NetConn()
+			}
+			if g, ok := conn.(*guest); ok {
+				ctx = context.WithValue(ctx, guestKey{}, g)
+			}
+			return ctx
+		},
 	}
+}
+
+type guestKey struct{} // of a connection in the context of its requests
+
+// door returns a listener over l with the limits on connections, under TLS if there are certificates.
+func (s *server) door(l net.Listener, certs *reloaded[*certificates]) net.Listener {
+	most := min(maxWebConns, maxFiles()/2)
+	l = newDoorman(l, most, most*3/4, s.metrics.crowded.Inc)
+	if certs != nil {
+		l = tls.NewListener(l, webConfig(certs))
+	}
+	return l
 }
 
 // ServeHTTP answers a request and takes note of it.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	began := time.Now()
-	noted := &statusWriter{w, http.StatusOK}
+	x := &metered{ResponseWriter: w, status: http.StatusOK, room: &s.room}
+	x.guest, _ = r.Context().Value(guestKey{}).(*guest)
 	rt := s.find(rawPath(r))
-	if err := s.serve(noted, r, rt); err != nil {
-		s.writeError(noted, r, err)
+	defer func() { // also when a handler panics
+		took := time.Since(began)
+		s.room.give(x.taken)
+		x.guest.waits(began.Add(took))
+		s.metrics.answered(rt.path, r.Method, x.status, took)
+	}()
+	if err := s.serve(x, r, rt); err != nil {
+		s.writeError(x, r, err)
 	}
-	s.metrics.answered(rt.path, r.Method, noted.status, time.Since(began))
 }
 
-// statusWriter remembers the status of an answer.
-type statusWriter struct {
+// room is memory for large bodies and answers, which many clients at once could else use up.
+type room struct {
+	most int64
+	used atomic.Int64
+}
+
+func (r *room) take(n int64) bool {
+	if r.used.Add(n) > r.most {
+		r.used.Add(-n)
+		return false
+	}
+	return true
+}
+
+func (r *room) give(n int64) { r.used.Add(-n) }
+
+var errCrowded = &httpError{http.StatusServiceUnavailable, "too many large requests are under way"}
+
+// metered is the answer to a request, of which it remembers the status, and the body of a request that has one. Each
+// takes room as far as it is large.
+type metered struct {
 	http.ResponseWriter
 	status int
+	room   *room
+	taken  int64 // of room
+	guest  *guest
+
+	body io.ReadCloser
+	read int64 // of body
 }
 
-func (w *statusWriter) WriteHeader(status int) {
-	w.status = status
-	w.ResponseWriter.WriteHeader(status)
+func (x *metered) WriteHeader(status int) {
+	x.status = status
+	x.ResponseWriter.WriteHeader(status)
 }
+
+// take makes sure that there is room for n bytes, but for the first smallBytes of them.
+func (x *metered) take(n int64) error {
+	more := n - smallBytes - x.taken
+	if more > 0 && !x.room.take(more) {
+		return errCrowded
+	}
+	x.taken += max(more, 0)
+	return nil
+}
+
+func (x *metered) Write(p []byte) (int, error) {
+	if len(p) > smallBytes {
+		if err := x.take(x.read + int64(len(p))); err != nil {
+			return 0, err
+		}
+	}
+	return x.ResponseWriter.Write(p)
+}
+
+func (x *metered) Read(p []byte) (int, error) {
+	n, err := x.body.Read(p)
+	x.read += int64(n)
+	if crowded := x.take(x.read); crowded != nil {
+		return n, crowded
+	}
+	if errors.Is(err, io.EOF) {
+		x.guest.served()
+	}
+	return n, err
+}
+
+func (x *metered) Close() error { return x.body.Close() }
 
 // find goes by the path as it was sent: net/http's mux would clean and redirect paths that are keys.
 func (s *server) find(path string) route {
@@ -103,8 +198,9 @@ func (s *server) find(path string) route {
 	return route{path: "none"}
 }
 
-func (s *server) serve(w http.ResponseWriter, r *http.Request, rt route) error {
+func (s *server) serve(w *metered, r *http.Request, rt route) error {
 	h := w.Header()
+	h["X-Content-Type-Options"] = noSniff
 	h["Raft-Served-By"] = s.servedBy
 	if leader := s.store.Leader(); leader != "" {
 		h["Raft-Leader"] = []string{leader}
@@ -121,10 +217,16 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, rt route) error {
 	default:
 		handle = nil
 	}
-	if handle != nil && r.ContentLength != 0 { // a body may take its time, of which the Store knows nothing
+	if err := s.admit(h, r, rt); err != nil {
+		return err
+	}
+	if r.ContentLength == 0 {
+		w.guest.served()
+	} else if handle != nil { // a body may take its time, of which the Store knows nothing
 		ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
 		defer cancel()
 		r = r.WithContext(ctx)
+		w.body, r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, s.cfg.MaxBodyBytes), w
 	}
 	if handle != nil {
 		return handle(w, r)
@@ -135,6 +237,20 @@ func (s *server) serve(w http.ResponseWriter, r *http.Request, rt route) error {
 	}
 	h.Set("Allow", allow)
 	return &httpError{http.StatusMethodNotAllowed, r.Method + " is not allowed here; allowed are " + allow}
+}
+
+var noSniff = []string{"nosniff"} // the answer is of the type that it says
+
+// admit says why a request is not served for whoever it comes from, if it is not.
+func (s *server) admit(answer http.Header, r *http.Request, rt route) error {
+	if s.tokens != nil && !rt.open && !s.tokens.get().admit(r) {
+		answer.Set("WWW-Authenticate", `Bearer realm="raftstarter"`)
+		return &httpError{http.StatusUnauthorized, "a token is needed here, in a header such as Authorization: Bearer <token>; HTTP_TOKEN_FILE holds those that are good"}
+	}
+	if s.origins.Check(r) != nil {
+		return &httpError{http.StatusForbidden, "a web page of another origin may not change anything here"}
+	}
+	return nil
 }
 
 // allow lists the methods of a route, "" if it has none.
@@ -156,8 +272,7 @@ func (rt route) allow() string {
 }
 
 func (s *server) livez(w http.ResponseWriter, _ *http.Request) error {
-	writeBody(w, textType, []byte("ok\n"))
-	return nil
+	return writeBody(w, textType, []byte("ok\n"))
 }
 
 func (s *server) readyz(w http.ResponseWriter, _ *http.Request) error {
@@ -168,8 +283,7 @@ func (s *server) readyz(w http.ResponseWriter, _ *http.Request) error {
 	if err != nil {
 		return &httpError{status: http.StatusServiceUnavailable, detail: "not ready: " + err.Error()}
 	}
-	writeBody(w, textType, []byte("ok\n"))
-	return nil
+	return writeBody(w, textType, []byte("ok\n"))
 }
 
 func (s *server) status(w http.ResponseWriter, _ *http.Request) error {
@@ -177,8 +291,7 @@ func (s *server) status(w http.ResponseWriter, _ *http.Request) error {
 	if err != nil {
 		return err
 	}
-	writeBody(w, jsonType, body)
-	return nil
+	return writeBody(w, jsonType, body)
 }
 
 func (s *server) scrape(w http.ResponseWriter, r *http.Request) error {
@@ -228,15 +341,18 @@ func readQuery(r *http.Request, names ...string) (url.Values, error) {
 }
 
 // readJSON returns the body, one JSON value, without insignificant white space.
-func readJSON(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
+func readJSON(r *http.Request) ([]byte, error) {
 	var body bytes.Buffer
 	body.Grow(int(min(max(r.ContentLength, 0), 64<<10)) + bytes.MinRead)
-	if _, err := body.ReadFrom(http.MaxBytesReader(w, r.Body, limit)); err != nil {
+	if _, err := body.ReadFrom(r.Body); err != nil {
 		if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
 			return nil, &httpError{
 				status: http.StatusRequestEntityTooLarge,
 				detail: fmt.Sprintf("the body has more than %d bytes, the limit set by MAX_BODY_BYTES", tooLarge.Limit),
 			}
+		}
+		if errors.Is(err, errCrowded) {
+			return nil, err
 		}
 		return nil, badRequest("the body did not arrive: %v", err)
 	}
@@ -270,11 +386,15 @@ func markStale(w http.ResponseWriter, store *Store, read Consistency) {
 	}
 }
 
-func writeBody(w http.ResponseWriter, contentType string, body []byte) {
+// writeBody writes an answer. Its error, if any, is one to answer with instead.
+func writeBody(w http.ResponseWriter, contentType string, body []byte) error {
 	h := w.Header()
 	h["Content-Type"] = []string{contentType}
 	h["Content-Length"] = []string{strconv.Itoa(len(body))}
-	_, _ = w.Write(body) // an error means that nobody listens any more
+	if _, err := w.Write(body); errors.Is(err, errCrowded) {
+		return err
+	}
+	return nil // any other error means that nobody listens any more
 }
 
 // httpError is an error that knows its status. Its detail is for the client.
@@ -341,7 +461,10 @@ func (s *server) writeError(w http.ResponseWriter, r *http.Request, err error) {
 	var body bytes.Buffer
 	enc := json.NewEncoder(&body)
 	enc.SetEscapeHTML(false)
-	_ = enc.Encode(p) // it holds only strings and a number
+	_ = enc.Encode(p)                               // it holds only strings and a number
+	for _, name := range []string{"Etag", "Link"} { // of an answer that is not given now
+		w.Header().Del(name)
+	}
 	w.Header().Set("Content-Type", "application/problem+json")
 	w.Header().Set("Content-Length", strconv.Itoa(body.Len()-1))
 	w.WriteHeader(p.Status)

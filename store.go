@@ -45,6 +45,7 @@ type Store struct {
 	onChange func(RaftState)
 	open     func(*Config, hclog.Logger, func(error)) (*storage, error)    // openStorage
 	listen   func(self, listen string, log hclog.Logger) (*network, error) // newNetwork
+	certs    *reloaded[*certificates]                                      // nil for no TLS; set before Open
 
 	replica    *replica
 	storage    *storage
@@ -119,6 +120,10 @@ func (s *Store) Open() error {
 	var err error
 	if s.network, err = s.listen(s.cfg.NodeID, s.cfg.RaftAddr, s.log.Named("network")); err != nil {
 		return err
+	}
+	s.network.certs, s.network.refuses = s.certs, s.metrics.refused
+	if s.certs != nil {
+		s.certs.taken = s.network.recheck
 	}
 	if s.storage, err = s.open(s.cfg, s.log, s.fail); err != nil {
 		return errors.Join(err, s.network.Close())
@@ -660,7 +665,7 @@ func (s *Store) welcome(h hello) error {
 		return errStarting
 	}
 	if mine := s.form.id(); h.cluster != mine {
-		return fmt.Errorf("node %q speaks for cluster %q, node %q is of cluster %q", h.sender, h.cluster, s.cfg.NodeID, mine)
+		return refuseAs("cluster", "node %q speaks for cluster %q, node %q is of cluster %q", h.sender, h.cluster, s.cfg.NodeID, mine)
 	}
 	return nil
 }

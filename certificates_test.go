@@ -1,0 +1,452 @@
+package main
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"errors"
+	"io"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// testCA is an authority that signs certificates for tests.
+type testCA struct {
+	t    testing.TB
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	file string
+}
+
+func newTestCA(t testing.TB) *testCA {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ca := &testCA{t: t, key: key, file: filepath.Join(t.TempDir(), "ca.pem")}
+	if ca.cert, err = x509.ParseCertificate(der); err != nil {
+		t.Fatal(err)
+	}
+	writePEM(t, ca.file, "CERTIFICATE", der)
+	return ca
+}
+
+func writePEM(t testing.TB, path, kind string, der []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// node makes a certificate with these names and returns the environment of a node with it.
+func (ca *testCA) node(names ...string) map[string]string {
+	return ca.issue(func(*x509.Certificate) {}, names...)
+}
+
+// issue is node for a certificate that is changed before it is signed.
+func (ca *testCA) issue(change func(*x509.Certificate), names ...string) map[string]string {
+	ca.t.Helper()
+	dir := ca.t.TempDir()
+	env := map[string]string{
+		"TLS_CERT_FILE": filepath.Join(dir, "cert.pem"), "TLS_KEY_FILE": filepath.Join(dir, "key.pem"), "TLS_CA_FILE": filepath.Join(dir, "ca.pem"),
+	}
+	ca.renew(env, change, names...)
+	return env
+}
+
+// renew puts another certificate into the files of a node.
+func (ca *testCA) renew(env map[string]string, change func(*x509.Certificate), names ...string) {
+	ca.t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		ca.t.Fatal(err)
+	}
+	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
+	if err != nil {
+		ca.t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: serial, Subject: pkix.Name{CommonName: names[0]},
+		NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(12 * time.Hour),
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	for _, name := range names {
+		if ip := net.ParseIP(name); ip != nil {
+			template.IPAddresses = append(template.IPAddresses, ip)
+		} else {
+			template.DNSNames = append(template.DNSNames, name)
+		}
+	}
+	change(template)
+	der, err := x509.CreateCertificate(rand.Reader, template, ca.cert, key.Public(), ca.key)
+	if err != nil {
+		ca.t.Fatal(err)
+	}
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		ca.t.Fatal(err)
+	}
+	writePEM(ca.t, env["TLS_KEY_FILE"], "PRIVATE KEY", keyDER)
+	writePEM(ca.t, env["TLS_CERT_FILE"], "CERTIFICATE", der)
+	writePEM(ca.t, env["TLS_CA_FILE"], "CERTIFICATE", ca.cert.Raw)
+}
+
+// client returns what a client needs that trusts the authority, and shows the certificate of env if that is not nil.
+func (ca *testCA) client(env map[string]string) *tls.Config {
+	ca.t.Helper()
+	c := &tls.Config{RootCAs: x509.NewCertPool(), MinVersion: tls.VersionTLS12}
+	c.RootCAs.AddCert(ca.cert)
+	if env != nil {
+		pair, err := tls.LoadX509KeyPair(env["TLS_CERT_FILE"], env["TLS_KEY_FILE"])
+		if err != nil {
+			ca.t.Fatal(err)
+		}
+		c.Certificates = []tls.Certificate{pair}
+	}
+	return c
+}
+
+// secure gives a test's network its certificates.
+func (n *testNetNode) secureWith(t *testing.T, env map[string]string) {
+	t.Helper()
+	cfg := &Config{
+		NodeID: n.self, RaftAdvertise: n.addr(), Peers: make([]Peer, 2),
+		TLSCertFile: env["TLS_CERT_FILE"], TLSKeyFile: env["TLS_KEY_FILE"], TLSCAFile: env["TLS_CA_FILE"],
+	}
+	var err error
+	if n.certs, err = openCertificates(cfg, newMetrics(), n.log); err != nil {
+		t.Fatal(err)
+	}
+	n.certs.taken = n.recheck
+}
+
+func TestCertificateNames(t *testing.T) {
+	cert := &x509.Certificate{
+		DNSNames:    []string{"node1", "Host1.example", "*.wild.example", "10.0.0.9"},
+		IPAddresses: []net.IP{net.ParseIP("10.0.0.1"), net.ParseIP("fd00::1")},
+	}
+	for _, tt := range []struct {
+		id, host string
+		want     bool
+	}{
+		{"node1", "elsewhere", true},
+		{"node2", "host1.EXAMPLE", true},
+		{"node2", "host1.example.", true},
+		{"node2", "10.0.0.1", true},
+		{"node2", "fd00:0::1", true},
+		{"node2", "elsewhere", false},
+		{"Node1", "elsewhere", false},
+		{"node", "example", false},
+		{"node2", "a.wild.example", false},
+		{"node2", "10.0.0.9", false}, // an address is no name
+		{"node2", "10.0.0.2", false},
+		{"", "", false},
+	} {
+		if err := names(cert, tt.id, tt.host); (err == nil) != tt.want {
+			t.Errorf("node %q at %q: got %v; want it named: %v", tt.id, tt.host, err, tt.want)
+		}
+	}
+}
+
+// Whoever is no peer is kept out before a byte of what it says reaches Raft or the peers' calls.
+func TestOnlyPeersGetIn(t *testing.T) {
+	ca, other := newTestCA(t), newTestCA(t)
+	only := func(usage x509.ExtKeyUsage) func(*x509.Certificate) {
+		return func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{usage} }
+	}
+	expired := func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Hour) }
+	hello1 := hello{kind: kindRaft, sender: "node1", target: "node2", cluster: "CLUSTER"}
+	for _, tt := range []struct {
+		name string
+		tls  *tls.Config // nil for none
+		says hello
+		kind string // of the refusal, "" for none
+		log  string
+	}{
+		{"a peer", ca.client(ca.node("node1")), hello1, "", ""},
+		{"a peer's calls", ca.client(ca.node("node1")), testHello, "", ""},
+		{"no tls", nil, hello1, "tls", "TLS handshake"},
+		{"no certificate", ca.client(nil), hello1, "tls", "didn't provide a certificate"},
+		{"another authority", ca.client(other.node("node1")), hello1, "tls", "unknown authority"},
+		{"an expired certificate", ca.client(ca.issue(expired, "node1")), hello1, "tls", "expired"},
+		{"a server's certificate", ca.client(ca.issue(only(x509.ExtKeyUsageServerAuth), "node1")), hello1, "tls", "incompatible key usage"},
+		{"a client's certificate of the same authority", ca.client(ca.issue(only(x509.ExtKeyUsageClientAuth), "someone")), hello1, "identity", "someone"},
+		{"another peer's certificate", ca.client(ca.node("node3")), hello1, "identity", `neither node \"node1\"`},
+		{"a wildcard", ca.client(ca.node("*", "*.0.0.1")), hello1, "identity", `neither node \"node1\"`},
+		{"a stranger", ca.client(ca.node("node9")), hello{kindRaft, "node9", "node2", "CLUSTER"}, "stranger", "node9"},
+		{"ourselves", ca.client(ca.node("node2")), hello{kindRaft, "node2", "node2", "CLUSTER"}, "stranger", "node2"},
+		{"another cluster", ca.client(ca.node("node1")), hello{kindRaft, "node1", "node2", "OTHER"}, "cluster", "cluster OTHER"},
+		{"another node is meant", ca.client(ca.node("node1")), hello{kindRaft, "node1", "node3", "CLUSTER"}, "target", "this is node"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			checkLeaks(t)
+			all, nodes := newTestNet(t, "node1", "node2", "node3")
+			server := nodes[1]
+			server.cluster.Store("CLUSTER")
+			server.secureWith(t, ca.node("node2"))
+			for _, id := range []string{"node1", "node3"} { // or else the address of this machine would do for all
+				all.set(id, id+".example:1")
+			}
+			all.start(server)
+			accepted := make(chan net.Conn, 1)
+			go func() {
+				if conn, err := server.Accept(); err == nil {
+					accepted <- conn
+				}
+			}()
+
+			conn := dialRaw(t, server)
+			if tt.tls != nil {
+				tt.tls.InsecureSkipVerify = true // what the attacker thinks of us is not what this is about
+				conn = tls.Client(conn, tt.tls)
+			}
+			err := introduce(t.Context(), conn, tt.says)
+			if tt.kind == "" {
+				if err != nil {
+					t.Fatalf("got error %v; want none", err)
+				}
+				if tt.says.kind == kindPeer {
+					checkEchoOn(t, conn)
+				} else {
+					_ = (<-accepted).Close()
+				}
+				return
+			}
+			if err == nil {
+				t.Error("got a welcome; want none")
+			}
+			_, _ = conn.Write([]byte("what follows"))
+			waitClosed(t, conn)
+			waitFor(t, "the refusal to be counted", func() bool { return server.refusals(tt.kind) == 1 })
+			waitFor(t, "the refusal to be logged", func() bool { return server.lines.count("[WARN]", "refused", tt.log) == 1 })
+			select {
+			case <-accepted:
+				t.Error("Raft got the connection; want it closed before")
+			default:
+			}
+		})
+	}
+}
+
+// Whoever sits at a peer's address without the peer's certificate hears nothing from us.
+func TestImpostorHearsNothing(t *testing.T) {
+	ca := newTestCA(t)
+	for name, impostor := range map[string]map[string]string{
+		"a client's certificate":  ca.node("someone"),
+		"another peer's":          ca.node("node3"),
+		"of another authority":    newTestCA(t).node("node2"),
+		"a client's, with our id": ca.issue(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} }, "node2"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			checkLeaks(t)
+			all, nodes := newTestNet(t, "node1")
+			nodes[0].secureWith(t, ca.node("node1"))
+			all.start(nodes...)
+			l, err := tls.Listen("tcp", "127.0.0.1:0", func() *tls.Config {
+				c := ca.client(impostor)
+				c.ClientAuth = tls.RequireAnyClientCert
+				return c
+			}())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer l.Close()
+			all.set("node2", "localhost:"+strings.Split(l.Addr().String(), ":")[1])
+			heard := make(chan []byte, 1)
+			go func() {
+				conn, err := l.Accept()
+				if err != nil {
+					return
+				}
+				defer conn.Close()
+				said, _ := io.ReadAll(conn)
+				heard <- said
+			}()
+			if conn, err := nodes[0].dial(t.Context(), "node2", kindRaft); err == nil {
+				_ = conn.Close()
+				t.Error("got a connection; want none")
+			}
+			if said := <-heard; len(said) > 0 {
+				t.Errorf("the impostor heard %q; want nothing", said)
+			}
+		})
+	}
+}
+
+// A node without TLS and one with it do not get along, and both say why.
+func TestTLSOnOneSideOnly(t *testing.T) {
+	checkLeaks(t)
+	all, nodes := newTestNet(t, "node1", "node2")
+	nodes[0].secureWith(t, newTestCA(t).node("node1"))
+	all.start(nodes...)
+	for i, j := range []int{1, 0} {
+		if conn, err := nodes[i].dial(t.Context(), nodes[j].self, kindRaft); err == nil {
+			_ = conn.Close()
+			t.Errorf("got a connection from %s to %s; want none", nodes[i].self, nodes[j].self)
+		}
+	}
+	waitFor(t, "the one with TLS to say so", func() bool { return nodes[0].lines.count("[WARN]", "refused", "TLS handshake") == 1 })
+	waitFor(t, "the one without to say so", func() bool { return nodes[1].lines.count("[WARN]", "refused", "which this node has not") == 1 })
+}
+
+// leafOf returns the certificate that a network shows.
+func leafOf(t *testing.T, n *testNetNode) *x509.Certificate {
+	t.Helper()
+	conn := tls.Client(dialRaw(t, n), &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13})
+	defer conn.Close()
+	if err := conn.HandshakeContext(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return conn.ConnectionState().PeerCertificates[0]
+}
+
+func TestCertificatesAreReadAgain(t *testing.T) {
+	checkLeaks(t)
+	ca := newTestCA(t)
+	all, nodes := newTestNet(t, "node1", "node2")
+	envs := []map[string]string{ca.node("node1"), ca.node("node2")}
+	for i, node := range nodes {
+		node.secureWith(t, envs[i])
+	}
+	all.start(nodes...)
+	old, err := nodes[0].dial(t.Context(), "node2", kindPeer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer old.Close()
+
+	// A renewed certificate is shown at the next handshake, without a signal; what is connected stays so.
+	before := leafOf(t, nodes[1])
+	ca.renew(envs[1], func(*x509.Certificate) {}, "node2")
+	renewed := leafOf(t, nodes[1])
+	if renewed.Equal(before) {
+		t.Error("got the old certificate; want the renewed one")
+	}
+	checkEchoOn(t, old)
+	checkEcho(t, nodes[0], nodes[1])
+
+	// A change for the worse changes nothing, and is logged once.
+	for name, worse := range map[string]func(){
+		"no PEM": func() { writePEM(t, envs[1]["TLS_CERT_FILE"], "NOTHING", nil) },
+		"expired": func() {
+			ca.renew(envs[1], func(c *x509.Certificate) { c.NotAfter = c.NotBefore.Add(time.Minute) }, "node2")
+		},
+		"another node's": func() { ca.renew(envs[1], func(*x509.Certificate) {}, "node3") },
+		"no file":        func() { _ = os.Remove(envs[1]["TLS_KEY_FILE"]) },
+	} {
+		errorsBefore := nodes[1].lines.count("[ERROR]", "stays in use")
+		worse()
+		for range 3 {
+			if got := leafOf(t, nodes[1]); !got.Equal(renewed) {
+				t.Errorf("%s: got certificate %v; want the one before", name, got.DNSNames)
+			}
+		}
+		if got := nodes[1].lines.count("[ERROR]", "stays in use") - errorsBefore; got != 1 {
+			t.Errorf("%s: got %d errors in the log; want 1", name, got)
+		}
+	}
+
+	// A new authority counts at once, also for who is connected already.
+	next := newTestCA(t)
+	next.renew(envs[1], func(*x509.Certificate) {}, "node2")
+	nodes[1].certs.reload()
+	waitClosed(t, old)
+	if conn, err := nodes[0].dial(t.Context(), "node2", kindPeer); err == nil {
+		_ = conn.Close()
+		t.Error("got a connection with a certificate of the old authority; want none")
+	}
+	next.renew(envs[0], func(*x509.Certificate) {}, "node1")
+	checkEcho(t, nodes[0], nodes[1])
+}
+
+// A reader takes what there is while another reads files that hang.
+func TestReloadedIsNotHeldUp(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, []byte("1"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	reading, goOn, n := make(chan struct{}), make(chan struct{}), 0
+	r, err := newReloaded("test", hclog.NewNullLogger(), func() (tokens, error) {
+		if n++; n > 1 {
+			close(reading)
+			<-goOn
+			return nil, errors.New("no good")
+		}
+		return make(tokens, 7), nil
+	}, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		r.reload()
+		close(done)
+	}()
+	<-reading
+	if got := len(r.get()); got != 7 {
+		t.Errorf("got %d tokens; want 7", got)
+	}
+	close(goOn)
+	<-done
+	if got := len(r.get()); got != 7 {
+		t.Errorf("after a change for the worse: got %d tokens; want 7", got)
+	}
+}
+
+// A cluster under TLS does what it does without, through connections that are cut as through those that are not.
+func TestClusterUnderTLS(t *testing.T) {
+	ca := newTestCA(t)
+	c := unstartedCluster(t, 3, storeMemory)
+	for i, node := range c.nodes {
+		env := ca.node(node.cfg.NodeID)
+		node.cfg.TLSCertFile, node.cfg.TLSKeyFile, node.cfg.TLSCAFile = env["TLS_CERT_FILE"], env["TLS_KEY_FILE"], env["TLS_CA_FILE"]
+		c.start(i)
+	}
+	leader := c.leader()
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	big := `"` + strings.Repeat("x", 1<<20) + `"`
+	for i, node := range c.nodes {
+		if _, err := node.kv.Set(ctx, []Pair{{node.cfg.NodeID, big}}, Condition{}); err != nil {
+			t.Errorf("write through node %d: %v", i+1, err)
+		}
+	}
+	for _, node := range c.nodes {
+		for _, other := range c.nodes {
+			if item, err := node.kv.Get(ctx, other.cfg.NodeID, Linearizable); err != nil || item.Value != big {
+				t.Errorf("read through %s: got %d bytes, %v; want %d", node.cfg.NodeID, len(item.Value), err, len(big))
+			}
+		}
+	}
+	c.cut(leader, linkCut)
+	next := c.leader(c.followers(leader)...)
+	if _, err := c.nodes[next].kv.Set(ctx, []Pair{{"after", "1"}}, Condition{}); err != nil {
+		t.Errorf("write after the leader was cut off: %v", err)
+	}
+	c.cut(leader, linkOpen)
+	if item, err := c.nodes[leader].kv.Get(ctx, "after", Linearizable); err != nil || item.Value != "1" {
+		t.Errorf("read through the old leader: got %q, %v; want 1", item.Value, err)
+	}
+}

@@ -1,0 +1,71 @@
+package main
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"crypto/subtle"
+	"fmt"
+	"net/http"
+	"regexp"
+	"strings"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// tokens are the bearer tokens (RFC 6750) that open the HTTP API, as digests: all are as long as one another, and none can
+// be read in a dump.
+type tokens [][sha256.Size]byte
+
+// tokenForm is what a token may look like (RFC 6750, 2.1).
+var tokenForm = regexp.MustCompile(`^[A-Za-z0-9._~+/-]+=*$`)
+
+// parseTokens reads a file of tokens, one a line. Its errors name lines, never what is in them.
+func parseTokens(path string, content []byte) (tokens, error) {
+	var all tokens
+	n := 0
+	for line := range bytes.Lines(content) {
+		n++
+		if line = bytes.TrimSpace(line); len(line) == 0 {
+			continue
+		}
+		if !tokenForm.Match(line) {
+			return nil, fmt.Errorf("line %d of %s is not a token: use letters, digits and -._~+/, with nothing else on the line", n, path)
+		}
+		all = append(all, sha256.Sum256(line))
+	}
+	if len(all) == 0 {
+		return nil, fmt.Errorf("%s holds no token: write at least one, on a line of its own", path)
+	}
+	return all, nil
+}
+
+// openTokens returns the tokens in HTTP_TOKEN_FILE, nil if there is none.
+func openTokens(cfg *Config, log hclog.Logger) (*reloaded[tokens], error) {
+	if cfg.HTTPTokenFile == "" {
+		return nil, nil // no tokens is not an error
+	}
+	return newReloaded("tokens", log, func() (tokens, error) {
+		content, _, err := readSecret(cfg.HTTPTokenFile)
+		if err != nil {
+			return nil, err
+		}
+		return parseTokens(cfg.HTTPTokenFile, content)
+	}, cfg.HTTPTokenFile)
+}
+
+// String says how many tokens there are, and nothing of what they are.
+func (t tokens) String() string { return fmt.Sprintf("%d tokens", len(t)) }
+
+// admit says whether a request carries one of the tokens. How long it takes says nothing about them.
+func (t tokens) admit(r *http.Request) bool {
+	header := r.Header["Authorization"]
+	if len(header) != 1 {
+		return false
+	}
+	scheme, token, _ := strings.Cut(header[0], " ")
+	digest, known := sha256.Sum256([]byte(strings.TrimSpace(token))), 0
+	for i := range t {
+		known |= subtle.ConstantTimeCompare(digest[:], t[i][:])
+	}
+	return known == 1 && strings.EqualFold(scheme, "Bearer")
+}
