@@ -462,7 +462,7 @@ func (f *formation) advice(c census) string {
 	case c.unfit > c.total/2 && c.complete != "":
 		return fmt.Sprintf("%v; a majority has lost its state, so what was acknowledged may be lost: start the missing nodes with their "+
 			"state directories; if those are gone, stop node %s, whose log is the most complete, copy its STATE_DIR to other nodes, in the "+
-			"place of what they have, until a majority has it, and start them", c, c.complete)
+			"place of what they have, until a majority has it, remove the file "+nodeIDName+" from each copy, and start them", c, c.complete)
 	case c.leader != "":
 		return c.String() + "; node " + c.leader + ", which leads, must be confirmed by a majority without this node"
 	}

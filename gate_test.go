@@ -3,6 +3,7 @@ package main
 import (
 	"net/http"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -274,6 +275,9 @@ func oneSurvivesOnDisk(t *testing.T) (end func(t *testing.T)) {
 			t.Fatal(err)
 		}
 		if err := os.CopyFS(lost[0].env["STATE_DIR"], os.DirFS(survivor.env["STATE_DIR"])); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(filepath.Join(lost[0].env["STATE_DIR"], nodeIDName)); err != nil {
 			t.Fatal(err)
 		}
 		startAll(survivor, lost[0])

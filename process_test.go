@@ -445,8 +445,8 @@ func beginPut(p *proc, key string) (finish func() int) {
 
 func TestProcessThatDoesNotServe(t *testing.T) {
 	t.Parallel()
-	running, nobody, file := startAll(newProc(t, nil))[0], newProc(t, nil), filepath.Join(t.TempDir(), "file")
-	if err := os.WriteFile(file, nil, 0o600); err != nil {
+	running, nobody, file, link := startAll(newProc(t, nil))[0], newProc(t, nil), filepath.Join(t.TempDir(), "file"), filepath.Join(t.TempDir(), "link")
+	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Symlink(t.TempDir(), link)); err != nil {
 		t.Fatal(err)
 	}
 	host, port, raftPort, dir := running.env["HTTP_ADDR"], running.env["HTTP_PORT"], running.env["RAFT_PORT"], running.env["STATE_DIR"]
@@ -473,6 +473,8 @@ func TestProcessThatDoesNotServe(t *testing.T) {
 		{"the raft port is in use", "", env{"RAFT_ADDR": host, "RAFT_PORT": raftPort}, 1, ``, `RAFT_PORT.*` + raftPort},
 		{"the directory is a file", "", env{"STATE_DIR": file}, 1, ``, `STATE_DIR.*` + file},
 		{"the directory is below a file", "", env{"STATE_DIR": file + "/state"}, 1, ``, `STATE_DIR.*` + file},
+		{"the directory is a link", "", env{"STATE_DIR": link}, 1, ``, `STATE_DIR.*` + link + `.*symbolic link`},
+		{"the directory is another node's", "", env{"NODE_ID": "stranger", "STATE_DIR": dir}, 1, ``, `STATE_DIR.*` + dir + `.*"stranger".*remove ` + dir + `/node-id`},
 		{"the database is locked", "", env{"STATE_DIR": dir}, 1, ``, dir + `.*(?i:lock).*STATE_DIR`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {

@@ -54,8 +54,8 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 			logs: rules, stable: &stableStore{StableStore: mem}, snapshots: snapshots, close: func() error { return nil }, rules: rules,
 		}, err
 	}
-	if err := os.MkdirAll(cfg.StateDir, 0o700); err != nil {
-		return nil, fmt.Errorf("STATE_DIR %q: %w; set STATE_DIR to a directory that this user can write", cfg.StateDir, err)
+	if err := openStateDir(cfg.StateDir, cfg.NodeID, os.Geteuid(), log); err != nil {
+		return nil, err
 	}
 	aside, err := setAsideSnapshots(cfg.StateDir)
 	if err != nil {
@@ -68,7 +68,10 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	if err != nil {
 		return nil, err
 	}
-	files, err := openSnapshots(cfg.StateDir, log.Named("snapshot"), fail)
+	var files *fileSnapshots
+	if err = claimStateDir(cfg.StateDir, cfg.NodeID, log); err == nil {
+		files, err = openSnapshots(cfg.StateDir, log.Named("snapshot"), fail)
+	}
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("STATE_DIR %q: %w", cfg.StateDir, err), db.Close())
 	}

@@ -1,0 +1,126 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/hashicorp/go-hclog"
+)
+
+// nodeIDName is a file in STATE_DIR that says whose state it is. Format: the node's id and a line feed.
+const nodeIDName = "node-id"
+
+// openStateDir makes the state directory if there is none. If there is one it makes sure that nobody else can have put
+// there what this node would believe: the default is in /tmp, where everybody can be first. What is refused is left as it
+// was. uid is this user's.
+func openStateDir(dir, nodeID string, uid int, log hclog.Logger) error {
+	keepFilesPrivate()
+	dir = filepath.Clean(dir) // of a link that ends in a slash Lstat would see what it leads to
+	_, err := os.Lstat(dir)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err = os.MkdirAll(filepath.Dir(dir), 0o700); err == nil {
+			err = os.Mkdir(dir, 0o700) // unlike MkdirAll it fails if somebody was quicker
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("STATE_DIR %q: %w; set STATE_DIR to a directory that this user can write", dir, err)
+	}
+	info, err := checkStateDir(dir, uid)
+	if err == nil {
+		_, err = checkNodeID(dir, nodeID)
+	}
+	if err != nil {
+		return fmt.Errorf("STATE_DIR %q: %w; nothing was changed", dir, err)
+	}
+	if owner, mode := access(info); owner == uid && mode&0o007 != 0 {
+		log.Warn("STATE_DIR can be read by everybody: chmod o-rwx it", "STATE_DIR", dir)
+	}
+	if inMemory(dir) {
+		log.Warn("STATE_DIR is in memory: what is in it is gone when this machine restarts; set it to a directory on a disk", "STATE_DIR", dir)
+	}
+	return nil
+}
+
+// checkStateDir says what is wrong with the state directory, or with what is in it and would be read, and the cure. A
+// group may write: Kubernetes gives volumes to one.
+func checkStateDir(dir string, uid int) (fs.FileInfo, error) {
+	info, err := os.Lstat(dir)
+	if err == nil && info.Mode().IsRegular() {
+		err = errors.New("it is a file: set STATE_DIR to a directory, or to a name that is not taken")
+	}
+	if err == nil {
+		err = checkTrusted(dir, info, uid)
+	}
+	for _, name := range []string{nodeIDName, nodeIDName + tmpSuffix, dbName, snapshotsDir} {
+		if err == nil {
+			err = filepath.WalkDir(filepath.Join(dir, name), func(path string, entry fs.DirEntry, err error) error {
+				return checkEntry(path, entry, uid, err)
+			})
+		}
+	}
+	return info, err
+}
+
+func checkEntry(path string, entry fs.DirEntry, uid int, err error) error {
+	var info fs.FileInfo
+	if err == nil {
+		info, err = entry.Info()
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist): // or no longer
+		return nil
+	case err != nil:
+		return fmt.Errorf("%w: set STATE_DIR to a directory that this user can read and write", err)
+	}
+	return checkTrusted(path, info, uid)
+}
+
+func checkTrusted(path string, info fs.FileInfo, uid int) error {
+	owner, mode := access(info)
+	switch kind := info.Mode(); {
+	case kind.Type() == fs.ModeSymlink:
+		return fmt.Errorf("%s is a symbolic link: remove it, or set STATE_DIR to a directory without links", path)
+	case !kind.IsRegular() && !kind.IsDir():
+		return fmt.Errorf("%s is neither a file nor a directory: remove it, or set another STATE_DIR", path)
+	case owner != uid && owner != 0:
+		return fmt.Errorf("%s belongs to user %d, neither to root nor to user %d, who runs this node: chown it if it is "+
+			"this node's, or set another STATE_DIR", path, owner, uid)
+	case mode&0o002 != 0:
+		return fmt.Errorf("%s can be written by everybody: if nobody has put anything there, chmod o-w it; otherwise set "+
+			"another STATE_DIR", path)
+	}
+	return nil
+}
+
+// checkNodeID says whether the directory says whose state it holds, with an error if that is another node's.
+func checkNodeID(dir, nodeID string) (known bool, err error) {
+	path := filepath.Join(dir, nodeIDName)
+	content, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	if id := strings.TrimSpace(string(content)); err == nil && id != nodeID {
+		err = fmt.Errorf("it holds the state of node %q, and this is node %q: set STATE_DIR to this node's own directory, or, "+
+			"if it is a copy that this node is to go on with, remove %s", id, nodeID, path)
+	}
+	return true, err
+}
+
+// claimStateDir has the directory say that it holds this node's state, if it does not say whose that is: it is new, a copy
+// for this node, or of a version that did not say. It is called with the database locked, so that only one node can.
+func claimStateDir(dir, nodeID string, log hclog.Logger) error {
+	known, err := checkNodeID(dir, nodeID)
+	if known || err != nil {
+		return err
+	}
+	path := filepath.Join(dir, nodeIDName)
+	if err = writeSynced(path+tmpSuffix, []byte(nodeID+"\n")); err == nil {
+		err = os.Rename(path+tmpSuffix, path)
+	}
+	log.Info("the state directory is this node's from now on", "STATE_DIR", dir)
+	return err
+}

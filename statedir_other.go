@@ -1,0 +1,6 @@
+//go:build !linux
+
+package main
+
+// inMemory cannot tell here.
+func inMemory(string) bool { return false }

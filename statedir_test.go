@@ -1,0 +1,352 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/hashicorp/go-hclog"
+)
+
+// tree is all that is at a path and below it, by its names.
+func tree(t *testing.T, path string) map[string]string {
+	t.Helper()
+	found := make(map[string]string)
+	err := filepath.WalkDir(path, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := entry.Info()
+		if err != nil {
+			return err
+		}
+		var content []byte
+		if info.Mode().IsRegular() {
+			content, err = os.ReadFile(path)
+		}
+		found[path] = strings.Join([]string{info.Mode().String(), info.ModTime().Format(time.RFC3339Nano), string(content)}, " ")
+		return err
+	})
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return found
+}
+
+// chmod is os.Chmod with the mode as chmod(1) takes it, whatever the umask is.
+func chmod(t *testing.T, path string, mode uint32) {
+	t.Helper()
+	if err := syscall.Chmod(path, mode); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// giveAway makes path a stranger's, and returns who this user is then: only root can give a file away, so for anybody else
+// it is this user who becomes another.
+func giveAway(t *testing.T, path string) (uid int) {
+	t.Helper()
+	const stranger = 4711
+	if uid = os.Geteuid(); uid != 0 {
+		return stranger
+	}
+	if err := os.Lchown(path, stranger, -1); err != nil {
+		t.Fatal(err)
+	}
+	return uid
+}
+
+// plantState makes a state directory with the files that node1 would have there.
+func plantState(t *testing.T, dir string) {
+	t.Helper()
+	snapshot := filepath.Join(snapshotsDir, "1-2-3")
+	err := os.MkdirAll(filepath.Join(dir, snapshot), 0o700)
+	for _, name := range []string{dbName, nodeIDName, filepath.Join(snapshot, stateName)} {
+		err = errors.Join(err, os.WriteFile(filepath.Join(dir, name), []byte("node1\n"), 0o600))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	chmod(t, dir, 0o700)
+}
+
+// linkInPlaceOf renames path, and puts a symbolic link to it in its place.
+func linkInPlaceOf(t *testing.T, path string) {
+	t.Helper()
+	if err := errors.Join(os.Rename(path, path+".elsewhere"), os.Symlink(path+".elsewhere", path)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestPlantedStateDirs(t *testing.T) {
+	t.Parallel()
+	me := os.Geteuid()
+	for _, tc := range []struct {
+		name string
+		// plant changes what is at dir, a state directory of node1 but for that, and returns who this user is.
+		plant func(t *testing.T, dir string) (uid int)
+		want  string // in the error
+	}{
+		{"a link to a directory", func(t *testing.T, dir string) int {
+			t.Helper()
+			linkInPlaceOf(t, dir)
+			return me
+		}, "symbolic link"},
+		{"a link to nothing", func(t *testing.T, dir string) int {
+			t.Helper()
+			linkInPlaceOf(t, dir)
+			if err := os.RemoveAll(dir + ".elsewhere"); err != nil {
+				t.Fatal(err)
+			}
+			return me
+		}, "symbolic link"},
+		{"a file", func(t *testing.T, dir string) int {
+			t.Helper()
+			if err := errors.Join(os.RemoveAll(dir), os.WriteFile(dir, []byte("somebody's"), 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			return me
+		}, "it is a file"},
+		{"a pipe", func(t *testing.T, dir string) int {
+			t.Helper()
+			if err := errors.Join(os.RemoveAll(dir), syscall.Mkfifo(dir, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			return me
+		}, "neither a file nor a directory"},
+		{"a stranger's directory", func(t *testing.T, dir string) int {
+			t.Helper()
+			return giveAway(t, dir)
+		}, "chown it"},
+		{"a directory that all can write", func(t *testing.T, dir string) int {
+			t.Helper()
+			chmod(t, dir, 0o777)
+			return me
+		}, "chmod o-w it"},
+		{"a sticky directory that all can write", func(t *testing.T, dir string) int {
+			t.Helper()
+			chmod(t, dir, 0o1777)
+			return me
+		}, "chmod o-w it"},
+		{"a database that is a link", func(t *testing.T, dir string) int {
+			t.Helper()
+			linkInPlaceOf(t, filepath.Join(dir, dbName))
+			return me
+		}, dbName + " is a symbolic link"},
+		{"a database that is a pipe", func(t *testing.T, dir string) int {
+			t.Helper()
+			db := filepath.Join(dir, dbName)
+			if err := errors.Join(os.Remove(db), syscall.Mkfifo(db, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+			return me
+		}, dbName + " is neither"},
+		{"a stranger's database", func(t *testing.T, dir string) int {
+			t.Helper()
+			return giveAway(t, filepath.Join(dir, dbName))
+		}, "belongs to user"},
+		{"a database that all can write", func(t *testing.T, dir string) int {
+			t.Helper()
+			chmod(t, filepath.Join(dir, dbName), 0o606)
+			return me
+		}, dbName + " can be written by everybody"},
+		{"snapshots that are a link", func(t *testing.T, dir string) int {
+			t.Helper()
+			linkInPlaceOf(t, filepath.Join(dir, snapshotsDir))
+			return me
+		}, snapshotsDir + " is a symbolic link"},
+		{"a snapshot that is a link", func(t *testing.T, dir string) int {
+			t.Helper()
+			linkInPlaceOf(t, filepath.Join(dir, snapshotsDir, "1-2-3"))
+			return me
+		}, "1-2-3 is a symbolic link"},
+		{"a snapshot's state that is a link", func(t *testing.T, dir string) int {
+			t.Helper()
+			linkInPlaceOf(t, filepath.Join(dir, snapshotsDir, "1-2-3", stateName))
+			return me
+		}, stateName + " is a symbolic link"},
+		{"a stranger's snapshot", func(t *testing.T, dir string) int {
+			t.Helper()
+			return giveAway(t, filepath.Join(dir, snapshotsDir, "1-2-3", stateName))
+		}, "belongs to user"},
+		{"an id that is a link", func(t *testing.T, dir string) int {
+			t.Helper()
+			linkInPlaceOf(t, filepath.Join(dir, nodeIDName))
+			return me
+		}, nodeIDName + " is a symbolic link"},
+		{"an id that is to be, and is a link", func(t *testing.T, dir string) int {
+			t.Helper()
+			id := filepath.Join(dir, nodeIDName)
+			if err := errors.Join(os.Remove(id), os.Symlink(filepath.Join(dir, dbName), id+tmpSuffix)); err != nil {
+				t.Fatal(err)
+			}
+			return me
+		}, tmpSuffix + " is a symbolic link"},
+		{"another node's state", func(t *testing.T, dir string) int {
+			t.Helper()
+			if err := os.WriteFile(filepath.Join(dir, nodeIDName), []byte("node2\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			return me
+		}, `the state of node "node2", and this is node "node1"`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			above := t.TempDir()
+			dir := filepath.Join(above, "node1")
+			plantState(t, dir)
+			uid := tc.plant(t, dir)
+			before := tree(t, above)
+			for _, path := range []string{dir, dir + "/"} {
+				err := openStateDir(path, "node1", uid, hclog.NewNullLogger())
+				for _, want := range []string{"STATE_DIR", dir, tc.want} {
+					if err == nil || !strings.Contains(err.Error(), want) {
+						t.Errorf("got error %v; want one with %q", err, want)
+					}
+				}
+				if uid == me {
+					if s, err := openStorage(&Config{KVStore: storeBolt, NodeID: "node1", StateDir: path}, hclog.NewNullLogger(), nil); err == nil {
+						t.Error("the storage was opened")
+						_ = s.close()
+					}
+				}
+			}
+			if diff := cmp.Diff(before, tree(t, above)); diff != "" {
+				t.Errorf("it was touched (-before +after):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestStateDirsThatAreTaken(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name string
+		mode uint32
+		warn string // in the log, "" for nothing there
+	}{
+		{"for its user alone", 0o700, ""},
+		{"for a group, too", 0o2770, ""},
+		{"that all can read", 0o755, "chmod o-rwx it"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			dir := filepath.Join(t.TempDir(), "node1")
+			plantState(t, dir)
+			chmod(t, dir, tc.mode)
+			before := tree(t, dir)
+			var log bytes.Buffer
+			if err := openStateDir(dir, "node1", os.Geteuid(), hclog.New(&hclog.LoggerOptions{Output: &log})); err != nil {
+				t.Error(err)
+			}
+			if got := log.String(); !strings.Contains(got, tc.warn) || tc.warn == "" && strings.Contains(got, "chmod") {
+				t.Errorf("got log %q; want %q", got, tc.warn)
+			}
+			if diff := cmp.Diff(before, tree(t, dir)); diff != "" {
+				t.Errorf("it was touched (-before +after):\n%s", diff)
+			}
+		})
+	}
+	t.Run("below a link", func(t *testing.T) {
+		t.Parallel()
+		above := filepath.Join(t.TempDir(), "above")
+		plantState(t, filepath.Join(above, "node1"))
+		linkInPlaceOf(t, above)
+		if err := openStateDir(filepath.Join(above, "node1"), "node1", os.Geteuid(), hclog.NewNullLogger()); err != nil {
+			t.Error(err)
+		}
+	})
+	t.Run("root's", func(t *testing.T) {
+		t.Parallel()
+		if _, err := checkStateDir("/", 4711); err != nil { // it only looks
+			t.Error(err)
+		}
+	})
+}
+
+func TestStateDirSaysWhoseItIs(t *testing.T) {
+	t.Parallel()
+	dir := filepath.Join(t.TempDir(), "made", "when", "opened")
+	id := filepath.Join(dir, nodeIDName)
+	open := func(nodeID string) error {
+		s, err := openStorage(&Config{KVStore: storeBolt, NodeID: nodeID, StateDir: dir}, hclog.NewNullLogger(), nil)
+		if err != nil {
+			return err
+		}
+		return s.close()
+	}
+	saysIt := func(want string) {
+		t.Helper()
+		if got, err := os.ReadFile(id); err != nil || string(got) != want+"\n" {
+			t.Errorf("got %q, error %v; want %s", got, err, want)
+		}
+	}
+	for range 2 { // the second time it is there
+		if err := open("node1"); err != nil {
+			t.Fatal(err)
+		}
+		saysIt("node1")
+	}
+	if err := open("node2"); err == nil || !strings.Contains(err.Error(), "remove "+id) {
+		t.Errorf("got error %v; want one that says to remove %s", err, id)
+	}
+	saysIt("node1")
+
+	// As the error says; so does one that is from a version without the file, or that a crash has left without it.
+	if err := errors.Join(os.Remove(id), os.WriteFile(id+tmpSuffix, []byte("no"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	if err := open("node2"); err != nil {
+		t.Fatal(err)
+	}
+	saysIt("node2")
+	if _, err := os.Lstat(id + tmpSuffix); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("got %v for a half-written id; want none left", err)
+	}
+	// Another node had it before this one locked the database.
+	if err := claimStateDir(dir, "node1", hclog.NewNullLogger()); err == nil {
+		t.Error("got no error from claiming another node's directory")
+	}
+	saysIt("node2")
+}
+
+func TestProcessKeepsFilesPrivate(t *testing.T) {
+	t.Parallel()
+	p := newProc(t, map[string]string{"SNAPSHOT_THRESHOLD": "1", "SNAPSHOT_INTERVAL": "20ms"})
+	p.within = []string{"sh", "-c", `umask 0; exec "$@"`, "sh"}
+	startAll(p)
+	p.put("k", "1")
+	dir := p.env["STATE_DIR"]
+	waitFor(t, "a snapshot", func() bool {
+		found, err := filepath.Glob(filepath.Join(dir, snapshotsDir, "*[0-9]", stateName))
+		return err == nil && len(found) > 0
+	})
+	p.end(syscall.SIGTERM, exitOK)
+	made := make(map[string]bool)
+	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		info, err := entry.Info()
+		want := fs.FileMode(0o600)
+		if entry.IsDir() {
+			want = 0o700 | fs.ModeDir
+		}
+		if err == nil && info.Mode() != want {
+			t.Errorf("got mode %v for %s; want %v", info.Mode(), path, want)
+		}
+		made[entry.Name()] = true
+		return err
+	})
+	for _, name := range []string{dbName, nodeIDName, metaName, stateName, sealName} {
+		if err != nil || !made[name] {
+			t.Errorf("found %v, error %v; want %s among it", made, err, name)
+		}
+	}
+}
