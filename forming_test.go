@@ -382,7 +382,7 @@ func TestFormationRefusesStateWithoutACluster(t *testing.T) {
 
 func TestFormationOfABrokenStorage(t *testing.T) {
 	broken := errors.New("input/output error")
-	s := &storage{stable: &brokenStore{err: broken}, logs: &brokenStore{err: broken}, snapshots: &memorySnapshots{}}
+	s := &storage{stable: &brokenStore{err: broken}, logs: &brokenStore{err: broken}, snapshots: &checkedSnapshots{SnapshotStore: &memorySnapshots{}}}
 	if err := newFormation(&Config{}, hclog.NewNullLogger(), nil).open(s, nil); !errors.Is(err, broken) {
 		t.Errorf("got error %v; want %v", err, broken)
 	}

@@ -24,6 +24,7 @@ type metrics struct {
 	leaderChanges prometheus.Counter
 	commit        prometheus.Histogram   // seconds
 	apply         prometheus.Histogram   // seconds
+	stored        prometheus.Histogram   // seconds
 	batch         prometheus.Histogram   // commands
 	round         prometheus.Histogram   // reads
 	forwarded     prometheus.Counter     // commands
@@ -65,6 +66,7 @@ func newMetrics() *metrics {
 		leaderChanges: counter("leader_changes_total", "How often this node heard of another leader than before."),
 		commit:        histogram("commit_duration_seconds", "On the leader, from appending a log entry until it is executed.", times),
 		apply:         histogram("apply_duration_seconds", "Executing the commands of one log entry.", times),
+		stored:        histogram("log_store_duration_seconds", "Storing log entries, with boltdb until they are on the disk (fsync).", times),
 		batch:         histogram("entry_commands", "Commands in one log entry, as it is executed.", sizes),
 		round:         histogram("read_round_reads", "Linearizable reads that shared one confirmation round.", sizes),
 		forwarded:     counter("forwarded_commands_total", "Commands passed on to the leader."),
@@ -78,14 +80,32 @@ func newMetrics() *metrics {
 		m.refusals.WithLabelValues(reason) // so that there is a zero to rise from
 	}
 	m.seen.Store(&map[requestKind]series{})
-	m.registry.MustRegister(m.requests, m.latency, m.leaderChanges, m.commit, m.apply, m.batch, m.round, m.forwarded, m.refusals, m.crowded,
+	m.registry.MustRegister(m.requests, m.latency, m.leaderChanges, m.commit, m.apply, m.stored, m.batch, m.round, m.forwarded, m.refusals, m.crowded,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
 // gauge registers a value that is asked for whenever the metrics are.
 func (m *metrics) gauge(name, help string, value func() float64) {
-	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "raftstarter_" + name, Help: help}, value))
+	m.labelled(name, help, nil, value)
+}
+
+// flag registers a value that is 1 while it is true, else 0.
+func (m *metrics) flag(name, help string, is func() bool) { m.gauge(name, help, zeroOrOne(is)) }
+
+func (m *metrics) labelled(name, help string, labels map[string]string, value func() float64) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "raftstarter_" + name, Help: help, ConstLabels: labels,
+	}, value))
+}
+
+func zeroOrOne(is func() bool) func() float64 {
+	return func() float64 {
+		if is() {
+			return 1
+		}
+		return 0
+	}
 }
 
 // refused counts a connection to the Raft port that was refused.

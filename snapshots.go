@@ -14,8 +14,10 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -35,7 +37,9 @@ const (
 // this node's own or one that the leader has sent; raft would publish it first and read it after.
 type checkedSnapshots struct {
 	raft.SnapshotStore
-	newest progress // index of the last entry that the newest snapshot covers, 0 for none
+	newest progress     // index of the last entry that the newest snapshot covers, 0 for none
+	size   atomic.Int64 // of the newest snapshot, in bytes
+	begun  atomic.Int64 // when this node began to write it, in Unix milliseconds; 0 for none
 }
 
 // errOvertaken is why a snapshot is not published: the leader has sent a newer one while this node took its own. Raft would
@@ -46,9 +50,17 @@ func newCheckedSnapshots(store raft.SnapshotStore) (*checkedSnapshots, error) {
 	c := &checkedSnapshots{SnapshotStore: store}
 	list, err := store.List()
 	if err == nil && len(list) > 0 {
-		c.newest.advance(list[0].Index)
+		c.note(list[0].Index, list[0].ID, list[0].Size)
 	}
 	return c, err
+}
+
+// note takes note of the newest snapshot. Raft's file store ends a snapshot's id with the time, and so does ours in memory.
+func (c *checkedSnapshots) note(index uint64, id string, size int64) {
+	c.newest.advance(index)
+	c.size.Store(size)
+	begun, _ := strconv.ParseInt(id[strings.LastIndexByte(id, '-')+1:], 10, 64)
+	c.begun.Store(begun)
 }
 
 func (c *checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
@@ -72,6 +84,7 @@ type checkedSink struct {
 	raft.SnapshotSink
 	store   *checkedSnapshots
 	index   uint64 // of the last entry that it covers
+	size    int64  // in bytes, of what has been written
 	w       *io.PipeWriter
 	verdict chan error
 	closed  bool
@@ -81,7 +94,9 @@ func (s *checkedSink) Write(p []byte) (int, error) {
 	if _, err := s.w.Write(p); err != nil {
 		return 0, err
 	}
-	return s.SnapshotSink.Write(p)
+	n, err := s.SnapshotSink.Write(p)
+	s.size += int64(n)
+	return n, err
 }
 
 func (s *checkedSink) Close() error {
@@ -98,7 +113,7 @@ func (s *checkedSink) Close() error {
 		return errors.Join(err, s.SnapshotSink.Cancel())
 	}
 	if err = s.SnapshotSink.Close(); err == nil {
-		s.store.newest.advance(s.index)
+		s.store.note(s.index, s.ID(), s.size)
 	}
 	return err
 }

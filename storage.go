@@ -34,9 +34,10 @@ const (
 type storage struct {
 	logs      raft.LogStore
 	stable    raft.StableStore
-	snapshots raft.SnapshotStore
+	snapshots *checkedSnapshots
 	close     func() error
-	rules     *entries // of logs
+	rules     *entries           // of logs
+	stats     func() bbolt.Stats // of the database; nil in memory
 
 	// survivor says that it was the most complete of what was left when a majority had lost its state.
 	survivor bool
@@ -86,7 +87,7 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	go guarded.watch(ctx, ticker.C, int(stuckAfter/watchTick))
 	rules := &entries{LogStore: cache, newest: snapshots.newest.load, fail: fail}
 	return &storage{
-		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules,
+		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules, stats: db.Stats,
 		close: func() error {
 			ticker.Stop()
 			stop()
@@ -193,6 +194,7 @@ type entries struct {
 	newest  func() uint64           // index up to which the newest snapshot covers it
 	applied func() uint64           // index up to which the state machine has executed the log. Set before Raft runs, as is settle
 	settle  func(last uint64) error // called before entries up to last are stored
+	took    func(seconds float64)   // called when entries have been stored; nil for nobody
 	fail    func(error)
 }
 
@@ -204,7 +206,12 @@ func (e *entries) StoreLogs(l []*raft.Log) error {
 			return err
 		}
 	}
-	return e.LogStore.StoreLogs(l)
+	began := time.Now()
+	err := e.LogStore.StoreLogs(l)
+	if e.took != nil {
+		e.took(time.Since(began).Seconds())
+	}
+	return err
 }
 
 // DeleteRange deletes the oldest entries, or the end of the log where the leader has other entries.

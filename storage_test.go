@@ -231,8 +231,8 @@ func TestLastIndex(t *testing.T) {
 func TestLastIndexOfABrokenStorage(t *testing.T) {
 	broken := errors.New("input/output error")
 	for name, s := range map[string]*storage{
-		"log":       {logs: &brokenStore{err: broken}, snapshots: &memorySnapshots{}},
-		"snapshots": {logs: raft.NewInmemStore(), snapshots: brokenSnapshots{err: broken}},
+		"log":       {logs: &brokenStore{err: broken}, snapshots: &checkedSnapshots{SnapshotStore: &memorySnapshots{}}},
+		"snapshots": {logs: raft.NewInmemStore(), snapshots: &checkedSnapshots{SnapshotStore: brokenSnapshots{err: broken}}},
 	} {
 		if index, _, err := s.lastEntry(); !errors.Is(err, broken) {
 			t.Errorf("%s: got %d, error %v; want %v", name, index, err, broken)

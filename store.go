@@ -5,7 +5,10 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
+	"os"
+	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -87,13 +90,7 @@ func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *
 	s.form = newFormation(cfg, log.Named("forming"), func() bool { return s.State().State == "leader" })
 	s.replica = &replica{machine: machine, metrics: m, fail: s.fail}
 	s.rounds = newReadRounds(m, s.findReadIndex)
-	m.gauge("keys", "Keys that this node has.", func() float64 { return float64(s.replica.size()) })
-	m.gauge("peers_drift", "1 when ids or voters of the membership are not what PEERS says.", func() float64 {
-		if s.drift() {
-			return 1
-		}
-		return 0
-	})
+	s.export()
 	s.writes.propose, s.writes.leads, s.writes.callLeader = s.propose, s.leadsNow, s.callLeader
 	return s
 }
@@ -129,6 +126,8 @@ func (s *Store) Open() error {
 		return errors.Join(err, s.network.Close())
 	}
 	s.storage.rules.applied, s.storage.rules.settle = s.replica.applied.load, s.form.settle
+	s.storage.rules.took = s.metrics.stored.Observe
+	s.exportStorage()
 	s.lossy.Store(s.storage.survivor)
 	s.peers = newPeers(s.network)
 	if err := s.form.open(s.storage, s.peers); err != nil {
@@ -602,6 +601,58 @@ func (s *Store) Status() Status {
 		status.Peers = append(status.Peers, PeerStatus{ID: string(m.ID), Address: addr, Voter: m.Suffrage == raft.Voter})
 	}
 	return status
+}
+
+// export makes metrics of what this node knows of itself and the cluster.
+func (s *Store) export() {
+	m := s.metrics
+	m.labelled("build_info", "Always 1; the label has the version.", map[string]string{"version": version}, func() float64 { return 1 })
+	m.flag("ready", "1 when this node can do its part, as /readyz says.", func() bool { return s.Ready() == nil })
+	m.flag("is_leader", "1 on the leader.", s.leadsNow)
+	m.flag("has_leader", "1 when this node knows a leader.", func() bool { return s.Leader() != "" })
+	m.flag("peers_drift", "1 when ids or voters of the membership are not what PEERS says.", s.drift)
+	m.flag("writes_may_be_lost", "1 when this node went on with what it had after a majority had lost its state.", s.lossy.Load)
+	for name, kind := range map[string]byte{"none": 0, "gated": standGated, "founder": standFounder, "member": standMember} {
+		m.labelled("standing", "1 for where this node stands: of no cluster yet (none), without a vote until it has its state back "+
+			"(gated), the founder of a new cluster that has stored nothing yet, or a member.", map[string]string{"standing": name},
+			zeroOrOne(func() bool { return s.form.current().kind == kind }))
+	}
+	m.gauge("voters", "Members of the cluster that vote.", func() float64 { return float64(s.voters()) })
+	ofRaft := func(f func(*raft.Raft) uint64) func() float64 {
+		return func() float64 {
+			if r := s.raft.Load(); r != nil {
+				return float64(f(r))
+			}
+			return 0
+		}
+	}
+	m.gauge("term", "Raft's term; 0 before Raft runs.", ofRaft((*raft.Raft).CurrentTerm))
+	m.gauge("commit_index", "Index of the last log entry that this node knows to be committed.", ofRaft((*raft.Raft).CommitIndex))
+	m.gauge("applied_index", "Index of the last log entry that this node has executed.", ofRaft((*raft.Raft).AppliedIndex))
+	m.gauge("keys", "Keys that this node has.", func() float64 { return float64(s.replica.size()) })
+	m.gauge("waiting_write_bytes", fmt.Sprintf("Commands that wait to be put into a log entry or passed on; over %d more are refused.", maxWaiting),
+		func() float64 { return float64(s.writes.queued()) })
+}
+
+// exportStorage does so of what the storage holds, once it is open.
+func (s *Store) exportStorage() {
+	m, stats, snapshots := s.metrics, s.storage.stats, s.storage.snapshots
+	m.gauge("snapshot_timestamp_seconds", "When this node began to write its newest snapshot, in Unix time; 0 when it has none.",
+		func() float64 { return float64(snapshots.begun.Load()) / 1000 })
+	m.gauge("snapshot_size_bytes", "Size of the newest snapshot.", func() float64 { return float64(snapshots.size.Load()) })
+	if stats == nil {
+		return
+	}
+	m.gauge("db_size_bytes", "Size of "+dbName+", which never shrinks.", func() float64 {
+		info, err := os.Stat(filepath.Join(s.cfg.StateDir, dbName))
+		if err != nil {
+			return math.NaN()
+		}
+		return float64(info.Size())
+	})
+	m.gauge("db_free_bytes", "Of "+dbName+", the free pages, which new entries will fill.", func() float64 {
+		return float64(stats().FreeAlloc)
+	})
 }
 
 // members returns the membership as Raft has stored it, empty until it has one.

@@ -179,6 +179,13 @@ func (b *writes) gathered() (n int) {
 	return n
 }
 
+// queued returns the size of the commands that wait, in bytes.
+func (b *writes) queued() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.bytes
+}
+
 // add queues a write.
 func (b *writes) add(w *write) error {
 	b.mu.Lock()
