@@ -1,0 +1,217 @@
+#!/usr/bin/env bash
+# Installs the service on the Kubernetes that kubectl's current context names, in a namespace of its own that is deleted at
+# the end, and shows with timings what it lives through there. Needs kubectl, curl and Go; the cluster must know the image
+# raftstarter:latest. Requests go to the Service's own address where that can be reached from here, and else through the API
+# server, which picks a ready pod for each request; kubectl port-forward would stay with one pod.
+#
+#   _scripts/k8s-test.sh      VIA=proxy goes through the API server in any case
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+label=app.kubernetes.io/name=raftstarter
+names=(raftstarter-0 raftstarter-1 raftstarter-2)
+namespace=raftstarter-test-$RANDOM
+tmp=$(mktemp -d)
+background=()
+
+cleanup() {
+  ((${#background[@]} == 0)) || kill "${background[@]}" 2>/dev/null || true
+  kubectl delete namespace "$namespace" --ignore-not-found
+  rm -rf "$tmp"
+}
+
+now() { echo "${EPOCHREALTIME/[^0-9]/}"; } # in microseconds
+began=$(now)
+say() { printf '%6.1f s  %s\n' "$((($(now) - began) / 100000))e-1" "$*"; }
+die() {
+  say "FAILED: $*"
+  kubectl get pods -o wide || true
+  kubectl logs -l "$label" --prefix --tail=20 || true
+  exit 1
+}
+
+# took SECONDS START WHAT says how long WHAT has taken since START, and fails when that is more than SECONDS.
+took() {
+  local micros=$(($(now) - $2))
+  say "$3 after $(printf '%.1f' "$((micros / 100000))e-1") s (at most $1)"
+  ((micros <= $1 * 1000000)) || die "that is too long"
+}
+
+# until_true SECONDS WHAT COMMAND... waits until COMMAND succeeds.
+until_true() {
+  local end=$((SECONDS + $1)) what=$2
+  shift 2
+  until "$@"; do
+    ((SECONDS < end)) || die "not in time: $what"
+    sleep 0.2
+  done
+}
+
+field() { kubectl get pod "$1" -o "jsonpath=$2"; }
+
+# renewed POD UID tells whether POD is another than that with UID, and ready.
+renewed() {
+  local state
+  state=$(field "$1" '{.metadata.uid} {.status.conditions[?(@.type=="Ready")].status}' 2>/dev/null) || return 1
+  [[ $state == *" True" && $state != "$2 "* ]]
+}
+
+http() { curl -fsS -m 15 "$@"; }
+pod_url() { # of a pod, by its name
+  if [[ $via == proxy ]]; then
+    echo "$api/pods/$1:11000/proxy"
+  else
+    echo "http://$(field "$1" '{.status.podIP}'):11000"
+  fi
+}
+leader() { http "$service/status" | sed -n 's/.*"leader":"\([^"]*\)".*/\1/p'; }
+
+start_load() {
+  "$tmp/load" "$service" <>"$tmp/end" >"$tmp/load.out" 2>&1 &
+  load=$!
+  background+=("$load")
+  sleep 2
+}
+
+stop_load() {
+  local pod urls=() code=0
+  sleep 2
+  for pod in "${names[@]}"; do urls+=("$(pod_url "$pod")"); done
+  echo "${urls[*]}" >"$tmp/end"
+  wait "$load" || code=$?
+  unset 'background[-1]'
+  say "load: $(<"$tmp/load.out")"
+  ((code == 0)) || die "the load has seen what it should not"
+}
+
+evict() {
+  kubectl create --raw "/api/v1/namespaces/$namespace/pods/$1/eviction" -f - \
+    <<<"{\"apiVersion\":\"policy/v1\",\"kind\":\"Eviction\",\"metadata\":{\"name\":\"$1\"}}" 2>&1
+}
+
+trap cleanup EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+go -C _scripts/k8s build -o "$tmp/load" .
+mkfifo "$tmp/end"
+
+# A kubeconfig of our own, whose namespace is ours; everything below uses kubectl as its user would.
+kubectl config view --raw --minify --flatten >"$tmp/kubeconfig"
+export KUBECONFIG=$tmp/kubeconfig
+kubectl config set-context --current --namespace="$namespace" >/dev/null
+kubectl create namespace "$namespace"
+kubectl label namespace "$namespace" pod-security.kubernetes.io/enforce=restricted >/dev/null
+
+say "== install"
+start=$(now)
+_scripts/install.sh
+took 60 "$start" "all pods are ready"
+again=$(_scripts/install.sh)
+[[ $again != *configured* ]] || die "a second install changes something: $again"
+
+service=http://$(kubectl get service raftstarter -o 'jsonpath={.spec.clusterIP}'):11000
+via=${VIA:-direct}
+if [[ $via == proxy ]] || ! curl -s -m 3 -o "$tmp/out" "$service/livez"; then
+  via=proxy
+  kubectl proxy --port=0 >"$tmp/proxy" &
+  background+=($!)
+  until_true 10 "kubectl proxy" grep -q 127.0.0.1 "$tmp/proxy"
+  api=http://$(grep -o '127.0.0.1:[0-9]*' "$tmp/proxy")/api/v1/namespaces/$namespace
+  service=$api/services/raftstarter:http/proxy
+fi
+say "requests go to $service"
+
+say "== a write through the Service is read from every pod"
+http -X PUT -d '"kept"' "$service/key/first"
+for pod in "${names[@]}"; do
+  answer=$(http "$(pod_url "$pod")/key/first")
+  [[ $answer == '{"first":"kept"}' ]] || die "$pod answers $answer"
+  say "$pod: $answer"
+done
+
+say "== the leader's pod is deleted, under load"
+start_load
+old=$(leader) uid=$(field "$old" '{.metadata.uid}') ip=$(field "$old" '{.status.podIP}')
+start=$(now)
+kubectl delete pod "$old" --wait=false
+other_leader() { local id; id=$(leader) && [[ -n $id && $id != "$old" ]]; }
+until_true 10 "another leader" other_leader
+took 10 "$start" "another leader, $(leader),"
+until_true 60 "$old is ready again" renewed "$old" "$uid"
+took 60 "$start" "$old is ready again, followed from $ip to $(field "$old" '{.status.podIP}'),"
+stop_load
+
+say "== all pods are deleted at once, by force"
+uids=()
+for pod in "${names[@]}"; do uids+=("$(field "$pod" '{.metadata.uid}')"); done
+start=$(now)
+kubectl delete pod "${names[@]}" --grace-period=0 --force 2>/dev/null
+for i in 0 1 2; do
+  until_true 60 "${names[i]} is ready again" renewed "${names[i]}" "${uids[i]}"
+done
+took 60 "$start" "all pods are ready again"
+for pod in "${names[@]}"; do
+  answer=$(http "$(pod_url "$pod")/key/first")
+  [[ $answer == '{"first":"kept"}' ]] || die "$pod answers $answer"
+done
+say "every pod still answers $answer"
+
+say "== rolling restart, under load"
+start_load
+start=$(now)
+kubectl rollout restart statefulset/raftstarter
+kubectl rollout status statefulset/raftstarter --timeout=3m >"$tmp/out" || die "$(<"$tmp/out")"
+took 120 "$start" "all pods are restarted"
+stop_load
+
+say "== drains respect the budget"
+uid=$(field raftstarter-0 '{.metadata.uid}')
+until_true 30 "the budget allows a disruption" eval '[[ $(kubectl get pdb raftstarter -o "jsonpath={.status.disruptionsAllowed}") == 1 ]]'
+evict raftstarter-0 >"$tmp/out" || die "raftstarter-0 is not evicted: $(<"$tmp/out")"
+say "raftstarter-0 is evicted"
+if evict raftstarter-1 >"$tmp/out"; then die "raftstarter-1 is evicted, too"; fi
+say "raftstarter-1 is not: $(<"$tmp/out")"
+until_true 60 "raftstarter-0 is ready again" renewed raftstarter-0 "$uid"
+until_true 30 "raftstarter-1 can be evicted" eval 'evict raftstarter-1 >"$tmp/out"'
+say "raftstarter-0 is ready again, and raftstarter-1 is evicted"
+
+say "== who is not of the cluster reaches the HTTP port and not the Raft port"
+# The image's own health check is the client: nothing else is sure to be there. It gives up after three seconds.
+stranger() { # stranger NAME PORT: asks that port of raftstarter-0 and prints how that ends
+  kubectl apply -f - <<POD >/dev/null
+apiVersion: v1
+kind: Pod
+metadata:
+  name: $1
+spec:
+  restartPolicy: Never
+  enableServiceLinks: false
+  containers:
+    - name: stranger
+      image: raftstarter:latest
+      imagePullPolicy: IfNotPresent
+      args: [--healthcheck]
+      env: [{name: HTTP_ADDR, value: raftstarter-0.raftstarter-headless}, {name: HTTP_PORT, value: "$2"}, {name: RAFT_PORT, value: "1"}]
+      securityContext: {runAsNonRoot: true, runAsUser: 65532, allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}, seccompProfile: {type: RuntimeDefault}}
+POD
+  until_true 30 "the pod $1 has ended" eval '[[ $(field '"$1"' "{.status.phase}") == @(Succeeded|Failed) ]]'
+  echo "$(field "$1" '{.status.phase}') $(kubectl logs "$1")"
+}
+until_true 60 "raftstarter-0 is ready" renewed raftstarter-0 "$uid"
+answer=$(stranger http-stranger 11000)
+[[ $answer == Succeeded* ]] || die "the HTTP port does not answer: $answer"
+answer=$(stranger raft-stranger 12000)
+case $answer in
+  *"deadline exceeded"* | *timeout*) say "HTTP answers, Raft does not: $answer" ;;
+  *) say "NOT ENFORCED: the network of this cluster takes no notice of NetworkPolicies: $answer" ;;
+esac
+
+say "== uninstall keeps the data, and install finds it again"
+_scripts/uninstall.sh
+[[ $(kubectl get pvc -l "$label" -o name | wc -l) == 3 ]] || die "the volumes are gone"
+_scripts/install.sh
+if [[ $via == direct ]]; then service=http://$(kubectl get service raftstarter -o 'jsonpath={.spec.clusterIP}'):11000; fi
+answer=$(http "$service/key/first")
+[[ $answer == '{"first":"kept"}' ]] || die "the Service answers $answer"
+say "the Service answers $answer"
+say "All is well."
