@@ -197,6 +197,9 @@ func serve(cfg *Config, sig signals, log hclog.Logger, kept *storage) error {
 	}
 }
 
+// lastRequests is for how long a node that stops takes more requests on connections that are kept alive.
+const lastRequests = 500 * time.Millisecond
+
 // shutdown lets requests under way finish, hands leadership over, and stops Raft. It has timeout for all of it, and
 // still exits cleanly when that is over: what was acknowledged is safe at any moment.
 func shutdown(s *server, web *http.Server, timeout time.Duration, sig signals) error {
@@ -205,6 +208,9 @@ func shutdown(s *server, web *http.Server, timeout time.Duration, sig signals) e
 	s.stopping.Store(true)
 	done := make(chan error, 1)
 	go func() {
+		// Answers close their connections from now on. A connection that is kept alive is given the time for one more: if it
+		// were closed at once, a request that is on its way on it would be lost.
+		time.Sleep(min(lastRequests, timeout/8))
 		// Requests may hang where there is no quorum; they must not use up the time of those that come after.
 		drain, cancel := context.WithTimeout(ctx, timeout*2/3)
 		defer cancel()

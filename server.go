@@ -202,6 +202,9 @@ func (s *server) serve(w *metered, r *http.Request, rt route) error {
 	h := w.Header()
 	h["X-Content-Type-Options"] = noSniff
 	h["Raft-Served-By"] = s.servedBy
+	if s.stopping.Load() {
+		h["Connection"] = []string{"close"}
+	}
 	if leader := s.store.Leader(); leader != "" {
 		h["Raft-Leader"] = []string{leader}
 	}
