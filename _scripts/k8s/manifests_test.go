@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"cmp"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -153,167 +154,202 @@ func (m *manifests) env(t *testing.T, pod string) map[string]string {
 	return env
 }
 
-// testManifests runs check on k8s/ and on every variant that kustomize makes of it.
-func testManifests(t *testing.T, check func(t *testing.T, m *manifests)) {
+// mountSecrets makes the Secrets that the pods mount as README.md has them made, and lets env point to their files.
+func (m *manifests) mountSecrets(t *testing.T, env map[string]string) {
 	t.Helper()
-	t.Run("base", func(t *testing.T) {
-		files, err := filepath.Glob(root + "/k8s/*")
+	dir := t.TempDir()
+	certs, err := filepath.Abs(root + "/_scripts/certs.sh")
+	if err != nil {
+		t.Fatal(err)
+	}
+	recipes := map[string]string{
+		"raftstarter-tls": certs + " . raftstarter,raftstarter-0.raftstarter-headless,raftstarter-1.raftstarter-headless,raftstarter-2.raftstarter-headless && " +
+			"mv raftstarter.pem tls.crt && mv raftstarter-key.pem tls.key && mv ca.pem ca.crt",
+		"raftstarter-tokens": "openssl rand -hex 32 >tokens",
+	}
+	for _, volume := range m.pod().Volumes {
+		made := filepath.Join(dir, volume.Name)
+		recipe := exec.CommandContext(t.Context(), "bash", "-c", "umask 077; mkdir "+made+" && cd "+made+" && "+recipes[volume.Secret.SecretName])
+		if out, err := recipe.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		for _, mount := range m.container().VolumeMounts {
+			for name, value := range env {
+				if file, ok := strings.CutPrefix(value, mount.MountPath+"/"); ok && mount.Name == volume.Name {
+					env[name] = filepath.Join(made, file)
+				}
+			}
+		}
+	}
+}
+
+// allManifests returns those of k8s/, and of every variant that kustomize makes of it, by its name.
+func allManifests(t *testing.T) map[string]*manifests {
+	t.Helper()
+	files, err := filepath.Glob(root + "/k8s/*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var docs [][]byte
+	for _, file := range files {
+		if filepath.Base(file) == "variants" {
+			continue
+		}
+		if filepath.Ext(file) != ".yaml" {
+			t.Errorf("%s: kubectl apply -f k8s/ passes over it", file)
+		}
+		doc, err := os.ReadFile(file)
 		if err != nil {
 			t.Fatal(err)
 		}
-		var docs []byte
-		for _, file := range files {
-			if info, err := os.Stat(file); err == nil && info.IsDir() {
-				continue
-			}
-			if filepath.Ext(file) != ".yaml" || strings.HasPrefix(filepath.Base(file), "kustomization") {
-				t.Errorf("%s: kubectl apply -f k8s/ passes over it, or chokes on it", file)
-			}
-			b, err := os.ReadFile(file)
-			if err != nil {
-				t.Fatal(err)
-			}
-			docs = append(append(docs, b...), "\n---\n"...)
-		}
-		check(t, decode(t, bytes.TrimSuffix(docs, []byte("---\n"))))
-	})
+		docs = append(docs, doc)
+	}
+	all := map[string]*manifests{"base": decode(t, bytes.Join(docs, []byte("\n---\n")))}
 	variants, err := filepath.Glob(root + "/k8s/variants/*/kustomization.yaml")
 	if err != nil || len(variants) == 0 {
-		t.Fatalf("no variants, error %v", err)
+		t.Fatalf("no variants; error %v", err)
 	}
 	for _, file := range variants {
-		dir := filepath.Dir(file)
-		t.Run(filepath.Base(dir), func(t *testing.T) {
-			options := krusty.MakeDefaultOptions()
-			options.LoadRestrictions = types.LoadRestrictionsNone
-			resources, err := krusty.MakeKustomizer(options).Run(filesys.MakeFsOnDisk(), dir)
-			if err != nil {
-				t.Fatal(err)
+		options := krusty.MakeDefaultOptions()
+		options.LoadRestrictions = types.LoadRestrictionsNone
+		resources, err := krusty.MakeKustomizer(options).Run(filesys.MakeFsOnDisk(), filepath.Dir(file))
+		if err != nil {
+			t.Fatal(err)
+		}
+		docs, err := resources.AsYaml()
+		if err != nil {
+			t.Fatal(err)
+		}
+		all[filepath.Base(filepath.Dir(file))] = decode(t, docs)
+	}
+	return all
+}
+
+func TestObjectsAreOfAnyNamespaceAndCarryTheLabel(t *testing.T) {
+	for variant, m := range allManifests(t) {
+		t.Run(variant, func(t *testing.T) {
+			for _, o := range m.objects {
+				if o.GetNamespace() != "" {
+					t.Errorf("%T %s is bound to the namespace %s", o, o.GetName(), o.GetNamespace())
+				}
+				if got := o.GetLabels()["app.kubernetes.io/name"]; got != "raftstarter" { // uninstall.sh and k8s-test.sh go by it
+					t.Errorf("%T %s has the label %q", o, o.GetName(), got)
+				}
 			}
-			docs, err := resources.AsYaml()
-			if err != nil {
-				t.Fatal(err)
-			}
-			check(t, decode(t, docs))
 		})
 	}
 }
 
-func TestObjectsAreOfAnyNamespaceAndCarryTheLabel(t *testing.T) {
-	testManifests(t, func(t *testing.T, m *manifests) {
-		for _, o := range m.objects {
-			if o.GetNamespace() != "" {
-				t.Errorf("%T %s is bound to the namespace %s", o, o.GetName(), o.GetNamespace())
-			}
-			if got := o.GetLabels()["app.kubernetes.io/name"]; got != "raftstarter" { // uninstall.sh and k8s-test.sh go by it
-				t.Errorf("%T %s has the label %q", o, o.GetName(), got)
-			}
-		}
-	})
-}
-
 func TestPeersAreThePods(t *testing.T) {
-	testManifests(t, func(t *testing.T, m *manifests) {
-		headless := m.services[m.set.Spec.ServiceName]
-		if headless == nil || headless.Spec.ClusterIP != corev1.ClusterIPNone || !headless.Spec.PublishNotReadyAddresses {
-			t.Fatalf("the StatefulSet's Service %q is not there, has a cluster IP, or hides pods that are not ready", m.set.Spec.ServiceName)
-		}
-		if m.set.Spec.Ordinals != nil || m.set.Spec.PodManagementPolicy != appsv1.ParallelPodManagement {
-			t.Error("the pods are not numbered from 0, or wait for one another to start")
-		}
-		var want []string
-		for _, pod := range m.podNames() {
-			want = append(want, fmt.Sprintf("%s@%s.%s:%d", pod, pod, headless.Name, m.port("raft")))
-			if got := m.env(t, pod)["NODE_ID"]; got != pod {
-				t.Errorf("%s has the NODE_ID %q", pod, got)
+	for variant, m := range allManifests(t) {
+		t.Run(variant, func(t *testing.T) {
+			headless := m.services[m.set.Spec.ServiceName]
+			if headless == nil || headless.Spec.ClusterIP != corev1.ClusterIPNone || !headless.Spec.PublishNotReadyAddresses {
+				t.Fatalf("the StatefulSet's Service %q is not there, has a cluster IP, or hides pods that are not ready", m.set.Spec.ServiceName)
 			}
-		}
-		peers := strings.Split(m.config.Data["PEERS"], ",")
-		for i := range peers {
-			peers[i] = strings.TrimSpace(peers[i])
-		}
-		if !slices.Equal(peers, want) {
-			t.Errorf("got PEERS %q; want %q", peers, want)
-		}
-	})
+			if m.set.Spec.Ordinals != nil || m.set.Spec.PodManagementPolicy != appsv1.ParallelPodManagement {
+				t.Error("the pods are not numbered from 0, or wait for one another to start")
+			}
+			var want []string
+			for _, pod := range m.podNames() {
+				want = append(want, fmt.Sprintf("%s@%s.%s:%d", pod, pod, headless.Name, m.port("raft")))
+				if got := m.env(t, pod)["NODE_ID"]; got != pod {
+					t.Errorf("%s has the NODE_ID %q", pod, got)
+				}
+			}
+			peers := strings.Split(m.config.Data["PEERS"], ",")
+			for i := range peers {
+				peers[i] = strings.TrimSpace(peers[i])
+			}
+			if !slices.Equal(peers, want) {
+				t.Errorf("got PEERS %q; want %q", peers, want)
+			}
+		})
+	}
 }
 
 func TestPorts(t *testing.T) {
-	testManifests(t, func(t *testing.T, m *manifests) {
-		env := m.env(t, "raftstarter-0")
-		want := map[string]string{"http": cmp.Or(env["HTTP_PORT"], "11000"), "raft": cmp.Or(env["RAFT_PORT"], "12000")}
-		for name, number := range want {
-			if got := fmt.Sprint(m.port(name)); got != number {
-				t.Errorf("the container's port %s is %s; the service listens on %s", name, got, number)
-			}
-		}
-		for _, service := range m.services {
-			for _, port := range service.Spec.Ports {
-				if got := m.number(port.TargetPort); got == 0 || port.Name == "http" && port.Port != 11000 || got != m.port(port.Name) {
-					t.Errorf("the port %s of the Service %s is %d and leads to %d", port.Name, service.Name, port.Port, got)
+	for variant, m := range allManifests(t) {
+		t.Run(variant, func(t *testing.T) {
+			env := m.env(t, "raftstarter-0")
+			want := map[string]string{"http": cmp.Or(env["HTTP_PORT"], "11000"), "raft": cmp.Or(env["RAFT_PORT"], "12000")}
+			for name, number := range want {
+				if got := fmt.Sprint(m.port(name)); got != number {
+					t.Errorf("the container's port %s is %s; the service listens on %s", name, got, number)
 				}
 			}
-		}
-		if client := m.services["raftstarter"]; client.Spec.PublishNotReadyAddresses || len(client.Spec.Ports) != 1 || client.Spec.Ports[0].Name != "http" {
-			t.Error("the clients' Service has more than the HTTP port, or leads to pods that are not ready")
-		}
-	})
+			for _, service := range m.services {
+				for _, port := range service.Spec.Ports {
+					if got := m.number(port.TargetPort); got == 0 || port.Name == "http" && port.Port != 11000 || got != m.port(port.Name) {
+						t.Errorf("the port %s of the Service %s is %d and leads to %d", port.Name, service.Name, port.Port, got)
+					}
+				}
+			}
+			if client := m.services["raftstarter"]; client.Spec.PublishNotReadyAddresses || len(client.Spec.Ports) != 1 || client.Spec.Ports[0].Name != "http" {
+				t.Error("the clients' Service has more than the HTTP port, or leads to pods that are not ready")
+			}
+		})
+	}
 }
 
 func TestSelectors(t *testing.T) {
-	testManifests(t, func(t *testing.T, m *manifests) {
-		pods := labels.Set(m.set.Spec.Template.Labels)
-		selectors := map[string]*metav1.LabelSelector{
-			"StatefulSet":         m.set.Spec.Selector,
-			"PodDisruptionBudget": m.budget.Spec.Selector,
-			"NetworkPolicy":       &m.policy.Spec.PodSelector,
-		}
-		for name, service := range m.services {
-			selectors["Service "+name] = &metav1.LabelSelector{MatchLabels: service.Spec.Selector}
-		}
-		for _, c := range m.pod().TopologySpreadConstraints {
-			selectors["spread over "+c.TopologyKey] = c.LabelSelector
-		}
-		for name, s := range selectors {
-			selector, err := metav1.LabelSelectorAsSelector(s)
-			if err != nil || selector.Empty() || !selector.Matches(pods) {
-				t.Errorf("%s: %v does not select the pods, or selects others too; error %v", name, selector, err)
+	for variant, m := range allManifests(t) {
+		t.Run(variant, func(t *testing.T) {
+			pods := labels.Set(m.set.Spec.Template.Labels)
+			selectors := map[string]*metav1.LabelSelector{
+				"StatefulSet":         m.set.Spec.Selector,
+				"PodDisruptionBudget": m.budget.Spec.Selector,
+				"NetworkPolicy":       &m.policy.Spec.PodSelector,
 			}
-		}
-		if m.pod().ServiceAccountName != m.account.Name || *m.account.AutomountServiceAccountToken {
-			t.Error("the pods have another account, or one with a token")
-		}
-	})
+			for name, service := range m.services {
+				selectors["Service "+name] = &metav1.LabelSelector{MatchLabels: service.Spec.Selector}
+			}
+			for _, c := range m.pod().TopologySpreadConstraints {
+				selectors["spread over "+c.TopologyKey] = c.LabelSelector
+			}
+			for name, s := range selectors {
+				selector, err := metav1.LabelSelectorAsSelector(s)
+				if err != nil || selector.Empty() || !selector.Matches(pods) {
+					t.Errorf("%s: %v does not select the pods, or selects others too; error %v", name, selector, err)
+				}
+			}
+			if m.pod().ServiceAccountName != m.account.Name || *m.account.AutomountServiceAccountToken {
+				t.Error("the pods have another account, or one with a token")
+			}
+		})
+	}
 }
 
 // The Raft port is for the pods alone, the HTTP port is not closed to anyone.
 func TestNetworkPolicy(t *testing.T) {
-	testManifests(t, func(t *testing.T, m *manifests) {
-		open := make(map[int32]bool)
-		for _, rule := range m.policy.Spec.Ingress {
-			if len(rule.Ports) == 0 {
-				t.Error("a rule opens all ports")
-			}
-			for _, port := range rule.Ports {
-				number := m.number(*port.Port)
-				open[number] = true
-				if number == m.port("http") {
-					continue
+	for variant, m := range allManifests(t) {
+		t.Run(variant, func(t *testing.T) {
+			open := make(map[int32]bool)
+			for _, rule := range m.policy.Spec.Ingress {
+				if len(rule.Ports) == 0 {
+					t.Error("a rule opens all ports")
 				}
-				if len(rule.From) == 0 {
-					t.Errorf("port %d is open to all", number)
-				}
-				for _, peer := range rule.From {
-					if peer.PodSelector == nil || peer.NamespaceSelector != nil || !sameLabels(peer.PodSelector, m.set.Spec.Selector) {
-						t.Errorf("port %d is open to %v", number, peer)
+				for _, port := range rule.Ports {
+					number := m.number(*port.Port)
+					open[number] = true
+					if number == m.port("http") {
+						continue
+					}
+					if len(rule.From) == 0 {
+						t.Errorf("port %d is open to all", number)
+					}
+					for _, peer := range rule.From {
+						if peer.PodSelector == nil || peer.NamespaceSelector != nil || !sameLabels(peer.PodSelector, m.set.Spec.Selector) {
+							t.Errorf("port %d is open to %v", number, peer)
+						}
 					}
 				}
 			}
-		}
-		if !open[m.port("http")] || !open[m.port("raft")] || len(open) != 2 {
-			t.Errorf("got the ports %v; want those of HTTP and Raft", open)
-		}
-	})
+			if !open[m.port("http")] || !open[m.port("raft")] || len(open) != 2 {
+				t.Errorf("got the ports %v; want those of HTTP and Raft", open)
+			}
+		})
+	}
 }
 
 func sameLabels(a, b *metav1.LabelSelector) bool {
@@ -321,106 +357,117 @@ func sameLabels(a, b *metav1.LabelSelector) bool {
 }
 
 func TestTimeToStop(t *testing.T) {
-	testManifests(t, func(t *testing.T, m *manifests) {
-		timeout, err := time.ParseDuration(m.config.Data["SHUTDOWN_TIMEOUT"])
-		if err != nil {
-			t.Fatal(err)
-		}
-		sleep := time.Duration(m.container().Lifecycle.PreStop.Sleep.Seconds) * time.Second
-		grace := time.Duration(*m.pod().TerminationGracePeriodSeconds) * time.Second
-		if grace < sleep+timeout+2*time.Second {
-			t.Errorf("a pod gets %v to end; it sleeps for %v, and the service may take %v", grace, sleep, timeout)
-		}
-	})
+	for variant, m := range allManifests(t) {
+		t.Run(variant, func(t *testing.T) {
+			timeout, err := time.ParseDuration(m.config.Data["SHUTDOWN_TIMEOUT"])
+			if err != nil {
+				t.Fatal(err)
+			}
+			sleep := time.Duration(m.container().Lifecycle.PreStop.Sleep.Seconds) * time.Second
+			grace := time.Duration(*m.pod().TerminationGracePeriodSeconds) * time.Second
+			if grace < sleep+timeout+2*time.Second {
+				t.Errorf("a pod gets %v to end; it sleeps for %v, and the service may take %v", grace, sleep, timeout)
+			}
+		})
+	}
 }
 
 func TestBudgetLeavesAMajority(t *testing.T) {
-	testManifests(t, func(t *testing.T, m *manifests) {
-		if got, most := m.budget.Spec.MaxUnavailable.IntVal, (*m.set.Spec.Replicas-1)/2; got < 1 || got > most {
-			t.Errorf("the budget lets %d pods go; want 1 to %d", got, most)
-		}
-	})
+	for variant, m := range allManifests(t) {
+		t.Run(variant, func(t *testing.T) {
+			if got, most := m.budget.Spec.MaxUnavailable.IntVal, (*m.set.Spec.Replicas-1)/2; got < 1 || got > most {
+				t.Errorf("the budget lets %d pods go; want 1 to %d", got, most)
+			}
+		})
+	}
 }
 
 func TestMemory(t *testing.T) {
-	testManifests(t, func(t *testing.T, m *manifests) {
-		limit := m.container().Resources.Limits.Memory().Value()
-		goLimit, err := strconv.ParseInt(m.env(t, "raftstarter-0")["GOMEMLIMIT"], 10, 64)
-		if err != nil || goLimit > limit*9/10 || goLimit < limit/2 {
-			t.Errorf("GOMEMLIMIT is %d, of a limit of %d; want half of it to nine tenths; error %v", goLimit, limit, err)
-		}
-	})
+	for variant, m := range allManifests(t) {
+		t.Run(variant, func(t *testing.T) {
+			limit := m.container().Resources.Limits.Memory().Value()
+			goLimit, err := strconv.ParseInt(m.env(t, "raftstarter-0")["GOMEMLIMIT"], 10, 64)
+			if err != nil || goLimit > limit*9/10 || goLimit < limit/2 {
+				t.Errorf("GOMEMLIMIT is %d, of a limit of %d; want half of it to nine tenths; error %v", goLimit, limit, err)
+			}
+		})
+	}
 }
 
 func TestState(t *testing.T) {
-	testManifests(t, func(t *testing.T, m *manifests) {
-		env, claims := m.env(t, "raftstarter-0"), m.set.Spec.VolumeClaimTemplates
-		if env["KV_STORE"] == "memory" {
-			if len(claims) != 0 || env["STATE_DIR"] != "" {
-				t.Error("a memory store has volumes or a STATE_DIR")
+	for variant, m := range allManifests(t) {
+		t.Run(variant, func(t *testing.T) {
+			env, claims := m.env(t, "raftstarter-0"), m.set.Spec.VolumeClaimTemplates
+			if env["KV_STORE"] == "memory" {
+				if len(claims) != 0 || env["STATE_DIR"] != "" {
+					t.Error("a memory store has volumes or a STATE_DIR")
+				}
+				return
 			}
-			return
-		}
-		retention := m.set.Spec.PersistentVolumeClaimRetentionPolicy
-		if len(claims) != 1 || retention.WhenDeleted != appsv1.RetainPersistentVolumeClaimRetentionPolicyType || retention.WhenScaled != retention.WhenDeleted {
-			t.Fatalf("want one claim, that is always kept; got %v, %v", claims, retention)
-		}
-		i := slices.IndexFunc(m.container().VolumeMounts, func(v corev1.VolumeMount) bool { return v.Name == claims[0].Name })
-		if i < 0 || filepath.Dir(env["STATE_DIR"]) != m.container().VolumeMounts[i].MountPath {
-			t.Errorf("STATE_DIR %q is not a directory in the volume", env["STATE_DIR"])
-		}
-	})
+			retention := m.set.Spec.PersistentVolumeClaimRetentionPolicy
+			if len(claims) != 1 || retention.WhenDeleted != appsv1.RetainPersistentVolumeClaimRetentionPolicyType || retention.WhenScaled != retention.WhenDeleted {
+				t.Fatalf("want one claim, that is always kept; got %v, %v", claims, retention)
+			}
+			i := slices.IndexFunc(m.container().VolumeMounts, func(v corev1.VolumeMount) bool { return v.Name == claims[0].Name })
+			if i < 0 || filepath.Dir(env["STATE_DIR"]) != m.container().VolumeMounts[i].MountPath {
+				t.Errorf("STATE_DIR %q is not a directory in the volume", env["STATE_DIR"])
+			}
+		})
+	}
 }
 
 // TestService checks the manifests against the service itself: it takes their configuration, and it has the paths of the probes.
 func TestService(t *testing.T) {
 	binary := filepath.Join(t.TempDir(), "raftstarter")
-	if out, err := exec.Command("go", "build", "-C", root, "-o", binary, ".").CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-C", root, "-o", binary, ".").CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	help, err := exec.Command(binary, "--help").Output()
+	help, err := exec.CommandContext(t.Context(), binary, "--help").Output()
 	if err != nil {
 		t.Fatal(err)
 	}
-	testManifests(t, func(t *testing.T, m *manifests) {
-		for name := range m.config.Data {
-			if !bytes.Contains(help, []byte("\n  "+name)) {
-				t.Errorf("the ConfigMap has %s, which the service does not know", name)
+	for variant, m := range allManifests(t) {
+		t.Run(variant, func(t *testing.T) {
+			for name := range m.config.Data {
+				if !bytes.Contains(help, []byte("\n  "+name)) {
+					t.Errorf("the ConfigMap has %s, which the service does not know", name)
+				}
 			}
-		}
-		for _, pod := range m.podNames() {
-			command := exec.Command(binary, "--healthcheck") // it exits 2 when the configuration will not do
-			command.Env = environ(m.env(t, pod))
-			if out, err := command.CombinedOutput(); command.ProcessState.ExitCode() == 2 {
-				t.Errorf("%s: %v\n%s", pod, err, out)
+			for _, pod := range m.podNames() {
+				env := m.env(t, pod)
+				m.mountSecrets(t, env)
+				command := exec.CommandContext(t.Context(), binary, "--healthcheck") // it exits 2 when the configuration will not do
+				command.Env = environ(env)
+				if out, err := command.CombinedOutput(); command.ProcessState.ExitCode() == 2 {
+					t.Errorf("%s: %v\n%s", pod, err, out)
+				}
 			}
-		}
 
-		env := m.env(t, "raftstarter-0")
-		env["HTTP_ADDR"], env["HTTP_PORT"], env["RAFT_ADDR"], env["RAFT_PORT"] = "127.0.0.1", freePort(t), "127.0.0.1", freePort(t)
-		env["STATE_DIR"] = t.TempDir()
-		node := exec.Command(binary)
-		node.Env = environ(env)
-		node.Stderr = t.Output()
-		if err := node.Start(); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			_ = node.Process.Kill()
-			_ = node.Wait()
+			env := m.env(t, "raftstarter-0")
+			m.mountSecrets(t, env)
+			env["HTTP_ADDR"], env["HTTP_PORT"], env["RAFT_ADDR"], env["RAFT_PORT"] = "127.0.0.1", freePort(t), "127.0.0.1", freePort(t)
+			env["STATE_DIR"] = t.TempDir()
+			node := exec.CommandContext(t.Context(), binary)
+			node.Env = environ(env)
+			node.Stderr = t.Output()
+			if err := node.Start(); err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = node.Wait() }) // the test's context, which ends before, kills it
+			c := m.container()
+			for name, probe := range map[string]*corev1.Probe{"startup": c.StartupProbe, "liveness": c.LivenessProbe, "readiness": c.ReadinessProbe} {
+				if m.number(probe.HTTPGet.Port) != m.port("http") {
+					t.Errorf("the %s probe asks port %v", name, probe.HTTPGet.Port)
+				}
+				scheme := cmp.Or(strings.ToLower(string(probe.HTTPGet.Scheme)), "http")
+				status := get(t, scheme+"://127.0.0.1:"+env["HTTP_PORT"]+probe.HTTPGet.Path)
+				// Alone, with peers whose names nobody knows, a node lives and is not ready.
+				if want := map[bool]int{true: http.StatusServiceUnavailable, false: http.StatusOK}[name == "readiness"]; status != want {
+					t.Errorf("the %s probe's path %s is answered %d; want %d", name, probe.HTTPGet.Path, status, want)
+				}
+			}
 		})
-		c := m.container()
-		for name, probe := range map[string]*corev1.Probe{"startup": c.StartupProbe, "liveness": c.LivenessProbe, "readiness": c.ReadinessProbe} {
-			if m.number(probe.HTTPGet.Port) != m.port("http") {
-				t.Errorf("the %s probe asks port %v", name, probe.HTTPGet.Port)
-			}
-			status := get(t, "http://127.0.0.1:"+env["HTTP_PORT"]+probe.HTTPGet.Path)
-			// Alone, with peers whose names nobody knows, a node lives and is not ready.
-			if want := map[bool]int{true: http.StatusServiceUnavailable, false: http.StatusOK}[name == "readiness"]; status != want {
-				t.Errorf("the %s probe's path %s is answered %d; want %d", name, probe.HTTPGet.Path, status, want)
-			}
-		}
-	})
+	}
 }
 
 func environ(env map[string]string) []string {
@@ -445,8 +492,14 @@ func freePort(t *testing.T) string {
 // get returns the status of the answer, which a process that has just been started may take a moment to give.
 func get(t *testing.T, url string) int {
 	t.Helper()
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}} // as kubelet does
+	defer client.CloseIdleConnections()
 	for end := time.Now().Add(10 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		response, err := http.Get(url)
+		request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, http.NoBody)
+		if err != nil {
+			t.Fatal(err)
+		}
+		response, err := client.Do(request)
 		if err == nil {
 			_ = response.Body.Close()
 			return response.StatusCode
