@@ -420,3 +420,34 @@ func TestProcessUnderAttack(t *testing.T) {
 		})
 	}
 }
+
+// The largest bodies that there may be cost a bounded memory, and so do the deepest values.
+func TestProcessLargestBodies(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("memory is read from /proc")
+	}
+	p := newProc(t, map[string]string{"KV_STORE": storeMemory, "MAX_BODY_BYTES": fmt.Sprint(maxBodyBytes)})
+	p.start()
+	p.await(http.StatusOK, http.MethodGet, "/readyz", "")
+	const members, deepest = 1_000_000, 10_000
+	var object strings.Builder
+	for i := range members {
+		fmt.Fprintf(&object, `,"k%d":%d`, i, i%10)
+	}
+	p.expect(http.StatusOK, http.MethodPost, "/key", "{"+object.String()[1:]+"}")
+	p.has("k999999", "9", "")
+	p.expect(http.StatusBadRequest, http.MethodPost, "/key", "{"+object.String()[1:]+`,"k0":1}`)
+	deep := strings.Repeat("[", deepest) + strings.Repeat("]", deepest)
+	p.put("deep", deep)
+	p.has("deep", deep, "")
+	if a := p.expect(http.StatusBadRequest, http.MethodPut, "/key/deep", "["+deep+"]"); !strings.Contains(a.body, "depth") {
+		t.Errorf("got %s; want it to name the depth", a.body)
+	}
+	p.expect(http.StatusBadRequest, http.MethodPost, "/key", strings.Repeat(`{"a":`, maxBodyBytes/5))
+	p.expect(http.StatusRequestEntityTooLarge, http.MethodPut, "/key/large", strings.Repeat("1", maxBodyBytes+1))
+	mb := residentMB(t, p.cmd.Process.Pid)
+	t.Logf("%d MB resident at most, of which a million keys take about 200", mb)
+	if mb > 900 {
+		t.Errorf("got %d MB resident; want 900 at most", mb)
+	}
+}

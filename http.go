@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode/utf8"
@@ -114,7 +115,7 @@ func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	pairs, err := splitObject(object)
+	pairs, err := splitObject(string(object))
 	if err != nil {
 		return badRequest("%v", err)
 	}
@@ -305,39 +306,45 @@ func appendJSONString(b []byte, s string) []byte {
 }
 
 // splitObject returns the members of an object, given as valid JSON without insignificant white space. encoding/json
-// would lose duplicate members, the digits of numbers and the way strings are escaped.
-func splitObject(b []byte) ([]Pair, error) {
-	if b[0] != '{' {
+// would lose duplicate members, the digits of numbers and the way strings are escaped. What it returns shares the memory of
+// what it is given, and takes little beside it: an object may have a million members.
+func splitObject(object string) ([]Pair, error) {
+	if object[0] != '{' {
 		return nil, errors.New("the body must be a JSON object of keys and values")
 	}
 	var pairs []Pair
-	seen := make(map[string]bool)
-	for b = b[1:]; b[0] != '}'; b = bytes.TrimPrefix(b, []byte(",")) {
-		n := valueLen(b)
-		key, err := unquote(b[:n])
+	for rest := object[1:]; rest[0] != '}'; rest = strings.TrimPrefix(rest, ",") {
+		n := valueLen(rest)
+		key, err := unquote(rest[:n])
 		if err == nil {
 			err = checkKey(key)
 		}
 		if err != nil {
 			return nil, err
 		}
-		if seen[key] {
+		rest = rest[n+1:] // and the colon
+		n = valueLen(rest)
+		pairs = append(pairs, Pair{key, rest[:n]})
+		rest = rest[n:]
+	}
+	keys := make([]string, len(pairs))
+	for i, p := range pairs {
+		keys[i] = p.Key
+	}
+	slices.Sort(keys)
+	for i := range keys[min(1, len(keys)):] {
+		if keys[i] == keys[i+1] {
 			return nil, errors.New("a key is given more than once; which value is meant cannot be known")
 		}
-		seen[key] = true
-		b = b[n+1:] // and the colon
-		n = valueLen(b)
-		pairs = append(pairs, Pair{key, string(b[:n])})
-		b = b[n:]
 	}
 	return pairs, nil
 }
 
-// valueLen returns the length of the JSON value at the beginning of b.
-func valueLen(b []byte) int {
+// valueLen returns the length of the JSON value at the beginning of s.
+func valueLen(s string) int {
 	depth, quoted := 0, false
 	for i := 0; ; i++ {
-		switch c := b[i]; {
+		switch c := s[i]; {
 		case quoted && c == '\\':
 			i++
 			continue
@@ -353,9 +360,9 @@ func valueLen(b []byte) int {
 		// A value ends with its closing quote or bracket; a number or name ends before what follows it.
 		if depth == 0 && !quoted {
 			switch {
-			case b[i] == '"' || b[i] == '}' || b[i] == ']':
+			case s[i] == '"' || s[i] == '}' || s[i] == ']':
 				return i + 1
-			case i+1 == len(b) || bytes.IndexByte([]byte(",:}]"), b[i+1]) >= 0:
+			case i+1 == len(s) || strings.IndexByte(",:}]", s[i+1]) >= 0:
 				return i + 1
 			}
 		}
@@ -363,9 +370,9 @@ func valueLen(b []byte) int {
 }
 
 // unquote decodes a JSON string. encoding/json would replace a lone surrogate, and so make one key of many.
-func unquote(quoted []byte) (string, error) {
-	if bytes.IndexByte(quoted, '\\') < 0 {
-		return string(quoted[1 : len(quoted)-1]), nil
+func unquote(quoted string) (string, error) {
+	if strings.IndexByte(quoted, '\\') < 0 {
+		return quoted[1 : len(quoted)-1], nil
 	}
 	for i := 0; i < len(quoted); i++ {
 		if quoted[i] != '\\' {
@@ -380,21 +387,21 @@ func unquote(quoted []byte) (string, error) {
 		if high == 0 {
 			continue
 		}
-		if high == 1 && bytes.HasPrefix(quoted[i+1:], []byte(`\u`)) && surrogate(quoted[i+3:]) == 2 {
+		if high == 1 && strings.HasPrefix(quoted[i+1:], `\u`) && surrogate(quoted[i+3:]) == 2 {
 			i += 6
 			continue
 		}
 		return "", errors.New("a key holds half of a surrogate pair, so it is no text")
 	}
 	var s string
-	err := json.Unmarshal(quoted, &s)
+	err := json.Unmarshal([]byte(quoted), &s)
 	return s, err
 }
 
 // surrogate says what four hexadecimal digits stand for: the first half of a surrogate pair (1), the second (2), or
 // neither (0).
-func surrogate(hex []byte) int {
-	n, err := strconv.ParseUint(string(hex[:4]), 16, 16)
+func surrogate(hex string) int {
+	n, err := strconv.ParseUint(hex[:4], 16, 16)
 	switch {
 	case err != nil || n < 0xd800 || n > 0xdfff:
 		return 0
