@@ -162,13 +162,18 @@ func TestRoomForLargeRequests(t *testing.T) {
 	n.server.room.most = 500 << 10
 
 	// A client that sends its body slowly holds what it has sent.
-	conn, err := net.Dial("tcp", n.web.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
+	const part = 300 << 10
+	begin := func() net.Conn {
+		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", n.web.Listener.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, _ = fmt.Fprintf(conn, "PUT /key/large HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%s", len(large), large[:part])
+		waitFor(t, "the body to arrive", func() bool { return used() >= part-smallBytes })
+		return conn
 	}
+	conn := begin()
 	defer conn.Close()
-	fmt.Fprintf(conn, "PUT /key/large HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%s", len(large), large[:300<<10])
-	waitFor(t, "the body to arrive", func() bool { return used() >= 280<<10 })
 	for _, method := range []string{http.MethodPut, http.MethodGet} {
 		body := map[bool]string{true: large, false: ""}[method == http.MethodPut]
 		if a := request(t, method, n.url+"/key/large", body); a.status != 503 || a.header.Get("Retry-After") == "" || a.header.Get("ETag") != "" {
@@ -178,24 +183,19 @@ func TestRoomForLargeRequests(t *testing.T) {
 	want(t, n, 503, http.MethodGet, "/key?prefix=", "")
 	put(t, n, "small", "2")
 	wantValue(t, n, "small", "2")
-	_, _ = io.WriteString(conn, large[300<<10:])
+	_, _ = io.WriteString(conn, large[part:])
 	waitFor(t, "the room to be given back", func() bool { return used() == 0 })
 	put(t, n, "large", large)
 	wantValue(t, n, "large", large)
 
 	// Nor does one that goes away keep any.
-	gone, err := net.Dial("tcp", n.web.Listener.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	fmt.Fprintf(gone, "PUT /key/large HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%s", len(large), large[:300<<10])
-	waitFor(t, "the body to arrive", func() bool { return used() >= 280<<10 })
-	_ = gone.Close()
+	_ = begin().Close()
 	waitFor(t, "the room to be given back", func() bool { return used() == 0 })
 }
 
 // secureProcs returns three nodes under TLS, with one token.
 func secureProcs(t *testing.T) (ca *testCA, tokenFile string, nodes []*proc) {
+	t.Helper()
 	ca, nodes = newTestCA(t), newProcs(t, nil)
 	tokenFile = filepath.Join(t.TempDir(), "tokens")
 	if err := os.WriteFile(tokenFile, []byte("the-token\n"), 0o600); err != nil {

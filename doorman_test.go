@@ -54,6 +54,7 @@ type hall struct {
 }
 
 func newHall(t *testing.T, most, each int) *hall {
+	t.Helper()
 	h := &hall{t: t, next: make(chan net.Conn, 1)}
 	h.doorman = newDoorman(&pretender{next: h.next}, most, each, func() { h.crowded++ })
 	return h

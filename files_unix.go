@@ -10,5 +10,5 @@ func maxFiles() int {
 	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) != nil {
 		return 1024
 	}
-	return int(min(limit.Cur, 1<<20)) //nolint:unconvert // it is signed on some systems
+	return int(min(limit.Cur, 1<<20))
 }

@@ -207,7 +207,7 @@ func (n *network) greet(conn net.Conn) (net.Conn, hello, error) {
 	var cert *x509.Certificate // the other node's
 	if n.certs != nil {
 		inner := tls.Server(conn, n.certs.get().toUs)
-		if err := inner.Handshake(); err != nil {
+		if err := inner.HandshakeContext(context.Background()); err != nil { // the deadline ends it
 			return conn, hello{}, &refusal{"tls", fmt.Errorf("TLS: %w", err)}
 		}
 		cert = inner.ConnectionState().PeerCertificates[0]
