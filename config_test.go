@@ -346,6 +346,27 @@ func TestLoadConfigAllProblemsAtOnce(t *testing.T) {
 	}
 }
 
+// A file of secrets that everybody can read works, but the operator hears of it.
+func TestLoadConfigReadableSecrets(t *testing.T) {
+	env := testEnv(newTestCA(t).node("node1"))
+	env["HTTP_TOKEN_FILE"] = filepath.Join(t.TempDir(), "tokens")
+	if err := os.WriteFile(env["HTTP_TOKEN_FILE"], []byte("token"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got := mustLoadConfig(t, env).Warnings; len(got) > 0 {
+		t.Errorf("got %q for files of this user alone; want none", got)
+	}
+	for _, name := range []string{"HTTP_TOKEN_FILE", "TLS_CERT_FILE", "TLS_KEY_FILE", "TLS_CA_FILE"} {
+		if err := os.Chmod(env[name], 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got := mustLoadConfig(t, env).Warnings
+	if len(got) != 2 || !strings.HasPrefix(got[0], "HTTP_TOKEN_FILE=") || !strings.HasPrefix(got[1], "TLS_KEY_FILE=") || !strings.Contains(got[1], "chmod o-rwx") {
+		t.Errorf("got %q; want a warning of the tokens and one of the key, with the cure", got)
+	}
+}
+
 func countPrefix(lines []string, prefix string) (n int) {
 	for _, line := range lines {
 		if strings.HasPrefix(line, prefix) {
