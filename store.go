@@ -34,6 +34,7 @@ const (
 	leaseTimeout     = heartbeatTimeout
 	electionTimeout  = heartbeatTimeout + time.Millisecond   // no shorter than any heartbeat timeout that hurry sets
 	doubtAfter       = heartbeatTimeout - heartbeatTimeout/5 // heartbeats to two nodes are so far apart at most
+	commitTimeout    = 250 * time.Millisecond                // within twice that an idle leader repeats what is committed; see spread
 	maxAppendEntries = 64
 )
 
@@ -63,7 +64,10 @@ type Store struct {
 	running      chan struct{}             // closed when raft and transport are set
 	transport    *transport
 	observations chan raft.Observation // from Raft, lossy
-	lastLeader   string                // that was known. Only for watch
+	lastLeader   string                // that was known. Only for watch, as the next two
+	lastApplied  uint64                // by this node as the leader, at the last look
+	spreadTo     uint64                // up to which the others have been told what is committed
+	spreading    atomic.Bool           // they are being told
 	ready        atomic.Uint64         // the term in which this node, as leader, has executed all of earlier terms
 	caughtUp     atomic.Bool           // since it started, this node has once had all that was committed
 	handing      atomic.Bool           // leadership is being handed over: no more entries
@@ -190,7 +194,7 @@ func (s *Store) startRaft() (err error) {
 	conf.LocalID = raft.ServerID(s.cfg.NodeID)
 	conf.Logger = s.log.Named("raft")
 	conf.HeartbeatTimeout, conf.ElectionTimeout, conf.LeaderLeaseTimeout = heartbeatTimeout, electionTimeout, leaseTimeout
-	conf.MaxAppendEntries = maxAppendEntries
+	conf.MaxAppendEntries, conf.CommitTimeout = maxAppendEntries, commitTimeout
 	conf.SnapshotThreshold = s.cfg.SnapshotThreshold
 	conf.SnapshotInterval = s.cfg.SnapshotInterval
 	conf.TrailingLogs = s.cfg.TrailingLogs
@@ -420,7 +424,7 @@ func (s *Store) tellCommitted(id string, term, index uint64) {
 		return // compacted: the follower is far behind and gets a snapshot
 	}
 	self := []byte(s.cfg.NodeID)
-	err := s.transport.AppendEntries(raft.ServerID(id), raft.ServerAddress(id), &raft.AppendEntriesRequest{
+	err := s.transport.NetworkTransport.AppendEntries(raft.ServerID(id), raft.ServerAddress(id), &raft.AppendEntriesRequest{
 		RPCHeader:    raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: self, Addr: self},
 		Term:         term,
 		PrevLogEntry: index, PrevLogTerm: entry.Term, LeaderCommitIndex: index,
@@ -428,6 +432,30 @@ func (s *Store) tellCommitted(id string, term, index uint64) {
 	if err != nil {
 		s.log.Debug("telling a follower what is committed failed", "node", id, "error", err)
 	}
+}
+
+// spread has the leader tell the others what is committed when no entry has come for a watchInterval: stale reads through them
+// should not be old for longer. Raft would do it by asking each of them all the time, which is most of an idle node's work.
+func (s *Store) spread(r *raft.Raft) {
+	if r == nil || r.State() != raft.Leader {
+		return
+	}
+	term, applied := r.CurrentTerm(), s.replica.applied.load()
+	if applied != s.lastApplied || applied == s.spreadTo || !s.spreading.CompareAndSwap(false, true) {
+		s.lastApplied = applied
+		return
+	}
+	s.spreadTo = applied
+	s.wg.Go(func() {
+		defer s.spreading.Store(false)
+		var all sync.WaitGroup
+		for _, m := range s.members() {
+			if id := string(m.ID); id != s.cfg.NodeID {
+				all.Go(func() { s.tellCommitted(id, term, applied) })
+			}
+		}
+		all.Wait()
+	})
 }
 
 // watch notices every change of state: at once when Raft says so, and else at the next look, since what Raft says may
@@ -446,6 +474,7 @@ func (s *Store) watch() {
 		case <-s.ctx.Done():
 			return
 		}
+		s.spread(r)
 		switch {
 		case r == nil || r.State() != raft.Follower || s.Leader() == "" || time.Since(r.LastContact()) < heartbeatTimeout:
 			silent, turn = 0, 1+rand.IntN(hurryTurns)
