@@ -82,7 +82,6 @@ func (d *disk) loseUnsynced() {
 	}
 	defer root.Close()
 	flag := noLogFlush
-	//nolint:gosec // an ioctl takes the address of its argument
 	if _, _, err := syscall.Syscall(syscall.SYS_IOCTL, root.Fd(), shutdown, uintptr(unsafe.Pointer(&flag))); err != 0 {
 		d.t.Fatalf("shut the disk down: %v", err)
 	}

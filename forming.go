@@ -233,6 +233,9 @@ func (f *formation) askAll(ctx context.Context, nodes []string) map[string]holdi
 			if err == nil {
 				err = json.Unmarshal(answer, &h)
 			}
+			if err == nil {
+				err = checkClusterID(h.Cluster)
+			}
 			if err != nil {
 				f.log.Debug("a node does not say what it holds", "node", node, "error", err)
 				return
@@ -244,6 +247,14 @@ func (f *formation) askAll(ctx context.Context, nodes []string) map[string]holdi
 	}
 	wg.Wait()
 	return answers
+}
+
+// checkClusterID refuses what another node has made up and no hello could carry: with it this one would be left alone.
+func checkClusterID(id string) error {
+	if len(id) > 255 {
+		return fmt.Errorf("a cluster id of %d bytes is too long", len(id))
+	}
+	return nil
 }
 
 // others returns the ids of the other nodes in PEERS.

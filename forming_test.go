@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -673,6 +674,25 @@ func TestWipedNodeIsBroughtBack(t *testing.T) {
 }
 
 // Whoever speaks in a cluster's name makes a node look again at once, and never blocks.
+// No hello could carry such an id, so a node that took it would never be heard again.
+func TestClusterIDThatIsTooLongIsNotTaken(t *testing.T) {
+	t.Parallel()
+	_, nodes := newPeerNodes(t, "a", "b")
+	f, s := &formation{log: hclog.NewNullLogger(), peers: nodes[0].peers}, &Store{peers: nodes[0].peers}
+	for _, length := range []int{255, 256} {
+		answer := func(context.Context, string, []byte) ([]byte, error) {
+			return fmt.Appendf(nil, `{"cluster":%q,"leads":true}`, strings.Repeat("c", length)), nil
+		}
+		nodes[1].handlers = map[byte]handler{opHolding: answer, opAdmit: answer}
+		if answers := f.askAll(t.Context(), []string{"b"}); len(answers) != 256-length {
+			t.Errorf("got %v with an id of %d bytes", answers, length)
+		}
+		if a, err := s.askAdmission(t.Context(), "b"); (err == nil) != (length == 255) {
+			t.Errorf("got %v, error %v with an id of %d bytes", a, err, length)
+		}
+	}
+}
+
 func TestHearNeverBlocks(t *testing.T) {
 	f := newTestFormation(t, "node1", 3)
 	for range 3 {

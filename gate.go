@@ -38,6 +38,9 @@ func (s *Store) askAdmission(ctx context.Context, leader string) (a admission, e
 	if err == nil {
 		err = json.Unmarshal(answer, &a)
 	}
+	if err == nil {
+		err = checkClusterID(a.Cluster)
+	}
 	return a, err
 }
 
