@@ -47,6 +47,7 @@ until_true() {
   done
 }
 
+uids() { kubectl get pods -l "$label" -o 'jsonpath={.items[*].metadata.uid}'; } # in the order of the pods' names
 field() { kubectl get pod "$1" -o "jsonpath=$2"; }
 
 # renewed POD UID tells whether POD is another than that with UID, and ready.
@@ -56,7 +57,7 @@ renewed() {
   [[ $state == *" True" && $state != "$2 "* ]]
 }
 
-http() { curl -fsS -m 15 "$@"; }
+http() { curl -fsS -m 15 --retry 10 --retry-delay 1 --retry-connrefused "$@"; }
 pod_url() { # of a pod, by its name
   if [[ $via == proxy ]]; then
     echo "$api/pods/$1:11000/proxy"
@@ -64,24 +65,29 @@ pod_url() { # of a pod, by its name
     echo "http://$(field "$1" '{.status.podIP}'):11000"
   fi
 }
-leader() { http "$service/status" | sed -n 's/.*"leader":"\([^"]*\)".*/\1/p'; }
+leader() { curl -fsS -m 5 "$service/status" | sed -n 's/.*"leader":"\([^"]*\)".*/\1/p'; }
 
 start_load() {
-  "$tmp/load" "$service" <>"$tmp/end" >"$tmp/load.out" 2>&1 &
+  "$tmp/load" "$service" <>"$tmp/lines" >"$tmp/load.out" 2>&1 &
   load=$!
   background+=("$load")
   sleep 2
 }
 
 stop_load() {
+  echo stop >"$tmp/lines"
+  until_true 30 "the load has stopped" test -s "$tmp/load.out"
+}
+
+check_load() { # looks for what was written, through every pod
   local pod urls=() code=0
-  sleep 2
   for pod in "${names[@]}"; do urls+=("$(pod_url "$pod")"); done
-  echo "${urls[*]}" >"$tmp/end"
+  echo "${urls[*]}" >"$tmp/lines"
   wait "$load" || code=$?
   unset 'background[-1]'
   say "load: $(<"$tmp/load.out")"
   ((code == 0)) || die "the load has seen what it should not"
+  say "every pod has every write that was acknowledged"
 }
 
 evict() { # as kubectl drain does; the answer is in $tmp/out
@@ -89,29 +95,31 @@ evict() { # as kubectl drain does; the answer is in $tmp/out
     <<<"{\"apiVersion\":\"policy/v1\",\"kind\":\"Eviction\",\"metadata\":{\"name\":\"$1\"}}"
 }
 
-trap cleanup EXIT
+trap 'rm -rf "$tmp"' EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 go -C _scripts/k8s build -o "$tmp/load" .
-mkfifo "$tmp/end"
+mkfifo "$tmp/lines"
 
 # A kubeconfig of our own, whose namespace is ours; everything below uses kubectl as its user would.
 kubectl config view --raw --minify --flatten >"$tmp/kubeconfig"
 export KUBECONFIG=$tmp/kubeconfig
 kubectl config set-context --current --namespace="$namespace" >/dev/null
 kubectl create namespace "$namespace"
+trap cleanup EXIT
 kubectl label namespace "$namespace" pod-security.kubernetes.io/enforce=restricted >/dev/null
 
 say "== install"
 start=$(now)
 _scripts/install.sh
 took 60 "$start" "all pods are ready"
-again=$(_scripts/install.sh)
-[[ $again != *configured* ]] || die "a second install changes something: $again"
+before=$(uids)
+_scripts/install.sh >"$tmp/out"
+[[ $(uids) == "$before" ]] || die "a second install has replaced pods: $(<"$tmp/out")"
 
 service=http://$(kubectl get service raftstarter -o 'jsonpath={.spec.clusterIP}'):11000
 via=${VIA:-direct}
-if [[ $via == proxy ]] || ! curl -s -m 3 -o "$tmp/out" "$service/livez"; then
+if [[ $via == proxy ]] || ! curl -s -m 5 --retry 5 --retry-delay 1 --retry-connrefused -o "$tmp/out" "$service/livez"; then
   via=proxy
   kubectl proxy --port=0 >"$tmp/proxy" &
   background+=($!)
@@ -140,21 +148,19 @@ took 10 "$start" "another leader, $(leader),"
 until_true 60 "$old is ready again" renewed "$old" "$uid"
 took 60 "$start" "$old is ready again, followed from $ip to $(field "$old" '{.status.podIP}'),"
 stop_load
+check_load
 
 say "== all pods are deleted at once, by force"
-uids=()
-for pod in "${names[@]}"; do uids+=("$(field "$pod" '{.metadata.uid}')"); done
+start_load
+stop_load
+read -ra gone <<<"$(uids)"
 start=$(now)
 kubectl delete pod "${names[@]}" --grace-period=0 --force 2>/dev/null
 for i in 0 1 2; do
-  until_true 60 "${names[i]} is ready again" renewed "${names[i]}" "${uids[i]}"
+  until_true 60 "${names[i]} is ready again" renewed "${names[i]}" "${gone[i]}"
 done
 took 60 "$start" "all pods are ready again"
-for pod in "${names[@]}"; do
-  answer=$(http "$(pod_url "$pod")/key/first")
-  [[ $answer == '{"first":"kept"}' ]] || die "$pod answers $answer"
-done
-say "every pod still answers $answer"
+check_load
 
 say "== rolling restart, under load"
 start_load
@@ -163,6 +169,7 @@ kubectl rollout restart statefulset/raftstarter
 kubectl rollout status statefulset/raftstarter --timeout=3m >"$tmp/out" || die "$(<"$tmp/out")"
 took 120 "$start" "all pods are restarted"
 stop_load
+check_load
 
 say "== drains respect the budget"
 uid=$(field raftstarter-0 '{.metadata.uid}')

@@ -3,9 +3,9 @@
 //	load URL
 //
 // Each client writes keys of its own through the service at URL and reads each back at once, until a line comes on standard
-// input. It holds the URLs of all pods, and every key that was acknowledged is looked for through every one. A request is
-// tried again only when the answer is 503 with Retry-After, or when no connection came about, so that nothing was sent.
-// Whatever else goes wrong has failed. Load exits 1 if anything failed or is lost.
+// input. The next line holds the URLs of all pods, and every key that was acknowledged is looked for through every one. A
+// request is tried again only when the answer is 503 with Retry-After, or when no connection came about, so that nothing was
+// sent. Whatever else goes wrong has failed. Load exits 1 if anything failed or is lost.
 package main
 
 import (
@@ -28,9 +28,8 @@ import (
 )
 
 const (
-	clients  = 8
-	pause    = 20 * time.Millisecond // between two writes of a client
-	patience = 10 * time.Second      // for one request, with all its repetitions
+	clients  = 16
+	patience = 10 * time.Second // for one request, with all its repetitions
 )
 
 func main() {
@@ -53,15 +52,18 @@ type tally struct {
 	slowest     time.Duration // of a write, with its repetitions
 }
 
-func run(service string, end io.Reader) (ok bool) {
+func run(service string, in io.Reader) (ok bool) {
 	t := &tally{acked: make(map[string]bool)}
 	var stop atomic.Bool
 	prefix := fmt.Sprintf("load/%d/", time.Now().UnixNano())
 	var wg sync.WaitGroup
 	for i := range clients {
-		// Half of the clients keep their connections, which stay with one pod until it closes them; the others connect anew
-		// for each request.
-		client := &http.Client{Transport: &http.Transport{DisableKeepAlives: i%2 == 1}}
+		// Half of the clients keep their connection, which stays with one pod until it ends it, and nearly always have a
+		// request on it. The others connect anew for each request.
+		client, pause := &http.Client{Transport: &http.Transport{}}, time.Duration(0)
+		if i%2 == 1 {
+			client, pause = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}, 20*time.Millisecond
+		}
 		wg.Go(func() {
 			for n := 0; !stop.Load(); n++ {
 				t.writeAndRead(client, service, fmt.Sprintf("%s%d/%d", prefix, i, n))
@@ -69,7 +71,8 @@ func run(service string, end io.Reader) (ok bool) {
 			}
 		})
 	}
-	line, err := bufio.NewReader(end).ReadString('\n')
+	lines := bufio.NewScanner(in)
+	lines.Scan()
 	stop.Store(true)
 	wg.Wait()
 	fmt.Printf("%d writes acknowledged and read back; tried again: %d after 503 with Retry-After, %d without a connection; failed: %d; slowest write: %.2f s\n",
@@ -77,8 +80,9 @@ func run(service string, end io.Reader) (ok bool) {
 	for _, failure := range t.failed[:min(len(t.failed), 10)] {
 		fmt.Println("FAILED:", failure)
 	}
-	pods := strings.Fields(line)
-	ok = err == nil && len(pods) > 0 && len(t.failed) == 0 && len(t.acked) > 0
+	lines.Scan()
+	pods := strings.Fields(lines.Text())
+	ok = len(pods) > 0 && len(t.failed) == 0 && len(t.acked) > 0
 	for _, pod := range pods {
 		found, err := t.find(pod, prefix)
 		if err != nil || found < len(t.acked) {
