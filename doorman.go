@@ -10,7 +10,7 @@ import (
 
 const (
 	maxWebConns  = 8192 // at once, in all; less where the process may not open so many files
-	maxRaftConns = 512
+	maxRaftConns = 2048
 	sampled      = 16 // connections looked at for one to close
 )
 

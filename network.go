@@ -149,7 +149,7 @@ func networkOver(listener net.Listener, dialer func(ctx context.Context, network
 		refused:   make(map[string]bool),
 	}
 	most := min(maxRaftConns, maxFiles()/8)
-	n.listener = newDoorman(listener, most, most/2, func() { n.refuses("crowd") })
+	n.listener = newDoorman(listener, most, most*3/4, func() { n.refuses("crowd") })
 	return n
 }
 

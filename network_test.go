@@ -473,7 +473,7 @@ func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer established.Close()
-	idle := make([]net.Conn, 1000)
+	idle := make([]net.Conn, nodes[1].listener.each+500)
 	for i := range idle {
 		idle[i] = dialRaw(t, nodes[1])
 	}
