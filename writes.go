@@ -12,7 +12,7 @@ import (
 )
 
 const (
-	maxBatchBytes   = 256 << 10 // of commands in one log entry, but for a single larger one
+	maxBatchBytes   = 512 << 10 // of commands in one log entry, but for a single larger one
 	batchesInFlight = 2         // entries being committed, or batches being passed on, while the next one gathers
 	largeBatch      = 16        // commands; a leader commits nothing beside an entry of so many
 	maxWaiting      = 32 << 20  // bytes of commands that may wait; beyond it the node is overloaded
