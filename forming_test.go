@@ -520,7 +520,10 @@ func TestFounderThatStoppedBeforeAnybodyJoined(t *testing.T) {
 				t.Parallel()
 				c := unstartedCluster(t, 3, storeBolt)
 				cfg := c.nodes[0].cfg
-				s := openTestStorage(t, storeBolt, cfg.StateDir)
+				s, err := openStorage(cfg, hclog.NewNullLogger(), nil)
+				if err != nil {
+					t.Fatal(err)
+				}
 				for _, step := range steps[:i+1] {
 					if err := step.do(cfg, s); err != nil {
 						t.Fatal(err)

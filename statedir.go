@@ -118,9 +118,9 @@ func claimStateDir(dir, nodeID string, log hclog.Logger) error {
 		return err
 	}
 	path := filepath.Join(dir, nodeIDName)
-	if err = writeSynced(path+tmpSuffix, []byte(nodeID+"\n")); err == nil {
-		err = os.Rename(path+tmpSuffix, path)
+	if err := writeSynced(path+tmpSuffix, []byte(nodeID+"\n")); err != nil {
+		return err
 	}
 	log.Info("the state directory is this node's from now on", "STATE_DIR", dir)
-	return err
+	return os.Rename(path+tmpSuffix, path)
 }
