@@ -19,6 +19,7 @@ import (
 func FuzzHello(f *testing.F) {
 	f.Add(hello{kindRaft, "node1", "node2", "cluster"}.encode())
 	f.Add([]byte("GET / HTTP/1.1\r\n\r\n"))
+	f.Add([]byte("RSTRAFT\x02R\x05node1\x05node2\x00"))
 	f.Add([]byte("\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var h hello

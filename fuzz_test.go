@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -45,6 +46,7 @@ func FuzzCommand(f *testing.F) {
 	} {
 		f.Add(c.encode())
 	}
+	f.Add([]byte{commandVersion, byte(opSet), bitMatch | bitNoneMatch, 1, 1, 1, 2, 1, 1, 'k', 1, '1'})
 	f.Add([]byte{commandVersion, byte(opSet), bitMatch, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f})
 	f.Add([]byte{commandVersion, byte(opDelete), 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f})
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -65,7 +67,7 @@ func FuzzCommand(f *testing.F) {
 }
 
 func FuzzEntry(f *testing.F) {
-	entry := encodeEntry(time.UnixMicro(1), [][]byte{[]byte("a"), nil, []byte("b")})
+	entry := encodeEntry(time.UnixMicro(1e15), [][]byte{[]byte("a"), nil, []byte("b")})
 	f.Add(entry)
 	f.Add(entry[entryHeader:])
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f})
@@ -91,6 +93,7 @@ func FuzzEntry(f *testing.F) {
 func FuzzOutcome(f *testing.F) {
 	f.Add(encodeOutcome(outcome{index: 7, results: [][]byte{[]byte("x"), nil}}))
 	f.Add(encodeOutcome(outcome{err: ErrUnknownOutcome}))
+	f.Add([]byte{0, 7, 1, 'x', 0})
 	f.Add([]byte{0, 7, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		var o outcome
@@ -123,7 +126,7 @@ func FuzzSnapshot(f *testing.F) {
 	m.items.Set("l", Item{Value: "[]", Tag: 1 << 60})
 	f.Add(written(f, m))
 	f.Add([]byte("12345678\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x07"))
-	f.Add([]byte("12345678\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x7f"))
+	f.Add([]byte("12345678\xff\xff\xff\xff\xff\xff\xff\xff\x80\x80\x80\x80\x01"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m, again := newMachine(), newMachine()
 		var install func()
@@ -230,7 +233,8 @@ func FuzzSnapshotMeta(f *testing.F) {
 			return
 		}
 		var m raft.SnapshotMeta
-		if err := json.Unmarshal(meta, &m); err != nil || m.ID != id || m.Size != int64(len("content")) {
+		if err := json.Unmarshal(meta, &m); err != nil || m.ID != id || m.Size != int64(len("content")) ||
+			!bytes.Equal(seal, sealOf(id, m.Index, m.Term, m.ConfigurationIndex, m.Configuration)) {
 			t.Errorf("got %+v, error %v, which was taken for snapshot %s", m, err, id)
 		}
 	})
@@ -266,7 +270,7 @@ func FuzzStanding(f *testing.F) {
 		f.Add(s.encode())
 	}
 	f.Add([]byte{})
-	f.Add([]byte("~1234567"))
+	f.Add([]byte("~12345678"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		s, err := decodeStanding(b)
 		if err == nil && len(b) > 0 && (s.cluster == "" || !bytes.Equal(s.encode(), b)) {
@@ -307,7 +311,7 @@ func FuzzConfig(f *testing.F) {
 		}
 		for _, addr := range []string{cfg.HTTPAddr, cfg.RaftAddr, cfg.RaftAdvertise} {
 			host, port, err := net.SplitHostPort(addr)
-			if same, ok := parsePort(port); err != nil || host == "" || !ok || same != port {
+			if n, err2 := strconv.Atoi(port); err != nil || err2 != nil || host == "" || n < 1 || n > 65535 || strconv.Itoa(n) != port {
 				t.Errorf("got address %q", addr)
 			}
 		}
