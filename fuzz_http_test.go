@@ -307,3 +307,34 @@ func FuzzListing(f *testing.F) {
 		}
 	})
 }
+
+// A request is let in with a line of the file of tokens and with nothing else, and no complaint holds such a line.
+func FuzzTokens(f *testing.F) {
+	f.Add([]byte("first-token-0123\n\n second/token+== \r\n"), "Bearer second/token+==")
+	f.Add([]byte("first-token-0123\n"), "bearer  first-token-0123")
+	f.Add([]byte("first-token-0123\n"), "Basic first-token-0123")
+	f.Add([]byte("first-token-0123\nfirst token 0123\n"), "Bearer ")
+	f.Add([]byte("\n\n"), "")
+	_, complaint := parseTokens("file", []byte("no token")) // the words that may be in it
+	f.Fuzz(func(t *testing.T, content []byte, header string) {
+		lines := make(map[string]bool)
+		for line := range strings.SplitSeq(string(content), "\n") {
+			lines[strings.TrimSpace(line)] = true
+		}
+		delete(lines, "")
+		all, err := parseTokens("file", content)
+		if err != nil {
+			for line := range lines {
+				if len(line) > 12 && strings.Contains(err.Error(), line) && !strings.Contains(complaint.Error(), line) {
+					t.Errorf("got error %q, which holds the line %q", err, line)
+				}
+			}
+			return
+		}
+		scheme, token, _ := strings.Cut(header, " ")
+		want := strings.EqualFold(scheme, "Bearer") && lines[strings.TrimSpace(token)]
+		if got := all.admit(&http.Request{Header: http.Header{"Authorization": {header}}}); got != want || len(lines) == 0 {
+			t.Errorf("got %v for %q with %q", got, header, content)
+		}
+	})
+}
