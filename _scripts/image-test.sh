@@ -110,8 +110,8 @@ field() { docker image inspect -f "$1" "$image"; }
 size=$(field '{{.Size}}')
 ((size < 20000000)) || die "the image has $size bytes"
 [[ $(field '{{.Config.User}}') =~ ^[1-9][0-9]*:[1-9][0-9]*$ ]] || die "the user must be a number, and not root's"
-for label in title description version; do
-  [[ -n $(field "{{index .Config.Labels \"org.opencontainers.image.$label\"}}") ]] || die "the label $label is missing"
+for label in "title Raft Starter" "description A highly available" "version v1.2.3"; do
+  [[ $(field "{{index .Config.Labels \"org.opencontainers.image.${label%% *}\"}}") == "${label#* }"* ]] || die "the image lacks the label $label"
 done
 [[ $(docker run --rm "$image" --version) == v1.2.3 ]] || die "--version does not answer v1.2.3"
 [[ $(docker run --rm "$image" --help) == "usage: raftstarter"* ]] || die "--help does not answer"
