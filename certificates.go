@@ -75,7 +75,8 @@ func readCertificates(cfg *Config, readFile func(path string) ([]byte, os.FileMo
 		return nil, fmt.Errorf("TLS_CERT_FILE is no client's certificate under TLS_CA_FILE, as which this node shows it to its peers: %w", err)
 	}
 	host, _, _ := net.SplitHostPort(cfg.RaftAdvertise)
-	if err := names(chain[0], cfg.NodeID, host); err != nil {
+	isNode := func(id string) bool { return slices.ContainsFunc(cfg.Peers, func(p Peer) bool { return p.ID == id }) }
+	if err := names(chain[0], cfg.NodeID, host, isNode); err != nil {
 		return nil, fmt.Errorf("TLS_CERT_FILE: %w", err)
 	}
 	return c, nil
@@ -92,22 +93,26 @@ func (c *certificates) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage)
 }
 
 // names says whether a certificate is that of the node with this id and host: one of them must be a subject alternative
-// name of it, as it is. A wildcard is nobody's own, and the authority may have signed it for others.
-func names(cert *x509.Certificate, id, host string) error {
+// name of it, as it is. A wildcard is nobody's own, and the authority may have signed it for others. Nor is a host that
+// several nodes share: a certificate with ids of nodes among its names is that of those nodes only.
+func names(cert *x509.Certificate, id, host string, isNode func(id string) bool) error {
 	host = strings.TrimSuffix(host, ".")
 	ip := net.ParseIP(host)
-	if ip != nil && slices.ContainsFunc(cert.IPAddresses, ip.Equal) {
+	switch {
+	case slices.Contains(cert.DNSNames, id):
+		return nil
+	case slices.ContainsFunc(cert.DNSNames, isNode): // and not this one
+	case ip != nil && slices.ContainsFunc(cert.IPAddresses, ip.Equal):
+		return nil
+	case ip == nil && slices.ContainsFunc(cert.DNSNames, func(name string) bool { return strings.EqualFold(name, host) }):
 		return nil
 	}
-	if slices.ContainsFunc(cert.DNSNames, func(name string) bool { return name == id || ip == nil && strings.EqualFold(name, host) }) {
-		return nil
-	}
-	return fmt.Errorf("the certificate names %q %v, and neither node %q nor its host %q, one of which must be a subject alternative name",
-		cert.DNSNames, cert.IPAddresses, id, host)
+	return fmt.Errorf("the certificate is that of %q %v, and not of node %q: its id, or in a certificate without ids its host %q, must be a "+
+		"subject alternative name", cert.DNSNames, cert.IPAddresses, id, host)
 }
 
 // toPeer is for a connection to the node with this id, at this host.
-func (c *certificates) toPeer(id, host string) *tls.Config {
+func (c *certificates) toPeer(id, host string, isNode func(id string) bool) *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{c.own}, ServerName: host,
 		InsecureSkipVerify: true, //nolint:gosec // VerifyConnection checks all that this would, but the id or the host will do
@@ -115,7 +120,7 @@ func (c *certificates) toPeer(id, host string) *tls.Config {
 			if err := c.verify(state.PeerCertificates, x509.ExtKeyUsageServerAuth); err != nil {
 				return err
 			}
-			return names(state.PeerCertificates[0], id, host)
+			return names(state.PeerCertificates[0], id, host, isNode)
 		},
 	}
 }

@@ -164,8 +164,12 @@ func TestCertificateNames(t *testing.T) {
 		{"node2", "10.0.0.2", false},
 		{"", "", false},
 	} {
-		if err := names(cert, tt.id, tt.host); (err == nil) != tt.want {
+		if err := names(cert, tt.id, tt.host, func(string) bool { return false }); (err == nil) != tt.want {
 			t.Errorf("node %q at %q: got %v; want it named: %v", tt.id, tt.host, err, tt.want)
+		}
+		// Ids go before hosts, which nodes may share.
+		if err := names(cert, tt.id, tt.host, func(id string) bool { return id == "node1" }); (err == nil) != (tt.id == "node1") {
+			t.Errorf("node %q at %q: got %v of the certificate of node1; want it for that node only", tt.id, tt.host, err)
 		}
 	}
 }
@@ -193,8 +197,10 @@ func TestOnlyPeersGetIn(t *testing.T) {
 		{"an expired certificate", ca.client(ca.issue(expired, "node1")), hello1, "tls", "expired"},
 		{"a server's certificate", ca.client(ca.issue(only(x509.ExtKeyUsageServerAuth), "node1")), hello1, "tls", "incompatible key usage"},
 		{"a client's certificate of the same authority", ca.client(ca.issue(only(x509.ExtKeyUsageClientAuth), "someone")), hello1, "identity", "someone"},
-		{"another peer's certificate", ca.client(ca.node("node3")), hello1, "identity", `neither node \"node1\"`},
-		{"a wildcard", ca.client(ca.node("*", "*.0.0.1")), hello1, "identity", `neither node \"node1\"`},
+		{"another peer's certificate", ca.client(ca.node("node3")), hello1, "identity", `not of node \"node1\"`},
+		{"another peer's certificate with the host of all", ca.client(ca.node("node3", "127.0.0.1")), hello1, "identity", "node3"},
+		{"a peer's certificate with its host alone", ca.client(ca.node("127.0.0.1")), hello1, "", ""},
+		{"a wildcard", ca.client(ca.node("*", "*.0.0.1")), hello1, "identity", `not of node \"node1\"`},
 		{"a stranger", ca.client(ca.node("node9")), hello{kindRaft, "node9", "node2", "CLUSTER"}, "stranger", "node9"},
 		{"ourselves", ca.client(ca.node("node2")), hello{kindRaft, "node2", "node2", "CLUSTER"}, "stranger", "node2"},
 		{"another cluster", ca.client(ca.node("node1")), hello{kindRaft, "node1", "node2", "OTHER"}, "cluster", "cluster OTHER"},
@@ -206,9 +212,6 @@ func TestOnlyPeersGetIn(t *testing.T) {
 			server := nodes[1]
 			server.cluster.Store("CLUSTER")
 			server.secureWith(t, ca.node("node2"))
-			for _, id := range []string{"node1", "node3"} { // or else the address of this machine would do for all
-				all.set(id, id+".example:1")
-			}
 			all.start(server)
 			accepted := make(chan net.Conn, 1)
 			go func() {

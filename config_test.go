@@ -239,7 +239,7 @@ func TestLoadConfigProblem(t *testing.T) {
 		{"tls authority that is none", own(good, "TLS_CA_FILE", some), []string{"TLS_CA_FILE holds no certificate in PEM"}},
 		{"tls authority of others", own(good, "TLS_CA_FILE", other.node("node1")["TLS_CA_FILE"]), []string{"TLS_CERT_FILE is no server's certificate under TLS_CA_FILE", "unknown authority"}},
 		{"tls certificate that has expired", own(ca.issue(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Hour) }, "node1")), []string{"TLS_CERT_FILE", "expired"}},
-		{"tls certificate of another node", own(ca.node("node2"), "PEERS", two), []string{"TLS_CERT_FILE", `"node2"`, `neither node "node1" nor its host "a"`}},
+		{"tls certificate of another node", own(ca.node("node2"), "PEERS", two), []string{"TLS_CERT_FILE", `"node2"`, `not of node "node1"`}},
 		{"tls certificate for servers only", own(ca.issue(func(c *x509.Certificate) {
 			c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 		}, "node1"), "PEERS", two), []string{"TLS_CERT_FILE is no client's certificate", "incompatible key usage"}},

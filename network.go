@@ -246,7 +246,7 @@ func (n *network) judge(h hello, cert *x509.Certificate) error {
 	}
 	if cert != nil {
 		host, _, _ := net.SplitHostPort(addr)
-		if err := names(cert, h.sender, host); err != nil {
+		if err := names(cert, h.sender, host, n.knows); err != nil {
 			return &refusal{"identity", err}
 		}
 	}
@@ -254,6 +254,12 @@ func (n *network) judge(h hello, cert *x509.Certificate) error {
 		return refuseAs("cluster", "node %q is of cluster %s, node %q of cluster %s", h.sender, h.cluster, n.self, mine)
 	}
 	return n.welcome(h)
+}
+
+// knows says whether there is a node with this id.
+func (n *network) knows(id string) bool {
+	_, known := n.address(id)
+	return known
 }
 
 // refuse takes note of a connection that is refused, and warns once about each way in which a peer and this node do not get
@@ -309,7 +315,7 @@ func (n *network) connect(ctx context.Context, h hello) (net.Conn, error) {
 	}
 	if n.certs != nil {
 		host, _, _ := net.SplitHostPort(addr)
-		inner := tls.Client(conn, n.certs.get().toPeer(h.target, host))
+		inner := tls.Client(conn, n.certs.get().toPeer(h.target, host, n.knows))
 		hurried, cancel := context.WithTimeout(ctx, helloTimeout)
 		defer cancel()
 		if err := inner.HandshakeContext(hurried); err != nil {
