@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -291,5 +292,23 @@ func TestForwardedCommandsGoNoFurther(t *testing.T) {
 	}
 	if _, err := w.handleApply(t.Context(), "node2", []byte{200}); err == nil {
 		t.Error("malformed commands were accepted")
+	}
+}
+
+// What is passed on is a batch, or one large command. Bytes that are neither are not made into a million commands.
+func TestMoreThanABatchIsNotTaken(t *testing.T) {
+	node := newTestNode(t, storeMemory)
+	empty := make([]byte, maxCallBytes)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // such commands stop a node that takes them
+	defer cancel()
+	checkMemory(t, 0, 1<<20, func() {
+		if answer, err := node.writes.handleApply(ctx, "node2", empty); err == nil {
+			t.Errorf("got answer %q; want an error", answer)
+		}
+	})
+	large := command{op: opSet, pairs: []Pair{{"k", `"` + strings.Repeat("x", 2*maxBatchBytes) + `"`}}}.encode()
+	answer, err := node.writes.handleApply(t.Context(), "node2", appendCommands(nil, [][]byte{large}))
+	if o, err2 := decodeOutcome(answer); err != nil || err2 != nil || o.err != nil || len(o.results) != 1 {
+		t.Errorf("got outcome %+v, errors %v and %v", o, err, err2)
 	}
 }
