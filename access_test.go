@@ -228,7 +228,7 @@ func TestProcessTLSAndTokens(t *testing.T) {
 	}
 	leader, others := pick(nodes, true)
 	leader.end(syscall.SIGKILL, -1)
-	others[0].put("k0", "2")
+	others[0].await(http.StatusOK, http.MethodPut, "/key/k0", "2") // one that was just being passed on may be 504
 	others[1].has("k0", "2", "")
 
 	p := others[0]

@@ -139,7 +139,7 @@ func (n *testNetNode) secureWith(t *testing.T, env map[string]string) {
 	if n.certs, err = openCertificates(cfg, newMetrics(), n.log); err != nil {
 		t.Fatal(err)
 	}
-	n.certs.taken = n.recheck
+	n.certs.onChange(n.recheck)
 }
 
 func TestCertificateNames(t *testing.T) {
@@ -451,5 +451,37 @@ func TestClusterUnderTLS(t *testing.T) {
 	c.cut(leader, linkOpen)
 	if item, err := c.nodes[leader].kv.Get(ctx, "after", Linearizable); err != nil || item.Value != "1" {
 		t.Errorf("read through the old leader: got %q, %v; want 1", item.Value, err)
+	}
+}
+
+// A handshake that began under an authority that has been replaced since leads to nothing.
+func TestAuthorityChangesDuringAHandshake(t *testing.T) {
+	checkLeaks(t)
+	ca := newTestCA(t)
+	all, nodes := newTestNet(t, "node1", "node2")
+	env := ca.node("node2")
+	nodes[1].secureWith(t, env)
+	all.start(nodes...)
+	old := nodes[1].certs.get().toUs
+	near, far := net.Pipe()
+	defer far.Close()
+	go func() {
+		client := ca.client(ca.node("node1"))
+		client.ServerName = "node2"
+		_ = tls.Client(far, client).HandshakeContext(t.Context())
+	}()
+	conn, err := nodes[1].track(near)
+	if err != nil {
+		t.Fatal(err)
+	}
+	inner := tls.Server(conn, old)
+	if err := inner.HandshakeContext(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	newTestCA(t).renew(env, func(*x509.Certificate) {}, "node2")
+	nodes[1].certs.reload() // it sees no certificate of this connection yet
+	_ = nodes[1].secure(conn, inner).SetDeadline(time.Now().Add(time.Second))
+	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, io.ErrClosedPipe) {
+		t.Errorf("got %v; want the connection closed", err)
 	}
 }

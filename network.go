@@ -353,11 +353,16 @@ func introduce(ctx context.Context, conn net.Conn, h hello) error {
 	return conn.SetDeadline(time.Time{})
 }
 
-// secure returns a connection after its TLS handshake, and remembers whose certificate the other end has shown.
+// secure returns a connection after its TLS handshake, and remembers whose certificate the other end has shown. If the
+// authority has changed meanwhile the connection is closed, here or by recheck: one of the two sees what the other has done.
 func (n *network) secure(raw net.Conn, inner *tls.Conn) net.Conn {
+	chain := inner.ConnectionState().PeerCertificates
 	n.mu.Lock()
-	defer n.mu.Unlock()
-	raw.(*tracked).chain = inner.ConnectionState().PeerCertificates
+	raw.(*tracked).chain = chain
+	n.mu.Unlock()
+	if n.certs.get().verify(chain, x509.ExtKeyUsageAny) != nil {
+		_ = raw.Close()
+	}
 	return &secured{inner, raw}
 }
 

@@ -44,11 +44,11 @@ type reloaded[T fmt.Stringer] struct {
 	paths []string
 	read  func() (T, error)
 	log   hclog.Logger
-	taken func(T) // if not nil, it is called with what has replaced something else
 
-	now  atomic.Pointer[T]
-	mu   sync.Mutex    // guards seen; held while files are read
-	seen []os.FileInfo // of paths, before they were last read; nil for one that was not there
+	now   atomic.Pointer[T]
+	mu    sync.Mutex    // guards what follows; held while files are read
+	seen  []os.FileInfo // of paths, before they were last read; nil for one that was not there
+	taken func(T)       // if not nil, it is called with what has replaced something else
 }
 
 // newReloaded reads the files, which must be good this first time.
@@ -73,6 +73,13 @@ func (r *reloaded[T]) get() T {
 		r.mu.Unlock()
 	}
 	return *r.now.Load()
+}
+
+// onChange has f called with what replaces what there is now. It may be set while others call get.
+func (r *reloaded[T]) onChange(f func(T)) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.taken = f
 }
 
 // reload reads the files, changed or not. Where there are none it does nothing.

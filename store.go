@@ -124,7 +124,7 @@ func (s *Store) Open() error {
 	}
 	s.network.certs, s.network.refuses = s.certs, s.metrics.refused
 	if s.certs != nil {
-		s.certs.taken = s.network.recheck
+		s.certs.onChange(s.network.recheck)
 	}
 	if s.storage, err = s.open(s.cfg, s.log, s.fail); err != nil {
 		return errors.Join(err, s.network.Close())
