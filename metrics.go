@@ -66,7 +66,7 @@ func newMetrics() *metrics {
 		leaderChanges: counter("leader_changes_total", "How often this node heard of another leader than before."),
 		commit:        histogram("commit_duration_seconds", "On the leader, from appending a log entry until it is executed.", times),
 		apply:         histogram("apply_duration_seconds", "Executing the commands of one log entry.", times),
-		stored:        histogram("log_store_duration_seconds", "Storing log entries, with boltdb until they are on the disk (fsync).", times),
+		stored:        histogram("log_store_duration_seconds", "With boltdb, storing log entries until they are on the disk (fsync).", times),
 		batch:         histogram("entry_commands", "Commands in one log entry, as it is executed.", sizes),
 		round:         histogram("read_round_reads", "Linearizable reads that shared one confirmation round.", sizes),
 		forwarded:     counter("forwarded_commands_total", "Commands passed on to the leader."),

@@ -269,7 +269,7 @@ func (r *simRun) storage(fail func(error)) (*storage, error) {
 	}
 	guarded := &guard{db: db, fail: fail, path: "disk"}
 	cache, err2 := raft.NewLogCache(logCacheEntries, guarded)
-	rules.LogStore, st.stable = cache, &stableStore{StableStore: guarded}
+	rules.LogStore, st.stable, st.disk = cache, &stableStore{StableStore: guarded}, guarded
 	return st, errors.Join(err1, err2)
 }
 

@@ -23,10 +23,7 @@ import (
 const (
 	dbName          = "raft.db"
 	lockTimeout     = 3 * time.Second // how long another process may hold the database before we give up
-	stuckAfter      = 5 * time.Second // a call to the database that takes longer never comes back, for all we know
-	watchTick       = 250 * time.Millisecond
-	deleteStep      = 512 // log entries
-	logCacheEntries = 256 // entries kept in memory for followers that are a little behind
+	logCacheEntries = 256             // entries kept in memory for followers that are a little behind
 )
 
 // storage is what a node keeps: the log, its votes and terms, and snapshots. With KV_STORE=memory nothing of it
@@ -37,6 +34,7 @@ type storage struct {
 	snapshots *checkedSnapshots
 	close     func() error
 	rules     *entries           // of logs
+	disk      *guard             // the database that they are in; nil in memory
 	stats     func() bbolt.Stats // of the database; nil in memory
 
 	// survivor says that it was the most complete of what was left when a majority had lost its state.
@@ -87,11 +85,12 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	go guarded.watch(ctx, ticker.C, int(stuckAfter/watchTick))
 	rules := &entries{LogStore: cache, newest: snapshots.newest.load, fail: fail}
 	return &storage{
-		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules, stats: db.Stats,
+		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules, disk: guarded, stats: db.Stats,
 		close: func() error {
+			err := guarded.drain()
 			ticker.Stop()
 			stop()
-			return db.Close()
+			return errors.Join(err, db.Close())
 		},
 	}, nil
 }
@@ -194,7 +193,6 @@ type entries struct {
 	newest  func() uint64           // index up to which the newest snapshot covers it
 	applied func() uint64           // index up to which the state machine has executed the log. Set before Raft runs, as is settle
 	settle  func(last uint64) error // called before entries up to last are stored
-	took    func(seconds float64)   // called when entries have been stored; nil for nobody
 	fail    func(error)
 }
 
@@ -206,12 +204,7 @@ func (e *entries) StoreLogs(l []*raft.Log) error {
 			return err
 		}
 	}
-	began := time.Now()
-	err := e.LogStore.StoreLogs(l)
-	if e.took != nil {
-		e.took(time.Since(began).Seconds())
-	}
-	return err
+	return e.LogStore.StoreLogs(l)
 }
 
 // DeleteRange deletes the oldest entries, or the end of the log where the leader has other entries.
@@ -238,173 +231,6 @@ func (e *entries) DeleteRange(first, last uint64) error {
 		}
 	}
 	return e.LogStore.DeleteRange(first, last)
-}
-
-// guard makes the database fail-stop. Raft goes on after an error of its stores with a wrong idea of what is in them,
-// and after a failed fsync nobody can know what reached the disk (Rebello et al., "Can Applications Recover from fsync
-// Failures?", ATC 2020). So any error but "not found" goes to fail, which does not return while the process stops:
-// raft is never told and so never answers on broken storage.
-//
-// A call that does not come back is as bad, and nothing can end it. The watchdog counts its own ticks, not the clock's
-// time: a process or machine that was paused is not to blame.
-type guard struct {
-	db interface {
-		raft.LogStore
-		raft.StableStore
-	}
-	fail func(error)
-	path string // of the database, for messages
-
-	mu    sync.Mutex // guards calls
-	calls map[*storeCall]struct{}
-}
-
-// storeCall is a call to the database that is under way.
-type storeCall struct {
-	op    string
-	ticks int // of the watchdog, since it began
-}
-
-// do makes a call to the database.
-func (g *guard) do(op string, f func() error) error {
-	call := &storeCall{op: op}
-	g.mu.Lock()
-	if g.calls == nil {
-		g.calls = make(map[*storeCall]struct{})
-	}
-	g.calls[call] = struct{}{}
-	g.mu.Unlock()
-	err := g.recovered(f)
-	g.mu.Lock()
-	delete(g.calls, call)
-	g.mu.Unlock()
-	if err != nil && !errors.Is(err, raft.ErrLogNotFound) && !isNotFound(err) {
-		g.fail(fmt.Errorf("storage: %s: %w", op, err))
-	}
-	return err
-}
-
-// recovered calls f. bbolt panics on many kinds of damage, and a page that cannot be read faults where it is mapped.
-func (g *guard) recovered(f func() error) (err error) {
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if cause := recover(); cause != nil {
-			err = damaged(g.path, cause)
-		}
-	}()
-	return f()
-}
-
-// watch calls fail when a call is under way for more than the given number of ticks, until ctx ends.
-func (g *guard) watch(ctx context.Context, tick <-chan time.Time, limit int) {
-	for {
-		select {
-		case <-tick:
-		case <-ctx.Done():
-			return
-		}
-		g.mu.Lock()
-		stuck := ""
-		for call := range g.calls {
-			if call.ticks++; call.ticks > limit {
-				stuck = call.op
-			}
-		}
-		g.mu.Unlock()
-		if stuck != "" {
-			g.fail(fmt.Errorf("storage: %s has not come back for %v: the disk hangs", stuck, stuckAfter))
-		}
-	}
-}
-
-// isNotFound says whether a StableStore has no such key. The raft package goes by the text, so any store must.
-func isNotFound(err error) bool {
-	return err != nil && err.Error() == raftboltdb.ErrKeyNotFound.Error()
-}
-
-func (g *guard) FirstIndex() (index uint64, err error) {
-	err = g.do("first index", func() error { index, err = g.db.FirstIndex(); return err })
-	return index, err
-}
-
-func (g *guard) LastIndex() (index uint64, err error) {
-	err = g.do("last index", func() error { index, err = g.db.LastIndex(); return err })
-	return index, err
-}
-
-func (g *guard) GetLog(index uint64, l *raft.Log) error {
-	return g.do("get log", func() error {
-		var stored raft.Log
-		err := g.db.GetLog(index, &stored)
-		if errors.Is(err, raft.ErrLogNotFound) || isNotFound(err) {
-			return err
-		}
-		if err == nil {
-			err = unsealEntry(index, &stored)
-		}
-		if err != nil { // it is read from memory that is mapped: what can fail is to make sense of it
-			return damaged(g.path, err)
-		}
-		*l = stored
-		return nil
-	})
-}
-
-func (g *guard) StoreLog(l *raft.Log) error {
-	return g.StoreLogs([]*raft.Log{l})
-}
-
-func (g *guard) StoreLogs(l []*raft.Log) error {
-	return g.do("store logs", func() error { return g.db.StoreLogs(sealEntries(l)) })
-}
-
-// DeleteRange deletes the oldest entries in steps, for new ones must wait meanwhile. A conflicting end of the log goes at
-// once: a part of it would be another log.
-func (g *guard) DeleteRange(first, last uint64) error {
-	end, err := g.LastIndex()
-	if err != nil {
-		return err
-	}
-	for ; err == nil && last < end && last-first >= deleteStep; first += deleteStep {
-		err = g.do("delete logs", func() error { return g.db.DeleteRange(first, first+deleteStep-1) })
-	}
-	if err != nil {
-		return err
-	}
-	return g.do("delete logs", func() error { return g.db.DeleteRange(first, last) })
-}
-
-func (g *guard) Set(key, val []byte) error {
-	return g.do("set", func() error { return g.db.Set(key, seal(key, val)) })
-}
-
-func (g *guard) Get(key []byte) (val []byte, err error) {
-	err = g.do("get", func() error {
-		sealed, err := g.db.Get(key)
-		if err != nil {
-			return err
-		}
-		if val, err = unseal(key, sealed); err != nil {
-			return damaged(g.path, err)
-		}
-		return nil
-	})
-	return val, err
-}
-
-func (g *guard) SetUint64(key []byte, val uint64) error {
-	return g.Set(key, binary.BigEndian.AppendUint64(nil, val))
-}
-
-func (g *guard) GetUint64(key []byte) (uint64, error) {
-	val, err := g.Get(key)
-	if err == nil && len(val) != 8 {
-		err = g.do("get", func() error { return damaged(g.path, fmt.Sprintf("value of %q is not a number", key)) })
-	}
-	if err != nil {
-		return 0, err
-	}
-	return binary.BigEndian.Uint64(val), nil
 }
 
 // Raft's names for the two halves of a vote, and ours for the whole.

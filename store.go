@@ -130,7 +130,9 @@ func (s *Store) Open() error {
 		return errors.Join(err, s.network.Close())
 	}
 	s.storage.rules.applied, s.storage.rules.settle = s.replica.applied.load, s.form.settle
-	s.storage.rules.took = s.metrics.stored.Observe
+	if d := s.storage.disk; d != nil {
+		d.early, d.took = s.commitsWithOthers, s.metrics.stored.Observe
+	}
 	s.exportStorage()
 	s.lossy.Store(s.storage.survivor)
 	s.peers = newPeers(s.network)
@@ -205,6 +207,9 @@ func (s *Store) startRaft() (err error) {
 		following: func(term uint64) bool { return s.raft.Load().CurrentTerm() == term },
 		doubtful:  s.doubtful, last: s.storage.lastEntry,
 	})
+	if st.disk != nil {
+		t.stored = st.disk.await
+	}
 	h, err := s.form.holds()
 	switch {
 	case err == nil && st.survivor && h.Fresh:
@@ -261,6 +266,10 @@ func (s *Store) leadsNow() bool {
 	r := s.raft.Load()
 	return r != nil && r.State() == raft.Leader
 }
+
+// commitsWithOthers says whether this node leads and nothing is committed by what it has stored alone. Raft's main
+// thread must ask, as that is where this changes.
+func (s *Store) commitsWithOthers() bool { return s.leadsNow() && s.voters() > 1 }
 
 // Apply has the state machine execute command, and returns once a majority has it and the leader has executed it, or
 // with one of the errors in errors.go, at ctx's deadline or after requestTimeout if it has none. The Store owns command

@@ -36,6 +36,7 @@ type transportHooks struct {
 	newest    func() uint64                        // index up to which the newest snapshot here covers the log
 	doubtful  func() bool                          // this node follows a leader that has been silent for doubtAfter
 	last      func() (index, term uint64, err error)
+	stored    func(index uint64) error // waits until this node has stored its log up to there; nil where it always has
 }
 
 func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport {
@@ -167,10 +168,11 @@ func (t *transport) Consumer() <-chan raft.RPC { return t.rpcs }
 // would change term and state beside that thread, unsafely (hashicorp/raft issue 695).
 func (t *transport) SetHeartbeatHandler(func(raft.RPC)) {}
 
-// AppendEntries sends log entries or a heartbeat. It differs from Raft's own in two ways. It sends at most
-// maxAppendBytes at once; Raft looks at args to see what was sent. And while a node cannot be reached it goes on trying
+// AppendEntries sends log entries or a heartbeat. It differs from Raft's own in three ways. It sends at most
+// maxAppendBytes at once; Raft looks at args to see what was sent. While a node cannot be reached it goes on trying
 // as long as this node leads: Raft would wait longer after each failure, up to 10 s, and a node that comes back would
-// be left behind for as long.
+// be left behind for as long. And what the node has stored is said to be only when this node has stored it, too: Raft may
+// count this node before that, but never commits what no other node has.
 func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest,
 	resp *raft.AppendEntriesResponse,
 ) error {
@@ -184,6 +186,9 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	heartbeat := args.PrevLogEntry == 0 && len(args.Entries) == 0 && args.LeaderCommitIndex == 0
 	for {
 		err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+		if n := len(args.Entries); err == nil && resp.Success && n > 0 && t.stored != nil {
+			return t.stored(args.Entries[n-1].Index)
+		}
 		if unreachable := new(dialError); heartbeat || !errors.As(err, &unreachable) || !t.leading(args.Term) {
 			return err
 		}

@@ -13,8 +13,7 @@ import (
 
 const (
 	maxBatchBytes   = 512 << 10 // of commands in one log entry, but for a single larger one
-	batchesInFlight = 2         // entries being committed, or batches being passed on, while the next one gathers
-	largeBatch      = 16        // commands; a leader commits nothing beside an entry of so many
+	batchesInFlight = 2         // being passed on to the leader while the next one gathers; an entry of the leader goes alone
 	maxWaiting      = 32 << 20  // bytes of commands that may wait; beyond it the node is overloaded
 )
 
@@ -65,7 +64,7 @@ type writes struct {
 	callLeader func(op byte, request []byte, timeout time.Duration) ([]byte, error)
 
 	wake  chan struct{} // holds one token: there may be something to take
-	slots chan struct{} // a token for each batch under way; all of them for a leader's large one
+	slots chan struct{} // a token for each batch under way; all of them for a leader's entry
 	turn  chan struct{} // a token for who waits for slots
 	ended chan struct{} // closed when run has ended
 
@@ -98,9 +97,9 @@ func (b *writes) execute(ctx context.Context, w *write) outcome {
 
 // run commits batches until ctx ends.
 //
-// Two small entries at once answer sooner than one after the other. But an entry costs as much as dozens of commands, on
-// every node, and of many commands at once the second entry would hold half. So a large one takes all slots: what arrives
-// meanwhile is the next. A node that passes batches on has no such cost, and always has another on its way.
+// An entry costs as much as dozens of commands, on every node, and a follower gets one at a time: a second one beside it would
+// be under way for as long as if it waited, and hold less. So what arrives while the leader commits an entry is the next. A
+// node that passes batches on has no such cost, and always has another on its way.
 func (b *writes) run(ctx context.Context) {
 	defer close(b.ended)
 	for {
@@ -110,15 +109,12 @@ func (b *writes) run(ctx context.Context) {
 			return
 		}
 		for {
-			if !b.hold(ctx, 1) {
-				return
-			}
 			held := 1
-			if b.leads() && b.gathered() >= largeBatch {
-				b.release(held) // who waits for more must hold none
-				if held = batchesInFlight; !b.hold(ctx, held) {
-					return
-				}
+			if b.leads() {
+				held = batchesInFlight
+			}
+			if !b.hold(ctx, held) {
+				return
 			}
 			batch := b.take()
 			if len(batch) == 0 {
@@ -165,18 +161,6 @@ func (b *writes) idle(ctx context.Context) bool {
 		b.release(batchesInFlight)
 	}
 	return idle
-}
-
-// gathered returns how many commands wait, or largeBatch if they are more.
-func (b *writes) gathered() (n int) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, w := range b.waiting {
-		if n += len(w.commands); n >= largeBatch {
-			return largeBatch
-		}
-	}
-	return n
 }
 
 // queued returns the size of the commands that wait, in bytes.

@@ -139,7 +139,7 @@ func TestWritesGatherWhileOthersAreCommitted(t *testing.T) {
 		sizes = append(sizes, len(commands))
 		return &fakeFuture{index: uint64(len(sizes)), results: commands, wait: release}
 	}
-	const first, rest = batchesInFlight, 100
+	const first, rest = 1, 100
 	var wg sync.WaitGroup
 	submit := func(i int) {
 		wg.Go(func() {
@@ -149,10 +149,8 @@ func TestWritesGatherWhileOthersAreCommitted(t *testing.T) {
 			}
 		})
 	}
-	for i := range first { // each takes a slot of its own
-		submit(i)
-		waitFor(t, "the entry", func() bool { mu.Lock(); defer mu.Unlock(); return len(sizes) == i+1 })
-	}
+	submit(0)
+	waitFor(t, "the entry", func() bool { mu.Lock(); defer mu.Unlock(); return len(sizes) == first })
 	for i := range rest {
 		submit(first + i)
 	}
@@ -164,63 +162,38 @@ func TestWritesGatherWhileOthersAreCommitted(t *testing.T) {
 	}
 }
 
-// A leader's large entry has no other beside it, and idle waits for it without hindering it.
-func TestLargeEntryIsAlone(t *testing.T) {
-	w := newTestWrites(t)
-	release := make(chan struct{})
-	entries := make(chan int, 100)
-	w.propose = func(commands [][]byte) raft.ApplyFuture {
-		entries <- len(commands)
-		return &fakeFuture{index: 1, results: commands, wait: release}
-	}
-	var wg sync.WaitGroup
-	waiting := 0
-	submit := func(n int) {
-		for range n {
+// A leader's entry has no other beside it, another node passes on two batches at once, and idle waits for all of them.
+func TestBatchesUnderWay(t *testing.T) {
+	for want, leads := range map[int]bool{1: true, batchesInFlight: false} {
+		w := newTestWrites(t)
+		release, begun := make(chan struct{}), make(chan struct{}, 100)
+		w.leads = func() bool { return leads }
+		w.propose = func(commands [][]byte) raft.ApplyFuture {
+			begun <- struct{}{}
+			return &fakeFuture{index: 1, results: commands, wait: release}
+		}
+		var wg sync.WaitGroup
+		for range want {
 			wg.Go(func() { w.submit(t.Context(), []byte("command")) })
+			<-begun
 		}
-		waiting += n
-		waitFor(t, "them to wait", func() bool { w.mu.Lock(); defer w.mu.Unlock(); return len(w.waiting) == waiting })
-	}
-	for range batchesInFlight { // small ones go side by side
 		wg.Go(func() { w.submit(t.Context(), []byte("command")) })
-		<-entries
-	}
-	submit(largeBatch)
-	release <- struct{}{} // one of the two ends, and the large one must still wait for the other
-	idle := make(chan bool)
-	go func() { idle <- w.idle(t.Context()) }()
-	select {
-	case n := <-entries:
-		t.Errorf("got an entry of %d beside a small one", n)
-	case <-time.After(50 * time.Millisecond):
-	}
-	release <- struct{}{}
-	for range 2 { // idle and the large one, in either order
+		idle := make(chan bool)
+		waitFor(t, "it to wait", func() bool { return w.queued() > 0 })
+		go func() { idle <- w.idle(t.Context()) }()
 		select {
-		case got := <-entries:
-			if got != largeBatch {
-				t.Errorf("got an entry of %d; want %d", got, largeBatch)
-			}
-			waiting = 0
-			submit(1)
-			select {
-			case n := <-entries:
-				t.Errorf("got an entry of %d beside a large one", n)
-			case <-time.After(50 * time.Millisecond):
-			}
-			release <- struct{}{}
-			<-entries
-			release <- struct{}{}
-		case is := <-idle:
-			if !is {
-				t.Error("got not idle; want it to wait until it is")
-			}
-		case <-time.After(5 * time.Second):
-			t.Fatal("neither idle nor another entry")
+		case <-begun:
+			t.Errorf("leads %v: got more than %d batches under way", leads, want)
+		case <-idle:
+			t.Errorf("leads %v: got idle; want it to wait", leads)
+		case <-time.After(50 * time.Millisecond):
 		}
+		close(release)
+		if !<-idle {
+			t.Errorf("leads %v: got not idle; want it to wait until it is", leads)
+		}
+		wg.Wait()
 	}
-	wg.Wait()
 }
 
 func TestBatchHasABound(t *testing.T) {
@@ -257,10 +230,8 @@ func TestWithdrawnWriteIsNeverExecuted(t *testing.T) {
 		return &fakeFuture{index: 1, results: commands, wait: release}
 	}
 	var wg sync.WaitGroup
-	for range batchesInFlight {
-		wg.Go(func() { w.submit(t.Context(), []byte("first")) })
-		<-executed
-	}
+	wg.Go(func() { w.submit(t.Context(), []byte("first")) })
+	<-executed
 	ctx, cancel := context.WithCancel(t.Context())
 	withdrawn := make(chan outcome)
 	go func() { withdrawn <- w.submit(ctx, []byte("withdrawn")) }()

@@ -1,0 +1,178 @@
+package main
+
+import (
+	"errors"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
+)
+
+// heldDisk is a database whose writes of log entries can be held up.
+type heldDisk struct {
+	database
+	mu     sync.Mutex // held while writes are
+	failed error      // what writes come to; nil for success
+}
+
+func (h *heldDisk) StoreLogs(l []*raft.Log) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.failed != nil {
+		return h.failed
+	}
+	return h.database.StoreLogs(l)
+}
+
+// heldCluster starts n nodes whose disks can be held up.
+func heldCluster(t *testing.T, n int) (*testCluster, []*heldDisk) {
+	t.Helper()
+	c, disks := unstartedCluster(t, n, storeBolt), make([]*heldDisk, n)
+	for i, node := range c.nodes {
+		node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
+			st, err := openStorage(cfg, log, fail)
+			if err == nil {
+				disks[i] = &heldDisk{database: st.disk.db}
+				st.disk.db = disks[i]
+			}
+			return st, err
+		}
+		c.start(i)
+	}
+	for _, node := range c.nodes {
+		waitFor(t, "the node to be ready", func() bool { return node.Ready() == nil })
+	}
+	return c, disks
+}
+
+// What is acknowledged is on the leader's disk and on those of as many others as make a majority, whichever is late.
+func TestAcknowledgedIsStored(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name  string
+		nodes int
+		held  func(leader int, followers []int) []int
+	}{
+		{"the leader is late", 3, func(leader int, _ []int) []int { return []int{leader} }},
+		{"the followers are late", 3, func(_ int, followers []int) []int { return followers }},
+		{"three of five are late", 5, func(leader int, followers []int) []int { return []int{leader, followers[1], followers[2]} }},
+		{"a node alone", 1, func(leader int, _ []int) []int { return []int{leader} }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			c, disks := heldCluster(t, tt.nodes)
+			leader := c.leader()
+			c.nodes[leader].put(t, "k", "1")
+			held := tt.held(leader, c.followers(leader))
+			for _, i := range held {
+				disks[i].mu.Lock()
+			}
+			before := c.nodes[leader].raft.Load().LastIndex()
+			done := make(chan error, 1)
+			go func() {
+				defer close(done)
+				_, err := c.nodes[leader].kv.Set(t.Context(), []Pair{{"k", "2"}}, Condition{})
+				done <- err
+			}()
+			for i, node := range c.nodes { // nobody waits for another's disk
+				if !slices.Contains(held, i) {
+					waitFor(t, "the others to have the entry", func() bool { last, _, err := node.storage.lastEntry(); return err == nil && last > before })
+				}
+			}
+			select {
+			case err := <-done:
+				t.Errorf("got an answer (error %v) before a majority had stored the entry", err)
+			case <-time.After(200 * time.Millisecond):
+			}
+			for _, i := range held {
+				disks[i].mu.Unlock()
+			}
+			if err := <-done; err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// Whatever the node writes or says of its log comes after the entries that count as stored already.
+func TestNothingOvertakesPendingEntries(t *testing.T) {
+	t.Parallel()
+	entry := func(index uint64, kind raft.LogType) []*raft.Log {
+		return []*raft.Log{{Index: index, Term: 1, Type: kind, Data: []byte("d")}}
+	}
+	for name, call := range map[string]func(g *guard) error{
+		"the term is set":    func(g *guard) error { return g.SetUint64(keyCurrentTerm, 2) },
+		"the vote is set":    func(g *guard) error { return g.Set(keyVote, []byte("vote")) },
+		"await":              func(g *guard) error { return g.await(3) },
+		"drain":              (*guard).drain,
+		"the entry is read":  func(g *guard) error { return g.GetLog(3, new(raft.Log)) },
+		"the end is deleted": func(g *guard) error { return g.DeleteRange(3, 3) },
+		"the last index": func(g *guard) error {
+			last, err := g.LastIndex()
+			if err == nil && last != 3 {
+				t.Errorf("got %d for the last index; want 3", last)
+			}
+			return err
+		},
+		"a membership is stored": func(g *guard) error { return g.StoreLogs(entry(4, raft.LogConfiguration)) },
+		"entries of a follower": func(g *guard) error {
+			g.early = func() bool { return false }
+			return g.StoreLogs(entry(4, raft.LogCommand))
+		},
+	} {
+		for _, broken := range []error{nil, errors.New("the disk is broken")} {
+			disk := &heldDisk{database: raft.NewInmemStore()}
+			g := &guard{db: disk, fail: func(error) {}}
+			if err := g.StoreLogs(append(entry(1, raft.LogCommand), entry(2, raft.LogCommand)...)); err != nil {
+				t.Fatal(err)
+			}
+			g.early = func() bool { return true }
+			disk.mu.Lock()
+			disk.failed = broken
+			if err := g.StoreLogs(entry(3, raft.LogCommand)); err != nil {
+				t.Fatalf("%s: got %v; want the entry to count as stored", name, err)
+			}
+			if err := errors.Join(g.await(2), g.GetLog(2, new(raft.Log))); err != nil {
+				t.Errorf("%s: got %v for entries that are stored", name, err)
+			}
+			done := make(chan error, 1)
+			go func() {
+				defer close(done)
+				done <- call(g)
+			}()
+			select {
+			case err := <-done:
+				t.Errorf("%s: got an answer (error %v) before the entry was stored", name, err)
+			case <-time.After(10 * time.Millisecond):
+			}
+			disk.mu.Unlock()
+			if err := <-done; (err == nil) != (broken == nil) {
+				t.Errorf("%s, the disk's error %v: got error %v", name, broken, err)
+			}
+		}
+	}
+}
+
+// Entries that come while others are being stored go together, in order.
+func TestPendingEntriesGather(t *testing.T) {
+	t.Parallel()
+	disk := &heldDisk{database: raft.NewInmemStore()}
+	stores := 0
+	g := &guard{db: disk, fail: func(err error) { t.Error(err) }, early: func() bool { return true }, took: func(float64) { stores++ }}
+	disk.mu.Lock()
+	for i := range uint64(100) {
+		if err := g.StoreLogs([]*raft.Log{{Index: i + 1, Term: 1}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	disk.mu.Unlock()
+	if last, err := g.LastIndex(); err != nil || last != 100 || stores > 3 {
+		t.Errorf("got entry %d for the last, stored in %d steps, error %v; want 100 in very few", last, stores, err)
+	}
+	if len(g.pending.entries) > 0 {
+		t.Errorf("got %d entries still pending", len(g.pending.entries))
+	}
+}
