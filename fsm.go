@@ -142,8 +142,10 @@ func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	if current, _ := m.items.Get(c.pairs[0].Key); !c.condition.holds(current.Tag) {
-		return make([]byte, 8), nil
+	if c.condition != (Condition{}) { // else there is no need to look
+		if current, _ := m.items.Get(c.pairs[0].Key); !c.condition.holds(current.Tag) {
+			return make([]byte, 8), nil
+		}
 	}
 	if m.lastTag == 0 {
 		// A cluster that lost everything and forms anew begins above all tags it has ever given out, since no cluster

@@ -28,7 +28,13 @@ func (s *Store) handleAdmit(ctx context.Context, from string, _ []byte) ([]byte,
 	if err != nil {
 		return nil, err
 	}
-	return json.Marshal(admission{Cluster: s.form.id(), Term: term, Index: r.LastIndex()})
+	index := r.LastIndex()
+	if d := s.storage.disk; d != nil { // what a crash may still take must not be what the other waits for
+		if err := d.await(index); err != nil {
+			return nil, err
+		}
+	}
+	return json.Marshal(admission{Cluster: s.form.id(), Term: term, Index: index})
 }
 
 func (s *Store) askAdmission(ctx context.Context, leader string) (a admission, err error) {

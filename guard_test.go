@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"sync"
@@ -95,6 +96,66 @@ func TestAcknowledgedIsStored(t *testing.T) {
 			}
 		})
 	}
+}
+
+// pend makes the leader have an entry that is not stored.
+func pend(t *testing.T, leader *testNode, disk *heldDisk) {
+	t.Helper()
+	disk.mu.Lock()
+	before := leader.raft.Load().LastIndex()
+	go func() { _, _ = leader.kv.Set(t.Context(), []Pair{{"k", "1"}}, Condition{}) }()
+	waitFor(t, "the entry", func() bool { return leader.raft.Load().LastIndex() > before })
+}
+
+// Whoever is admitted waits for nothing that a crash of the leader may still take.
+func TestAdmissionAwaitsPendingEntries(t *testing.T) {
+	t.Parallel()
+	c, disks := heldCluster(t, 3)
+	i := c.leader()
+	pend(t, c.nodes[i], disks[i])
+	admitted := make(chan error, 1)
+	go func() {
+		defer close(admitted)
+		_, err := c.nodes[i].handleAdmit(t.Context(), c.nodes[c.followers(i)[0]].cfg.NodeID, nil)
+		admitted <- err
+	}()
+	select {
+	case err := <-admitted:
+		t.Errorf("got an answer (error %v) before the newest entry was stored", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	disks[i].mu.Unlock()
+	if err := <-admitted; err != nil {
+		t.Error(err)
+	}
+}
+
+// A leader whose disk hangs can be shut down, or given up.
+func TestShutdownWithPendingEntries(t *testing.T) {
+	t.Parallel()
+	c, disks := heldCluster(t, 3)
+	i := c.leader()
+	leader := c.nodes[i]
+	for _, other := range c.followers(i) {
+		c.stop(other)
+	}
+	pend(t, leader, disks[i])
+	leader.running = false
+	leader.web.CloseClientConnections()
+	leader.web.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	stopped := make(chan error, 1)
+	go func() { stopped <- leader.Shutdown(ctx) }()
+	select {
+	case err := <-stopped:
+		if !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v; want %v", err, context.DeadlineExceeded)
+		}
+	case <-time.After(4 * time.Second):
+		t.Error("it has not come back when its context had ended")
+	}
+	disks[i].mu.Unlock()
 }
 
 // Whatever the node writes or says of its log comes after the entries that count as stored already.

@@ -411,10 +411,13 @@ func (s *Store) handleTerm(_ context.Context, _ string, request []byte) ([]byte,
 // committed it is told now, since Raft would tell it only with the next entry or after CommitTimeout.
 func (s *Store) handleReadIndex(ctx context.Context, from string, request []byte) ([]byte, error) {
 	r := s.raft.Load()
-	if r == nil || r.State() != raft.Leader || len(request) != 8 {
+	if r == nil || len(request) != 8 {
 		return nil, ErrNotLeader
 	}
 	term := r.CurrentTerm()
+	if !leads(r, term) {
+		return nil, ErrNotLeader
+	}
 	index, err := s.rounds.next(ctx)
 	if err != nil {
 		return nil, err
@@ -446,10 +449,13 @@ func (s *Store) tellCommitted(id string, term, index uint64) {
 // spread has the leader tell the others what is committed when no entry has come for a watchInterval: stale reads through them
 // should not be old for longer. Raft would do it by asking each of them all the time, which is most of an idle node's work.
 func (s *Store) spread(r *raft.Raft) {
-	if r == nil || r.State() != raft.Leader {
+	if r == nil {
 		return
 	}
 	term, applied := r.CurrentTerm(), s.replica.applied.load()
+	if !leads(r, term) {
+		return
+	}
 	if applied != s.lastApplied || applied == s.spreadTo || !s.spreading.CompareAndSwap(false, true) {
 		s.lastApplied = applied
 		return
@@ -777,24 +783,23 @@ func (s *Store) Shutdown(ctx context.Context) error {
 	}
 	s.cancel()
 	s.peers.close()
-	err := closePort()
 	stopped := make(chan error, 1)
-	go func() {
+	go func() { // each step of it may hang with the disk
+		err := closePort()
 		s.wg.Wait()
 		if r := s.raft.Load(); stop == nil && r != nil { // it started just before s.cancel
 			stop = r.Shutdown()
 		}
-		if stop == nil {
-			stopped <- nil
-		} else {
-			stopped <- stop.Error()
+		if stop != nil {
+			err = errors.Join(err, stop.Error())
 		}
+		stopped <- errors.Join(err, s.storage.close())
 	}()
 	select {
-	case raftErr := <-stopped:
-		return errors.Join(err, raftErr, s.storage.close())
+	case err := <-stopped:
+		return err
 	case <-ctx.Done():
-		return errors.Join(err, fmt.Errorf("raft did not stop in time: %w", ctx.Err()))
+		return fmt.Errorf("the node did not stop in time: %w", ctx.Err())
 	}
 }
 

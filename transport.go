@@ -43,7 +43,7 @@ func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport
 	t := &transport{
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 			Stream: n, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
-			// A pipeline can wedge a follower (hashicorp/raft issue 612).
+			// A pipeline can wedge a follower (hashicorp/raft issue 612), and would go past AppendEntries below.
 			MaxRPCsInFlight:       1,
 			ServerAddressProvider: idsAreAddresses{},
 		}),

@@ -63,10 +63,10 @@ type writes struct {
 	// callLeader asks the leader; see Store.callLeader.
 	callLeader func(op byte, request []byte, timeout time.Duration) ([]byte, error)
 
-	wake  chan struct{} // holds one token: there may be something to take
-	slots chan struct{} // a token for each batch under way; all of them for a leader's entry
-	turn  chan struct{} // a token for who waits for slots
-	ended chan struct{} // closed when run has ended
+	wake   chan struct{} // holds one token: there may be something to take
+	entry  chan struct{} // a token while the leader commits an entry
+	passed chan struct{} // a token for each batch that is being passed on
+	ended  chan struct{} // closed when run has ended
 
 	mu      sync.Mutex // guards what follows, and taken and abandoned of every write
 	waiting []*write
@@ -76,10 +76,10 @@ type writes struct {
 func newWrites(m *metrics, log hclog.Logger) *writes {
 	return &writes{
 		log: log, metrics: m,
-		wake:  make(chan struct{}, 1),
-		slots: make(chan struct{}, batchesInFlight),
-		turn:  make(chan struct{}, 1),
-		ended: make(chan struct{}),
+		wake:   make(chan struct{}, 1),
+		entry:  make(chan struct{}, 1),
+		passed: make(chan struct{}, batchesInFlight),
+		ended:  make(chan struct{}),
 	}
 }
 
@@ -99,7 +99,8 @@ func (b *writes) execute(ctx context.Context, w *write) outcome {
 //
 // An entry costs as much as dozens of commands, on every node, and a follower gets one at a time: a second one beside it would
 // be under way for as long as if it waited, and hold less. So what arrives while the leader commits an entry is the next. A
-// node that passes batches on has no such cost, and always has another on its way.
+// node that passes batches on has no such cost, and always has another on its way; what it has passed on to a leader that has
+// stopped answering does not hold up its own entries when it becomes the leader itself.
 func (b *writes) run(ctx context.Context) {
 	defer close(b.ended)
 	for {
@@ -109,58 +110,39 @@ func (b *writes) run(ctx context.Context) {
 			return
 		}
 		for {
-			held := 1
+			slot := b.passed
 			if b.leads() {
-				held = batchesInFlight
+				slot = b.entry
 			}
-			if !b.hold(ctx, held) {
+			select {
+			case slot <- struct{}{}:
+			case <-time.After(retryInterval): // it may have become the leader
+				continue
+			case <-ctx.Done():
 				return
 			}
 			batch := b.take()
 			if len(batch) == 0 {
-				b.release(held)
+				<-slot
 				break
 			}
 			go func() {
 				b.commit(batch)
-				b.release(held)
+				<-slot
 			}()
 		}
 	}
 }
 
-// hold takes n slots, waiting for them, and says whether it has them before ctx ended.
-func (b *writes) hold(ctx context.Context, n int) bool {
+// idle waits until the leader commits no entry and says whether that came about before ctx ended.
+func (b *writes) idle(ctx context.Context) bool {
 	select {
-	case b.turn <- struct{}{}: // two who want more than one slot might each wait for the other's
-		defer func() { <-b.turn }()
+	case b.entry <- struct{}{}:
+		<-b.entry
+		return true
 	case <-ctx.Done():
 		return false
 	}
-	for taken := range n {
-		select {
-		case b.slots <- struct{}{}:
-		case <-ctx.Done():
-			b.release(taken)
-			return false
-		}
-	}
-	return true
-}
-
-func (b *writes) release(n int) {
-	for range n {
-		<-b.slots
-	}
-}
-
-// idle waits until no batch is under way and says whether that came about before ctx ended.
-func (b *writes) idle(ctx context.Context) bool {
-	idle := b.hold(ctx, batchesInFlight)
-	if idle {
-		b.release(batchesInFlight)
-	}
-	return idle
 }
 
 // queued returns the size of the commands that wait, in bytes.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -162,38 +163,76 @@ func TestWritesGatherWhileOthersAreCommitted(t *testing.T) {
 	}
 }
 
-// A leader's entry has no other beside it, another node passes on two batches at once, and idle waits for all of them.
-func TestBatchesUnderWay(t *testing.T) {
-	for want, leads := range map[int]bool{1: true, batchesInFlight: false} {
-		w := newTestWrites(t)
-		release, begun := make(chan struct{}), make(chan struct{}, 100)
-		w.leads = func() bool { return leads }
-		w.propose = func(commands [][]byte) raft.ApplyFuture {
-			begun <- struct{}{}
-			return &fakeFuture{index: 1, results: commands, wait: release}
-		}
-		var wg sync.WaitGroup
-		for range want {
-			wg.Go(func() { w.submit(t.Context(), []byte("command")) })
-			<-begun
-		}
-		wg.Go(func() { w.submit(t.Context(), []byte("command")) })
-		idle := make(chan bool)
-		waitFor(t, "it to wait", func() bool { return w.queued() > 0 })
-		go func() { idle <- w.idle(t.Context()) }()
-		select {
-		case <-begun:
-			t.Errorf("leads %v: got more than %d batches under way", leads, want)
-		case <-idle:
-			t.Errorf("leads %v: got idle; want it to wait", leads)
-		case <-time.After(50 * time.Millisecond):
-		}
-		close(release)
-		if !<-idle {
-			t.Errorf("leads %v: got not idle; want it to wait until it is", leads)
-		}
-		wg.Wait()
+// A leader's entry has no other beside it, and idle waits for it.
+func TestEntryIsAlone(t *testing.T) {
+	w := newTestWrites(t)
+	release, begun := make(chan struct{}), make(chan struct{}, 100)
+	w.propose = func(commands [][]byte) raft.ApplyFuture {
+		begun <- struct{}{}
+		return &fakeFuture{index: 1, results: commands, wait: release}
 	}
+	var wg sync.WaitGroup
+	wg.Go(func() { w.submit(t.Context(), []byte("first")) })
+	<-begun
+	wg.Go(func() { w.submit(t.Context(), []byte("second")) })
+	idle := make(chan bool, 1)
+	waitFor(t, "it to wait", func() bool { return w.queued() > 0 })
+	go func() { idle <- w.idle(t.Context()) }()
+	select {
+	case <-begun:
+		t.Error("got a second entry beside the first")
+	case <-idle:
+		t.Error("got idle; want it to wait")
+	case <-time.After(50 * time.Millisecond):
+	}
+	close(release)
+	if !<-idle {
+		t.Error("got not idle; want it to wait until it is")
+	}
+	wg.Wait()
+}
+
+// What a node has passed on to a leader that does not answer bounds what it passes on, but not what it does as the leader.
+func TestPassedOnHoldsUpNoEntry(t *testing.T) {
+	w := newTestWrites(t)
+	var leads atomic.Bool
+	release, calls := make(chan struct{}), make(chan struct{}, 100)
+	w.leads = leads.Load
+	w.propose = func(commands [][]byte) raft.ApplyFuture {
+		if !leads.Load() {
+			return nil
+		}
+		return &fakeFuture{index: 1, results: commands}
+	}
+	w.callLeader = func(byte, []byte, time.Duration) ([]byte, error) {
+		calls <- struct{}{}
+		<-release
+		return nil, ErrUnknownOutcome
+	}
+	var wg sync.WaitGroup
+	for range batchesInFlight {
+		wg.Go(func() { w.submit(t.Context(), []byte("passed on")) })
+		<-calls
+	}
+	done := make(chan error, 1)
+	go func() { done <- w.submit(t.Context(), []byte("own")).err }()
+	waitFor(t, "it to wait", func() bool { return w.queued() > 0 })
+	select {
+	case <-calls:
+		t.Errorf("got more than %d batches passed on at once", batchesInFlight)
+	case <-time.After(50 * time.Millisecond):
+	}
+	leads.Store(true)
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("the leader's own entry waits for what was passed on")
+	}
+	close(release)
+	wg.Wait()
 }
 
 func TestBatchHasABound(t *testing.T) {
