@@ -48,7 +48,8 @@ type database interface {
 
 // pending are the entries that Raft takes for stored and that are not on the disk yet. A leader has some, so that its
 // followers get them while its own disk is at work and not after (10.2.1 in Ongaro's dissertation). Nobody else may take
-// them for stored: see "Storing while sending" in DESIGN.md.
+// them for stored: see "Storing while sending" in DESIGN.md. (A progress would not do: the log's indexes go back when its end
+// is cut off.)
 type pending struct {
 	mu      sync.Mutex    // guards what follows
 	entries []*raft.Log   // the first of them may be being stored

@@ -8,15 +8,15 @@ import (
 	"hash/fnv"
 	"io"
 	"os"
-	"path/filepath"
 	"slices"
 
-	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 )
 
 // bbolt has a checksum over its meta pages and over nothing else, so we put our own, CRC-32C, beside each value and entry.
 const checksumSize = 4
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 var errChecksum = errors.New("checksum mismatch")
 
@@ -109,22 +109,4 @@ func checkMeta(path string) error {
 		at = int64(binary.NativeEndian.Uint32(meta[8:]))
 	}
 	return nil
-}
-
-// checkGap says whether the entries between last and next, two indexes that follow each other in the log, may be
-// missing: Raft keeps its old entries when it installs a snapshot that is ahead of them, and goes on after the snapshot.
-func checkGap(stateDir string, last, next uint64) error {
-	missing := fmt.Errorf("log entry %d is followed by %d", last, next)
-	if _, err := os.Stat(filepath.Join(stateDir, snapshotsDir)); err != nil {
-		return missing
-	}
-	snapshots, err := raft.NewFileSnapshotStoreWithLogger(stateDir, snapshotsKept, hclog.NewNullLogger())
-	if err != nil {
-		return err
-	}
-	list, err := snapshots.List()
-	if err == nil && (len(list) == 0 || list[0].Index < next-1) {
-		err = missing
-	}
-	return err
 }

@@ -224,8 +224,6 @@ const (
 	entryHeader  = 1 + 4 + 8
 )
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
 func encodeEntry(at time.Time, commands [][]byte) []byte {
 	size := entryHeader
 	for _, c := range commands {

@@ -26,11 +26,9 @@ import (
 
 const (
 	snapshotsKept = 2
-	snapshotsDir  = "snapshots" // in STATE_DIR: raft's file store names it so
-	metaName      = "meta.json" // in a snapshot's directory, likewise
+	metaName      = "meta.json" // in a snapshot's directory: raft's file store names it so
 	stateName     = "state.bin"
 	sealName      = "seal" // ours, beside them
-	tmpSuffix     = ".tmp" // of the directory, until the snapshot is complete
 )
 
 // checkedSnapshots is a raft.SnapshotStore that publishes no snapshot but one whose checksums are right to its end, be it

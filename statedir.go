@@ -11,8 +11,13 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// nodeIDName is a file in STATE_DIR that says whose state it is. Format: the node's id and a line feed.
-const nodeIDName = "node-id"
+// What is in STATE_DIR.
+const (
+	nodeIDName   = "node-id" // says whose state it is. Format: the node's id and a line feed
+	dbName       = "raft.db"
+	snapshotsDir = "snapshots" // raft's file store names it so
+	tmpSuffix    = ".tmp"      // of what is not complete yet
+)
 
 // openStateDir makes the state directory if there is none. If there is one it makes sure that nobody else can have put
 // there what this node would believe: the default is in /tmp, where everybody can be first. What is refused is left as it

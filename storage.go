@@ -21,7 +21,6 @@ import (
 )
 
 const (
-	dbName          = "raft.db"
 	lockTimeout     = 3 * time.Second // how long another process may hold the database before we give up
 	logCacheEntries = 256             // entries kept in memory for followers that are a little behind
 )
@@ -184,6 +183,24 @@ func checkPair(path string, bucket, last, key, value []byte) error {
 		}
 	}
 	return nil
+}
+
+// checkGap says whether the entries between last and next, two indexes that follow each other in the log, may be
+// missing: Raft keeps its old entries when it installs a snapshot that is ahead of them, and goes on after the snapshot.
+func checkGap(stateDir string, last, next uint64) error {
+	missing := fmt.Errorf("log entry %d is followed by %d", last, next)
+	if _, err := os.Stat(filepath.Join(stateDir, snapshotsDir)); err != nil {
+		return missing
+	}
+	snapshots, err := raft.NewFileSnapshotStoreWithLogger(stateDir, snapshotsKept, hclog.NewNullLogger())
+	if err != nil {
+		return err
+	}
+	list, err := snapshots.List()
+	if err == nil && (len(list) == 0 || list[0].Index < next-1) {
+		err = missing
+	}
+	return err
 }
 
 // entries is the log, on disk or in memory, with some rules that Raft follows as long as all nodes keep what they promised

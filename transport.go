@@ -171,8 +171,8 @@ func (t *transport) SetHeartbeatHandler(func(raft.RPC)) {}
 // AppendEntries sends log entries or a heartbeat. It differs from Raft's own in three ways. It sends at most
 // maxAppendBytes at once; Raft looks at args to see what was sent. While a node cannot be reached it goes on trying
 // as long as this node leads: Raft would wait longer after each failure, up to 10 s, and a node that comes back would
-// be left behind for as long. And what the node has stored is said to be only when this node has stored it, too: Raft may
-// count this node before that, but never commits what no other node has.
+// be left behind for as long. And it comes back with the other node's success only when this node has stored the entries, too:
+// Raft counts this node before that, but commits nothing that no other node is known to have.
 func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest,
 	resp *raft.AppendEntriesResponse,
 ) error {
