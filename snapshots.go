@@ -270,15 +270,6 @@ func (f *fileSnapshots) Create(version raft.SnapshotVersion, index, term uint64,
 	return &fileSink{sink, f}, nil
 }
 
-func writeSynced(path string, b []byte) error {
-	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(b)
-	return errors.Join(err, file.Sync(), file.Close())
-}
-
 func (f *fileSnapshots) List() ([]*raft.SnapshotMeta, error) {
 	list, err := f.SnapshotStore.List()
 	if err != nil {

@@ -129,3 +129,12 @@ func claimStateDir(dir, nodeID string, log hclog.Logger) error {
 	log.Info("the state directory is this node's from now on", "STATE_DIR", dir)
 	return os.Rename(path+tmpSuffix, path)
 }
+
+func writeSynced(path string, b []byte) error {
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(b)
+	return errors.Join(err, file.Sync(), file.Close())
+}
