@@ -12,9 +12,11 @@ import (
 )
 
 const (
-	maxBatchBytes   = 512 << 10 // of commands in one log entry, but for a single larger one
-	batchesInFlight = 2         // being passed on to the leader while the next one gathers; an entry of the leader goes alone
-	maxWaiting      = 32 << 20  // bytes of commands that may wait; beyond it the node is overloaded
+	maxBatchBytes = 512 << 10             // of commands in one log entry, but for a single larger one
+	maxWaiting    = 32 << 20              // bytes of commands that may wait; beyond it the node is overloaded
+	maxLinger     = 10 * time.Millisecond // that a batch waits for the commands that are expected
+	maxPatience   = 16                    // how often batches may do so in vain, after as many that did not
+	impatience    = 64                    // batches that do not wait, after that
 )
 
 // Result is what a command came to: the index of the log entry that holds it, and what StateMachine.Apply returned.
@@ -65,12 +67,18 @@ type writes struct {
 
 	wake   chan struct{} // holds one token: there may be something to take
 	entry  chan struct{} // a token while the leader commits an entry
-	passed chan struct{} // a token for each batch that is being passed on
+	passed chan struct{} // a token while a batch is being passed on
 	ended  chan struct{} // closed when run has ended
 
 	mu      sync.Mutex // guards what follows, and taken and abandoned of every write
 	waiting []*write
-	bytes   int // of waiting
+	count   int // of the commands in waiting
+	bytes   int // of them
+	// Of the last batch: how many commands had been in it or waited when it was done, and how long it took.
+	expected int
+	took     time.Duration
+
+	patience int // how often batches may yet wait in vain; below 0, how many will not wait. For run alone
 }
 
 func newWrites(m *metrics, log hclog.Logger) *writes {
@@ -78,7 +86,7 @@ func newWrites(m *metrics, log hclog.Logger) *writes {
 		log: log, metrics: m,
 		wake:   make(chan struct{}, 1),
 		entry:  make(chan struct{}, 1),
-		passed: make(chan struct{}, batchesInFlight),
+		passed: make(chan struct{}, 1),
 		ended:  make(chan struct{}),
 	}
 }
@@ -97,9 +105,8 @@ func (b *writes) execute(ctx context.Context, w *write) outcome {
 
 // run commits batches until ctx ends.
 //
-// An entry costs as much as dozens of commands, on every node, and a follower gets one at a time: a second one beside it would
-// be under way for as long as if it waited, and hold less. So what arrives while the leader commits an entry is the next. A
-// node that passes batches on has no such cost, and always has another on its way; what it has passed on to a leader that has
+// A batch costs as much as dozens of commands, on every node, and a second one beside it would be under way for as long as if
+// it waited, and hold less. So what arrives while one is under way is the next. What a node has passed on to a leader that has
 // stopped answering does not hold up its own entries when it becomes the leader itself.
 func (b *writes) run(ctx context.Context) {
 	defer close(b.ended)
@@ -121,16 +128,69 @@ func (b *writes) run(ctx context.Context) {
 			case <-ctx.Done():
 				return
 			}
+			b.gather(ctx)
 			batch := b.take()
 			if len(batch) == 0 {
 				<-slot
 				break
 			}
 			go func() {
+				began := time.Now()
 				b.commit(batch)
+				b.learn(batch, time.Since(began))
 				<-slot
 			}()
 		}
+	}
+}
+
+// gather waits for the commands that are expected, for as long as the last batch took at most: those who were just answered
+// often come back at once, and one batch of all costs less than two that take turns. (PostgreSQL's commit_delay waits like
+// this, for a fixed time.) Where commands come on their own account, at any time, fewer are there than expected most times;
+// then the next batches do not wait, until one tries again.
+func (b *writes) gather(ctx context.Context) {
+	if b.patience < 0 {
+		b.patience++
+		return
+	}
+	count, expected, linger := b.outlook()
+	if count == 0 || count >= expected {
+		return
+	}
+	for timeout := time.After(linger); count < expected; count, expected, _ = b.outlook() {
+		select {
+		case <-b.wake:
+			continue
+		case <-timeout:
+		case <-ctx.Done():
+		}
+		break
+	}
+	if count >= expected {
+		b.patience = min(b.patience+1, maxPatience)
+	} else if b.patience--; b.patience < 0 {
+		b.patience = -impatience
+	}
+}
+
+// outlook returns how many commands wait, for how many it is worth to wait, and how long.
+func (b *writes) outlook() (count, expected int, linger time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.bytes >= maxBatchBytes {
+		return b.count, b.count, 0
+	}
+	return b.count, b.expected, min(b.took, maxLinger)
+}
+
+// learn takes note of a batch that is done: its clients and those who wait now are likely to be there for the next.
+func (b *writes) learn(batch []*write, took time.Duration) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.took = took
+	b.expected = b.count
+	for _, w := range batch {
+		b.expected += len(w.commands)
 	}
 }
 
@@ -160,6 +220,7 @@ func (b *writes) add(w *write) error {
 		return ErrOverloaded
 	}
 	b.waiting = append(b.waiting, w)
+	b.count += len(w.commands)
 	b.bytes += w.bytes
 	b.mu.Unlock()
 	select {
@@ -180,6 +241,7 @@ func (b *writes) take() []*write {
 		if size += w.bytes; size > maxBatchBytes && len(batch) > 0 {
 			break
 		}
+		b.count -= len(w.commands)
 		b.bytes -= w.bytes
 		if !w.abandoned {
 			w.taken = true

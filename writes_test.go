@@ -8,6 +8,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -210,16 +211,14 @@ func TestPassedOnHoldsUpNoEntry(t *testing.T) {
 		return nil, ErrUnknownOutcome
 	}
 	var wg sync.WaitGroup
-	for range batchesInFlight {
-		wg.Go(func() { w.submit(t.Context(), []byte("passed on")) })
-		<-calls
-	}
+	wg.Go(func() { w.submit(t.Context(), []byte("passed on")) })
+	<-calls
 	done := make(chan error, 1)
 	go func() { done <- w.submit(t.Context(), []byte("own")).err }()
 	waitFor(t, "it to wait", func() bool { return w.queued() > 0 })
 	select {
 	case <-calls:
-		t.Errorf("got more than %d batches passed on at once", batchesInFlight)
+		t.Error("got two batches passed on at once")
 	case <-time.After(50 * time.Millisecond):
 	}
 	leads.Store(true)
@@ -233,6 +232,86 @@ func TestPassedOnHoldsUpNoEntry(t *testing.T) {
 	}
 	close(release)
 	wg.Wait()
+}
+
+// Clients that come back at once are all in one entry, and not in two that take turns. Commands that come at any time do not
+// wait for others, but once in a while.
+func TestGatherWaitsForThoseWhoComeBack(t *testing.T) {
+	const (
+		clients = 5
+		commit  = 4 * time.Millisecond
+		apart   = commit / 2
+	)
+	gathers := func(t *testing.T, client func(w *writes)) (sizes []int, took time.Duration) {
+		synctest.Test(t, func(t *testing.T) {
+			w := newTestWrites(t)
+			w.propose = func(commands [][]byte) raft.ApplyFuture {
+				sizes = append(sizes, len(commands))
+				wait := make(chan struct{})
+				time.AfterFunc(commit, func() { close(wait) })
+				return &fakeFuture{index: 1, results: commands, wait: wait}
+			}
+			began := time.Now()
+			client(w)
+			took = time.Since(began)
+		})
+		return sizes, took
+	}
+	t.Run("come back", func(t *testing.T) {
+		const rounds = 40
+		sizes, _ := gathers(t, func(w *writes) {
+			var wg sync.WaitGroup
+			for i := range clients {
+				wg.Go(func() {
+					for n := range rounds {
+						w.submit(context.Background(), []byte("command"))
+						if i == 0 && n%10 == 9 { // one is away for a while
+							time.Sleep(commit * 3)
+						}
+						time.Sleep(commit / 4)
+					}
+				})
+				time.Sleep(commit / 8)
+			}
+			wg.Wait()
+		})
+		if most := rounds + 12; len(sizes) > most {
+			t.Errorf("got %d entries of %v commands; want at most %d", len(sizes), sizes, most)
+		}
+	})
+	t.Run("come at any time", func(t *testing.T) {
+		const commands = 1000
+		var waited atomic.Int64
+		gathers(t, func(w *writes) {
+			var wg sync.WaitGroup
+			for range commands {
+				wg.Go(func() {
+					began := time.Now()
+					w.submit(context.Background(), []byte("command"))
+					waited.Add(int64(time.Since(began)))
+				})
+				time.Sleep(apart)
+			}
+			wg.Wait()
+		})
+		// Each waits for the entry before, for half of it in the mean, and for its own.
+		if mean := time.Duration(waited.Load() / commands); mean > commit*8/5 {
+			t.Errorf("got %v in the mean; want about %v", mean, commit*3/2)
+		}
+	})
+	t.Run("go away", func(t *testing.T) {
+		_, took := gathers(t, func(w *writes) {
+			var wg sync.WaitGroup
+			for range clients {
+				wg.Go(func() { w.submit(context.Background(), []byte("command")) })
+			}
+			wg.Wait()
+			w.submit(context.Background(), []byte("the only one that is left"))
+		})
+		if want := 4 * commit; took > want {
+			t.Errorf("got %v; want it to wait for nobody for longer than an entry takes, so at most %v", took, want)
+		}
+	})
 }
 
 func TestBatchHasABound(t *testing.T) {
