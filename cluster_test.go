@@ -156,6 +156,14 @@ func TestFollowersOfIdleClusterHearOfCommits(t *testing.T) {
 	if slow > rounds/2 {
 		t.Errorf("%d of %d writes took as long as if the followers had not been told", slow, rounds)
 	}
+	for _, f := range c.followers(leader) { // who have nothing to say, though they have executed as much
+		c.nodes[f].tellOthers()
+	}
+	for _, node := range c.nodes {
+		if _, got := node.raft.Load().LeaderWithID(); string(got) != c.nodes[leader].cfg.NodeID {
+			t.Errorf("got %q for the leader after a follower told what is committed; want %q", got, c.nodes[leader].cfg.NodeID)
+		}
+	}
 }
 
 func TestLeaderWithoutMajorityPromisesNothing(t *testing.T) {

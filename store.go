@@ -21,6 +21,7 @@ import (
 const (
 	staleAfter     = 10 * time.Second // after its start a node answers stale reads even if it has heard of no leader
 	watchInterval  = 50 * time.Millisecond
+	restInterval   = 200 * time.Millisecond // instead, while there is nothing to see
 	hurryTurns     = 10                     // watchIntervals, within which followers notice that their leader is silent
 	handoverWait   = 2 * time.Second        // for another node to become leader
 	handoverLinger = 200 * time.Millisecond // for the others to hear of it, while we still answer them
@@ -64,10 +65,7 @@ type Store struct {
 	running      chan struct{}             // closed when raft and transport are set
 	transport    *transport
 	observations chan raft.Observation // from Raft, lossy
-	lastLeader   string                // that was known. Only for watch, as the next two
-	lastApplied  uint64                // by this node as the leader, at the last look
-	spreadTo     uint64                // up to which the others have been told what is committed
-	spreading    atomic.Bool           // they are being told
+	lastLeader   string                // that was known. Only for watch
 	ready        atomic.Uint64         // the term in which this node, as leader, has executed all of earlier terms
 	caughtUp     atomic.Bool           // since it started, this node has once had all that was committed
 	handing      atomic.Bool           // leadership is being handed over: no more entries
@@ -152,6 +150,7 @@ func (s *Store) Open() error {
 	s.wg.Go(func() { s.writes.run(s.ctx) })
 	s.wg.Go(func() { s.rounds.run(s.ctx) })
 	s.wg.Go(s.watch)
+	s.wg.Go(s.spread)
 	s.wg.Go(func() {
 		if err := s.join(); err != nil && s.ctx.Err() == nil {
 			s.end(err)
@@ -448,7 +447,24 @@ func (s *Store) tellCommitted(id string, term, index uint64) {
 
 // spread has the leader tell the others what is committed when no entry has come for a watchInterval: stale reads through them
 // should not be old for longer. Raft would do it by asking each of them all the time, which is most of an idle node's work.
-func (s *Store) spread(r *raft.Raft) {
+func (s *Store) spread() {
+	seen := uint64(0)
+	for s.replica.applied.wait(s.ctx, seen+1) == nil {
+		for now := s.replica.applied.load(); now != seen; now = s.replica.applied.load() {
+			seen = now
+			select {
+			case <-time.After(watchInterval):
+			case <-s.ctx.Done():
+				return
+			}
+		}
+		s.tellOthers()
+	}
+}
+
+// tellOthers tells the others what is committed, if this node leads.
+func (s *Store) tellOthers() {
+	r := s.raft.Load()
 	if r == nil {
 		return
 	}
@@ -456,28 +472,20 @@ func (s *Store) spread(r *raft.Raft) {
 	if !leads(r, term) {
 		return
 	}
-	if applied != s.lastApplied || applied == s.spreadTo || !s.spreading.CompareAndSwap(false, true) {
-		s.lastApplied = applied
-		return
-	}
-	s.spreadTo = applied
-	s.wg.Go(func() {
-		defer s.spreading.Store(false)
-		var all sync.WaitGroup
-		for _, m := range s.members() {
-			if id := string(m.ID); id != s.cfg.NodeID {
-				all.Go(func() { s.tellCommitted(id, term, applied) })
-			}
+	var all sync.WaitGroup
+	for _, m := range s.members() {
+		if id := string(m.ID); id != s.cfg.NodeID {
+			all.Go(func() { s.tellCommitted(id, term, applied) })
 		}
-		all.Wait()
-	})
+	}
+	all.Wait()
 }
 
 // watch notices every change of state: at once when Raft says so, and else at the next look, since what Raft says may
-// get lost.
+// get lost. While all is well it does not look so often: that would be a third of what a follower does at rest.
 func (s *Store) watch() {
-	ticker := time.NewTicker(watchInterval)
-	defer ticker.Stop()
+	timer := time.NewTimer(watchInterval)
+	defer timer.Stop()
 	silent, turn := 0, 0 // looks since the leader fell silent, and at which of them this node hurries
 	for {
 		r := s.raft.Load()
@@ -485,20 +493,27 @@ func (s *Store) watch() {
 		select {
 		case <-s.observations:
 			continue
-		case <-ticker.C:
+		case <-timer.C:
 		case <-s.ctx.Done():
 			return
 		}
-		s.spread(r)
+		interval, silence := watchInterval, time.Duration(0)
+		if r != nil && r.State() == raft.Follower && s.Leader() != "" {
+			silence = time.Since(r.LastContact())
+		}
 		switch {
-		case r == nil || r.State() != raft.Follower || s.Leader() == "" || time.Since(r.LastContact()) < heartbeatTimeout:
+		case silence < heartbeatTimeout:
 			silent, turn = 0, 1+rand.IntN(hurryTurns)
+			if s.Leader() != "" && silence < heartbeatTimeout/4 {
+				interval = restInterval
+			}
 		case silent == turn:
 			s.hurry(r)
 			fallthrough
 		default:
 			silent++
 		}
+		timer.Reset(interval)
 	}
 }
 
