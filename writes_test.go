@@ -243,6 +243,7 @@ func TestGatherWaitsForThoseWhoComeBack(t *testing.T) {
 		apart   = commit / 2
 	)
 	gathers := func(t *testing.T, client func(w *writes)) (sizes []int, took time.Duration) {
+		t.Helper()
 		synctest.Test(t, func(t *testing.T) {
 			w := newTestWrites(t)
 			w.propose = func(commands [][]byte) raft.ApplyFuture {
