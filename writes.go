@@ -135,9 +135,7 @@ func (b *writes) run(ctx context.Context) {
 				break
 			}
 			go func() {
-				began := time.Now()
 				b.commit(batch)
-				b.learn(batch, time.Since(began))
 				<-slot
 			}()
 		}
@@ -149,12 +147,12 @@ func (b *writes) run(ctx context.Context) {
 // this, for a fixed time.) Where commands come on their own account, at any time, fewer are there than expected most times;
 // then the next batches do not wait, until one tries again.
 func (b *writes) gather(ctx context.Context) {
-	if b.patience < 0 {
-		b.patience++
-		return
-	}
 	count, expected, linger := b.outlook()
 	if count == 0 || count >= expected {
+		return
+	}
+	if b.patience < 0 {
+		b.patience++
 		return
 	}
 	for timeout := time.After(linger); count < expected; count, expected, _ = b.outlook() {
@@ -183,7 +181,8 @@ func (b *writes) outlook() (count, expected int, linger time.Duration) {
 	return b.count, b.expected, min(b.took, maxLinger)
 }
 
-// learn takes note of a batch that is done: its clients and those who wait now are likely to be there for the next.
+// learn takes note of a batch that is done, before its clients hear of it: they and those who wait now are likely to be there
+// for the next.
 func (b *writes) learn(batch []*write, took time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -276,8 +275,11 @@ func (b *writes) wait(ctx context.Context, w *write) outcome {
 // commit gives every write of a batch its outcome: the leader appends one log entry, any other node passes on to the
 // leader what has not been passed on already.
 func (b *writes) commit(batch []*write) {
+	began := time.Now()
 	if future := b.propose(commandsOf(batch)); future != nil {
-		share(batch, b.await(future))
+		all := b.await(future)
+		b.learn(batch, time.Since(began))
+		share(batch, all)
 		return
 	}
 	own := batch[:0]
@@ -289,7 +291,9 @@ func (b *writes) commit(batch []*write) {
 		}
 	}
 	if len(own) > 0 {
-		share(own, b.forward(commandsOf(own)))
+		all := b.forward(commandsOf(own))
+		b.learn(own, time.Since(began))
+		share(own, all)
 	}
 }
 
