@@ -315,6 +315,54 @@ func TestGatherWaitsForThoseWhoComeBack(t *testing.T) {
 	})
 }
 
+// Only a batch that would have waited counts for how long none does.
+func TestImpatienceIsForThoseWhoWouldWait(t *testing.T) {
+	b := newWrites(newMetrics(), hclog.NewNullLogger())
+	b.expected, b.patience = 1, -impatience
+	b.gather(t.Context()) // nothing to take
+	if err := b.add(newWrite([]byte("as many as expected"))); err != nil {
+		t.Fatal(err)
+	}
+	b.gather(t.Context())
+	if b.patience != -impatience {
+		t.Errorf("got patience %d; want it unchanged at %d", b.patience, -impatience)
+	}
+	b.expected = 2
+	b.gather(t.Context())
+	if want := 1 - impatience; b.patience != want {
+		t.Errorf("got patience %d after a batch that would have waited; want %d", b.patience, want)
+	}
+}
+
+// What a batch teaches is learned before its clients can send their next commands, which would be expected twice.
+func TestLearnsBeforeItAnswers(t *testing.T) {
+	results := [][]byte{[]byte("result")}
+	for _, leads := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			b := newTestWrites(t)
+			b.propose = func([][]byte) raft.ApplyFuture {
+				if !leads {
+					return nil
+				}
+				return &fakeFuture{index: 1, results: results}
+			}
+			b.callLeader = func(byte, []byte, time.Duration) ([]byte, error) {
+				return encodeOutcome(outcome{index: 1, results: results}), nil
+			}
+			w := newWrite([]byte("command"))
+			w.done = make(chan outcome) // so that it is not answered until somebody listens
+			go b.commit([]*write{w})
+			synctest.Wait()
+			if b.expected != 1 {
+				t.Errorf("leads %v: got %d commands expected before the answer; want 1", leads, b.expected)
+			}
+			if o := <-w.done; o.err != nil {
+				t.Error(o.err)
+			}
+		})
+	}
+}
+
 func TestBatchHasABound(t *testing.T) {
 	w := newWrites(newMetrics(), hclog.NewNullLogger())
 	for _, size := range []int{maxBatchBytes - 1, 1, 1, maxBatchBytes * 2, 1} {
