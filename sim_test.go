@@ -259,18 +259,19 @@ func (s simSink) Close() error { return s.around("snapshot", s.SnapshotSink.Clos
 // storage returns what openStorage would, on this process's disk.
 func (r *simRun) storage(fail func(error)) (*storage, error) {
 	db := simStore{r.disk, r.steps}
-	snapshots, err1 := newCheckedSnapshots(simSnapshots{r.disk.snapshots, r.steps})
-	rules := &entries{LogStore: db, newest: snapshots.newest.load, fail: fail}
-	st := &storage{
-		logs: rules, stable: &stableStore{StableStore: db}, snapshots: snapshots, rules: rules, close: func() error { return nil },
+	rules := &entries{LogStore: db, fail: fail}
+	st := &storage{logs: rules, stable: &stableStore{StableStore: db}, rules: rules, close: func() error { return nil }}
+	if r.node.cfg.KVStore == storeBolt {
+		st.disk = &guard{db: db, fail: fail, path: "disk"}
+		cache, err := raft.NewLogCache(logCacheEntries, st.disk)
+		if err != nil {
+			return nil, err
+		}
+		rules.LogStore, st.stable = cache, &stableStore{StableStore: st.disk}
 	}
-	if r.node.cfg.KVStore == storeMemory {
-		return st, err1
-	}
-	guarded := &guard{db: db, fail: fail, path: "disk"}
-	cache, err2 := raft.NewLogCache(logCacheEntries, guarded)
-	rules.LogStore, st.stable, st.disk = cache, &stableStore{StableStore: guarded}, guarded
-	return st, errors.Join(err1, err2)
+	var err error
+	st.snapshots, err = newCheckedSnapshots(simSnapshots{r.disk.snapshots, r.steps}, rules)
+	return st, err
 }
 
 // start starts a process of the node, with the disk that it has. If kept is not nil, it goes on with that instead, and

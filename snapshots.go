@@ -35,30 +35,33 @@ const (
 // this node's own or one that the leader has sent; raft would publish it first and read it after.
 type checkedSnapshots struct {
 	raft.SnapshotStore
-	newest progress     // index of the last entry that the newest snapshot covers, 0 for none
-	size   atomic.Int64 // of the newest snapshot, in bytes
-	begun  atomic.Int64 // when this node began to write it, in Unix milliseconds; 0 for none
+	log *entries
+
+	publishing sync.Mutex // held while a snapshot is published: one after the other
+
+	size  atomic.Int64 // of the newest snapshot, in bytes
+	begun atomic.Int64 // when this node began to write it, in Unix milliseconds; 0 for none
 }
 
 // errOvertaken is why a snapshot is not published: the leader has sent a newer one while this node took its own. Raft would
 // go by the older one from then on, and refuse all entries that follow the newer.
 var errOvertaken = errors.New("a newer snapshot has come meanwhile")
 
-func newCheckedSnapshots(store raft.SnapshotStore) (*checkedSnapshots, error) {
-	c := &checkedSnapshots{SnapshotStore: store}
+func newCheckedSnapshots(store raft.SnapshotStore, log *entries) (*checkedSnapshots, error) {
+	c := &checkedSnapshots{SnapshotStore: store, log: log}
 	list, err := store.List()
 	if err == nil && len(list) > 0 {
-		c.note(list[0].Index, list[0].ID, list[0].Size)
+		err = c.note(list[0].Index, list[0].Term, list[0].ID, list[0].Size)
 	}
 	return c, err
 }
 
 // note takes note of the newest snapshot. Raft's file store ends a snapshot's id with the time, and so does ours in memory.
-func (c *checkedSnapshots) note(index uint64, id string, size int64) {
-	c.newest.advance(index)
+func (c *checkedSnapshots) note(index, term uint64, id string, size int64) error {
 	c.size.Store(size)
 	begun, _ := strconv.ParseInt(id[strings.LastIndexByte(id, '-')+1:], 10, 64)
 	c.begun.Store(begun)
+	return c.log.cover(index, term)
 }
 
 func (c *checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
@@ -69,7 +72,7 @@ func (c *checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint
 		return nil, err
 	}
 	r, w := io.Pipe()
-	checked := &checkedSink{SnapshotSink: sink, store: c, index: index, w: w, verdict: make(chan error, 1)}
+	checked := &checkedSink{SnapshotSink: sink, store: c, index: index, term: term, w: w, verdict: make(chan error, 1)}
 	go func() { // ended by Close or Cancel, which close w
 		err := checkFrames(r, index)
 		_ = r.CloseWithError(err) // ends the Write that waits for more to be read
@@ -82,6 +85,7 @@ type checkedSink struct {
 	raft.SnapshotSink
 	store   *checkedSnapshots
 	index   uint64 // of the last entry that it covers
+	term    uint64 // likewise
 	size    int64  // in bytes, of what has been written
 	w       *io.PipeWriter
 	verdict chan error
@@ -104,16 +108,18 @@ func (s *checkedSink) Close() error {
 	s.closed = true
 	_ = s.w.Close()
 	err := <-s.verdict
-	if err == nil && s.index < s.store.newest.load() {
+	s.store.publishing.Lock()
+	defer s.store.publishing.Unlock()
+	if err == nil && s.index < s.store.log.newest() {
 		err = errOvertaken
 	}
 	if err != nil {
 		return errors.Join(err, s.SnapshotSink.Cancel())
 	}
-	if err = s.SnapshotSink.Close(); err == nil {
-		s.store.note(s.index, s.ID(), s.size)
+	if err = s.SnapshotSink.Close(); err != nil {
+		return err
 	}
-	return err
+	return s.store.note(s.index, s.term, s.ID(), s.size)
 }
 
 func (s *checkedSink) Cancel() error {

@@ -46,8 +46,8 @@ type storage struct {
 func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
 	if cfg.KVStore == storeMemory {
 		mem := raft.NewInmemStore()
-		snapshots, err := newCheckedSnapshots(&memorySnapshots{})
-		rules := &entries{LogStore: mem, newest: snapshots.newest.load, fail: fail}
+		rules := &entries{LogStore: mem, fail: fail}
+		snapshots, err := newCheckedSnapshots(&memorySnapshots{}, rules)
 		return &storage{
 			logs: rules, stable: &stableStore{StableStore: mem}, snapshots: snapshots, close: func() error { return nil }, rules: rules,
 		}, err
@@ -73,16 +73,19 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("STATE_DIR %q: %w", cfg.StateDir, err), db.Close())
 	}
-	snapshots, err1 := newCheckedSnapshots(files)
 	guarded := &guard{db: db, fail: fail, path: filepath.Join(cfg.StateDir, dbName)}
-	cache, err2 := raft.NewLogCache(logCacheEntries, guarded)
-	if err := errors.Join(err1, err2); err != nil {
+	cache, err := raft.NewLogCache(logCacheEntries, guarded)
+	if err != nil {
+		return nil, errors.Join(err, db.Close())
+	}
+	rules := &entries{LogStore: cache, fail: fail}
+	snapshots, err := newCheckedSnapshots(files, rules)
+	if err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
 	ticker := time.NewTicker(watchTick)
 	ctx, stop := context.WithCancel(context.Background())
 	go guarded.watch(ctx, ticker.C, int(stuckAfter/watchTick))
-	rules := &entries{LogStore: cache, newest: snapshots.newest.load, fail: fail}
 	return &storage{
 		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules, disk: guarded, stats: db.Stats,
 		close: func() error {
@@ -203,14 +206,40 @@ func checkGap(stateDir string, last, next uint64) error {
 	return err
 }
 
-// entries is the log, on disk or in memory, with some rules that Raft follows as long as all nodes keep what they promised
-// and the network delivers in order.
+// entries is the log, on disk or in memory. What it holds of what the newest snapshot covers is what was committed.
 type entries struct {
 	raft.LogStore
-	newest  func() uint64           // index up to which the newest snapshot covers it
+	covered progress                // index up to which the newest snapshot covers it
 	applied func() uint64           // index up to which the state machine has executed the log. Set before Raft runs, as is settle
 	settle  func(last uint64) error // called before entries up to last are stored
 	fail    func(error)
+}
+
+// newest returns the index up to which the newest snapshot covers the log.
+func (e *entries) newest() uint64 { return e.covered.load() }
+
+// cover takes note of a snapshot whose last entry has that index and term, when it has been published or found, and drops
+// from the log what it shows to be of a fallen leader. Raft itself only ever shortens the log when it has installed a
+// snapshot, and would, once this node leads, send what is left to a follower that starts without state, as if it had been
+// committed. What comes after the snapshot stays: Raft goes by where the log ended, and replaces it when the leader's
+// entries come.
+//
+// An entry of the same term at that index is the leader's, and then so is all before it. That is so after each snapshot
+// that this node has taken itself, unless the leader's, which was newer, has come meanwhile; then nothing is left to drop.
+func (e *entries) cover(index, term uint64) error {
+	e.covered.advance(index)
+	var entry raft.Log
+	if err := e.GetLog(index, &entry); err == nil && entry.Term == term {
+		return nil
+	} else if err != nil && !errors.Is(err, raft.ErrLogNotFound) {
+		return err
+	}
+	first, err1 := e.FirstIndex()
+	last, err2 := e.LastIndex()
+	if err := errors.Join(err1, err2); err != nil || last == 0 || first > index {
+		return err
+	}
+	return e.LogStore.DeleteRange(first, min(index, last))
 }
 
 func (e *entries) StoreLog(l *raft.Log) error { return e.StoreLogs([]*raft.Log{l}) }
@@ -226,26 +255,18 @@ func (e *entries) StoreLogs(l []*raft.Log) error {
 
 // DeleteRange deletes the oldest entries, or the end of the log where the leader has other entries.
 //
-// An end that begins before the newest snapshot's does not go: below it there may be the rest of an older log, which Raft
-// leaves there, and a message from before the snapshot, which the network has held back, would have all cut off that came
-// after it. Nor does an end that is executed in part: then this node has executed what the leader has not, and stops.
+// An end that is executed in part does not go: this node has executed what the leader has not, and stops.
 func (e *entries) DeleteRange(first, last uint64) error {
 	end, err := e.LastIndex()
-	if err != nil || last == 0 { // raft.RecoverCluster means an empty log, after which raft.InmemStore takes itself for endless
+	if err != nil || end == 0 || last == 0 { // of an empty log raft.InmemStore would take itself for endless
 		return err
 	}
-	newest := e.newest()
-	if last == end && newest < last {
-		if first <= newest {
-			return raft.ErrLogNotFound
-		}
-		if e.applied != nil && first <= e.applied() {
-			err := fmt.Errorf("the leader's log differs from entry %d on, but this node has executed its own up to %d: a node "+
-				"of the cluster has lost what it had stored; nothing was changed: compare the nodes' data, then move the state "+
-				"directory of each that is wrong away and start it without state, to be filled by the others", first, e.applied())
-			e.fail(err)
-			return err
-		}
+	if e.applied != nil && last >= end && last > e.newest() && first <= e.applied() {
+		err := fmt.Errorf("the leader's log differs from entry %d on, but this node has executed its own up to %d: a node "+
+			"of the cluster has lost what it had stored; nothing was changed: compare the nodes' data, then move the state "+
+			"directory of each that is wrong away and start it without state, to be filled by the others", first, e.applied())
+		e.fail(err)
+		return err
 	}
 	return e.LogStore.DeleteRange(first, last)
 }

@@ -755,8 +755,8 @@ func TestCutOfTheLog(t *testing.T) {
 		{"the oldest", 0, 10, 1, 5, 10, false, false},
 		{"the oldest, in the snapshot", 7, 10, 1, 5, 10, false, false},
 		{"all, in the snapshot", 10, 10, 1, 10, 0, false, false},
-		{"the end, from before the snapshot on", 5, 5, 3, 10, 10, true, false},
-		{"the end, from the snapshot's entry on", 5, 5, 5, 10, 10, true, false},
+		{"all, in a snapshot of more", 12, 12, 1, 10, 0, false, false},
+		{"more than there is", 0, 6, 7, 12, 6, false, false},
 		{"the end, after the snapshot", 5, 5, 6, 10, 5, false, false},
 		{"the end, executed after the snapshot", 5, 6, 6, 10, 10, true, true},
 	} {
@@ -764,8 +764,9 @@ func TestCutOfTheLog(t *testing.T) {
 			var failed []error
 			e := &entries{
 				LogStore: raft.NewInmemStore(), fail: func(err error) { failed = append(failed, err) },
-				newest: func() uint64 { return tt.snapshot }, applied: func() uint64 { return tt.applied },
+				applied: func() uint64 { return tt.applied },
 			}
+			e.covered.advance(tt.snapshot)
 			for i := range uint64(10) {
 				if err := e.StoreLog(&raft.Log{Index: i + 1}); err != nil {
 					t.Fatal(err)

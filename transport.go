@@ -126,9 +126,9 @@ func (t *transport) spare(rpc raft.RPC) bool {
 // Entries up to the leader's commit index would be taken for committed, also those that this node has from another leader
 // and that the message does not compare with the leader's.
 //
-// And what this node's snapshot covers is left out: it is committed, so the leader's is the same. Raft would look for it in
-// the log alone, and where it is not there refuse all that the leader sends; where an older log's end is there in its
-// place, a held message could have all cut off that came after the snapshot.
+// And what this node's snapshot covers is left out: it is committed, so the leader's is the same, and so is what is left of
+// it in the log (see entries.cover). Raft would look for it in the log alone, and where it is not there refuse all that the
+// leader sends.
 func (t *transport) mend(rpc *raft.RPC) {
 	switch req := rpc.Command.(type) {
 	case *raft.InstallSnapshotRequest:
