@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -14,21 +13,15 @@ import (
 	raftboltdb "github.com/hashicorp/raft-boltdb/v2"
 )
 
-const (
-	stuckAfter = 5 * time.Second // a call to the database that takes longer never comes back, for all we know
-	watchTick  = 250 * time.Millisecond
-	deleteStep = 512 // log entries
-)
+const deleteStep = 512 // log entries
 
 // guard makes the database fail-stop. Raft goes on after an error of its stores with a wrong idea of what is in them,
 // and after a failed fsync nobody can know what reached the disk (Rebello et al., "Can Applications Recover from fsync
 // Failures?", ATC 2020). So any error but "not found" goes to fail, which does not return while the process stops:
-// raft is never told and so never answers on broken storage.
-//
-// A call that does not come back is as bad, and nothing can end it. The watchdog counts its own ticks, not the clock's
-// time: a process or machine that was paused is not to blame.
+// raft is never told and so never answers on broken storage. For calls that do not come back at all see watchdog.
 type guard struct {
 	db   database
+	dog  *watchdog
 	fail func(error)
 	path string                // of the database, for messages
 	took func(seconds float64) // called when entries have been stored; nil for nobody
@@ -36,9 +29,6 @@ type guard struct {
 	// early says whether entries may count as stored before they are, as what pending says; nil for never.
 	early   func() bool
 	pending pending
-
-	mu    sync.Mutex // guards calls
-	calls map[*storeCall]struct{}
 }
 
 type database interface {
@@ -123,25 +113,9 @@ func (g *guard) await(index uint64) error { return g.pending.wait(index) }
 // drain returns when all that is in the log so far is on the disk.
 func (g *guard) drain() error { return g.pending.wait(g.pending.last()) }
 
-// storeCall is a call to the database that is under way.
-type storeCall struct {
-	op    string
-	ticks int // of the watchdog, since it began
-}
-
 // do makes a call to the database.
 func (g *guard) do(op string, f func() error) error {
-	call := &storeCall{op: op}
-	g.mu.Lock()
-	if g.calls == nil {
-		g.calls = make(map[*storeCall]struct{})
-	}
-	g.calls[call] = struct{}{}
-	g.mu.Unlock()
-	err := g.recovered(f)
-	g.mu.Lock()
-	delete(g.calls, call)
-	g.mu.Unlock()
+	err := g.dog.briefly(op, func() error { return g.recovered(f) })
 	if err != nil && !errors.Is(err, raft.ErrLogNotFound) && !isNotFound(err) {
 		g.fail(fmt.Errorf("storage: %s: %w", op, err))
 	}
@@ -157,28 +131,6 @@ func (g *guard) recovered(f func() error) (err error) {
 		}
 	}()
 	return f()
-}
-
-// watch calls fail when a call is under way for more than the given number of ticks, until ctx ends.
-func (g *guard) watch(ctx context.Context, tick <-chan time.Time, limit int) {
-	for {
-		select {
-		case <-tick:
-		case <-ctx.Done():
-			return
-		}
-		g.mu.Lock()
-		stuck := ""
-		for call := range g.calls {
-			if call.ticks++; call.ticks > limit {
-				stuck = call.op
-			}
-		}
-		g.mu.Unlock()
-		if stuck != "" {
-			g.fail(fmt.Errorf("storage: %s has not come back for %v: the disk hangs", stuck, stuckAfter))
-		}
-	}
 }
 
 // isNotFound says whether a StableStore has no such key. The raft package goes by the text, so any store must.

@@ -151,16 +151,17 @@ func checkFrames(r io.Reader, index uint64) error {
 type fileSnapshots struct {
 	raft.SnapshotStore
 	dir  string
+	dog  *watchdog
 	fail func(error)
 }
 
 // openSnapshots opens the snapshots in a state directory and checks what describes them.
-func openSnapshots(stateDir string, log hclog.Logger, fail func(error)) (*fileSnapshots, error) {
+func openSnapshots(stateDir string, log hclog.Logger, dog *watchdog, fail func(error)) (*fileSnapshots, error) {
 	store, err := raft.NewFileSnapshotStoreWithLogger(stateDir, snapshotsKept, log)
 	if err != nil {
 		return nil, err
 	}
-	f := &fileSnapshots{store, filepath.Join(stateDir, snapshotsDir), fail}
+	f := &fileSnapshots{store, filepath.Join(stateDir, snapshotsDir), dog, fail}
 	kept, rest, err := f.directories()
 	if err != nil {
 		return nil, err
@@ -256,70 +257,93 @@ func (f *fileSnapshots) check(id string) error {
 	return nil
 }
 
-func (f *fileSnapshots) failed(op string, err error) error {
-	err = fmt.Errorf("storage: %s: %w", op, err)
-	f.fail(err)
+// do makes a call to the disk. An error of it goes to fail.
+func (f *fileSnapshots) do(op string, call func() error) error {
+	err := f.dog.during(op, call)
+	if err != nil {
+		err = fmt.Errorf("storage: %s: %w", op, err)
+		f.fail(err)
+	}
 	return err
 }
 
 func (f *fileSnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
 	configurationIndex uint64, t raft.Transport,
-) (raft.SnapshotSink, error) {
-	sink, err := f.SnapshotStore.Create(version, index, term, configuration, configurationIndex, t)
+) (sink raft.SnapshotSink, err error) {
+	err = f.do("begin a snapshot", func() (err error) {
+		sink, err = f.SnapshotStore.Create(version, index, term, configuration, configurationIndex, t)
+		if err != nil {
+			return err
+		}
+		path := filepath.Join(f.dir, sink.ID()+tmpSuffix, sealName)
+		return writeSynced(path, sealOf(sink.ID(), index, term, configurationIndex, configuration))
+	})
 	if err != nil {
-		return nil, f.failed("begin a snapshot", err)
-	}
-	path := filepath.Join(f.dir, sink.ID()+tmpSuffix, sealName)
-	if err := writeSynced(path, sealOf(sink.ID(), index, term, configurationIndex, configuration)); err != nil {
-		return nil, f.failed("seal a snapshot", err)
+		return nil, err
 	}
 	return &fileSink{sink, f}, nil
 }
 
-func (f *fileSnapshots) List() ([]*raft.SnapshotMeta, error) {
-	list, err := f.SnapshotStore.List()
-	if err != nil {
-		return nil, f.failed("list snapshots", err)
-	}
-	return list, nil
+func (f *fileSnapshots) List() (list []*raft.SnapshotMeta, err error) {
+	err = f.do("list snapshots", func() (err error) { list, err = f.SnapshotStore.List(); return err })
+	return list, err
 }
 
 // Open reads the whole snapshot, to compare it with its checksum, before it returns it.
-func (f *fileSnapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
-	var meta *raft.SnapshotMeta
-	var state io.ReadCloser
-	err := f.check(id)
-	if err == nil {
-		meta, state, err = f.SnapshotStore.Open(id)
-	}
-	if err == nil {
-		return meta, state, nil
-	}
-	if kept, _, _ := f.directories(); !slices.Contains(kept, id) { // newer ones have taken its place
+func (f *fileSnapshots) Open(id string) (meta *raft.SnapshotMeta, state io.ReadCloser, err error) {
+	var gone error // the reason why there is no such snapshot any more
+	err = f.do("open a snapshot", func() error {
+		err := f.check(id)
+		if err == nil {
+			meta, state, err = f.SnapshotStore.Open(id)
+		}
+		if err == nil {
+			return nil
+		}
+		if kept, _, _ := f.directories(); !slices.Contains(kept, id) { // newer ones have taken its place
+			gone = err
+			return nil
+		}
+		return damaged(filepath.Join(f.dir, id), err)
+	})
+	if err := errors.Join(err, gone); err != nil {
 		return nil, nil, err
 	}
-	return nil, nil, f.failed("open a snapshot", damaged(filepath.Join(f.dir, id), err))
+	return meta, &fileState{state, f}, nil
 }
 
+// fileState is the state of a snapshot, being read.
+type fileState struct {
+	io.ReadCloser
+	store *fileSnapshots
+}
+
+func (s *fileState) Read(p []byte) (n int, err error) {
+	failed := s.store.do("read a snapshot", func() error {
+		if n, err = s.ReadCloser.Read(p); errors.Is(err, io.EOF) {
+			return nil
+		}
+		return err
+	})
+	if failed != nil {
+		err = failed
+	}
+	return n, err
+}
+
+// fileSink is a snapshot, being written.
 type fileSink struct {
 	raft.SnapshotSink
 	store *fileSnapshots
 }
 
-func (s *fileSink) Write(p []byte) (int, error) {
-	n, err := s.SnapshotSink.Write(p)
-	if err != nil {
-		err = s.store.failed("write a snapshot", err)
-	}
+func (s *fileSink) Write(p []byte) (n int, err error) {
+	err = s.store.do("write a snapshot", func() (err error) { n, err = s.SnapshotSink.Write(p); return err })
 	return n, err
 }
 
-func (s *fileSink) Close() error {
-	if err := s.SnapshotSink.Close(); err != nil {
-		return s.store.failed("complete a snapshot", err)
-	}
-	return nil
-}
+func (s *fileSink) Close() error  { return s.store.do("complete a snapshot", s.SnapshotSink.Close) }
+func (s *fileSink) Cancel() error { return s.store.do("remove a snapshot", s.SnapshotSink.Cancel) }
 
 // memorySnapshots keeps the newest complete snapshot in memory. Raft's own in-memory store publishes a snapshot before
 // its bytes are there.

@@ -228,7 +228,7 @@ func TestDamagedSnapshotOnDiskStopsTheNode(t *testing.T) {
 	}
 	log := hclog.NewNullLogger()
 	read := func() (said []string, failed error) {
-		files, err := openSnapshots(dir, log, func(err error) { failed = errors.Join(failed, err) })
+		files, err := openSnapshots(dir, log, nil, func(err error) { failed = errors.Join(failed, err) })
 		if err != nil {
 			return nil, err
 		}
@@ -324,7 +324,7 @@ func TestSnapshotHalfRemoved(t *testing.T) {
 func TestSnapshotThatCannotBeWrittenStopsTheNode(t *testing.T) {
 	dir := t.TempDir()
 	var failed []error
-	files, err := openSnapshots(dir, hclog.NewNullLogger(), func(err error) { failed = append(failed, err) })
+	files, err := openSnapshots(dir, hclog.NewNullLogger(), nil, func(err error) { failed = append(failed, err) })
 	if err != nil {
 		t.Fatal(err)
 	}

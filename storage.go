@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -62,36 +61,45 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 	if aside != "" {
 		log.Warn(dbName+" is missing: this node counts as one without state; the snapshots that were beside it are kept", "in", aside)
 	}
-	db, err := openBolt(filepath.Join(cfg.StateDir, dbName))
+	dog := newWatchdog(diskProbe(cfg.StateDir), watchTick, fail)
+	s, err := openStores(cfg, log, dog, fail)
+	if err != nil {
+		dog.stop()
+		return nil, fmt.Errorf("STATE_DIR %q: %w", cfg.StateDir, err)
+	}
+	return s, nil
+}
+
+// openStores opens the database, and the snapshots beside it.
+func openStores(cfg *Config, log hclog.Logger, dog *watchdog, fail func(error)) (*storage, error) {
+	path := filepath.Join(cfg.StateDir, dbName)
+	var db *raftboltdb.BoltStore
+	err := dog.during("open "+path, func() (err error) { db, err = openBolt(path); return err })
 	if err != nil {
 		return nil, err
 	}
-	var files *fileSnapshots
-	if err = claimStateDir(cfg.StateDir, cfg.NodeID, log); err == nil {
-		files, err = openSnapshots(cfg.StateDir, log.Named("snapshot"), fail)
-	}
-	if err != nil {
-		return nil, errors.Join(fmt.Errorf("STATE_DIR %q: %w", cfg.StateDir, err), db.Close())
-	}
-	guarded := &guard{db: db, fail: fail, path: filepath.Join(cfg.StateDir, dbName)}
+	guarded := &guard{db: db, dog: dog, fail: fail, path: path}
 	cache, err := raft.NewLogCache(logCacheEntries, guarded)
-	if err != nil {
-		return nil, errors.Join(err, db.Close())
+	if err == nil {
+		err = claimStateDir(cfg.StateDir, cfg.NodeID, log)
+	}
+	var files *fileSnapshots
+	if err == nil {
+		files, err = openSnapshots(cfg.StateDir, log.Named("snapshot"), dog, fail)
 	}
 	rules := &entries{LogStore: cache, fail: fail}
-	snapshots, err := newCheckedSnapshots(files, rules)
+	var snapshots *checkedSnapshots
+	if err == nil {
+		snapshots, err = newCheckedSnapshots(files, rules)
+	}
 	if err != nil {
 		return nil, errors.Join(err, db.Close())
 	}
-	ticker := time.NewTicker(watchTick)
-	ctx, stop := context.WithCancel(context.Background())
-	go guarded.watch(ctx, ticker.C, int(stuckAfter/watchTick))
 	return &storage{
 		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules, disk: guarded, stats: db.Stats,
 		close: func() error {
 			err := guarded.drain()
-			ticker.Stop()
-			stop()
+			dog.stop()
 			return errors.Join(err, db.Close())
 		},
 	}, nil

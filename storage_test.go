@@ -516,60 +516,6 @@ func goodDatabase(t *testing.T) []byte {
 	return b
 }
 
-// hangingStore is a database whose StoreLogs comes back when it is told to.
-type hangingStore struct {
-	*raft.InmemStore
-	release chan struct{}
-}
-
-func (h hangingStore) StoreLogs(l []*raft.Log) error {
-	<-h.release
-	return h.InmemStore.StoreLogs(l)
-}
-
-func TestWatchdogStopsOnACallThatHangs(t *testing.T) {
-	const limit = 3
-	release := make(chan struct{})
-	failed := make(chan error, 1)
-	g := &guard{db: hangingStore{raft.NewInmemStore(), release}, fail: func(err error) { failed <- err }}
-	tick := make(chan time.Time)
-	go g.watch(t.Context(), tick, limit)
-	tick <- time.Time{} // nothing is under way
-	done := make(chan error, 1)
-	store := func() { done <- g.StoreLogs([]*raft.Log{{Index: 1}}) }
-	underway := func() bool { g.mu.Lock(); defer g.mu.Unlock(); return len(g.calls) == 1 }
-
-	// A call that takes a while, and however long the clock says it took.
-	go store()
-	waitFor(t, "the call", underway)
-	for range limit {
-		tick <- time.Time{}
-	}
-	release <- struct{}{}
-	if err := <-done; err != nil {
-		t.Fatal(err)
-	}
-	// One that does not come back.
-	go store()
-	waitFor(t, "the call", underway)
-	for range limit {
-		tick <- time.Time{}
-	}
-	select {
-	case err := <-failed:
-		t.Fatalf("failed too early: %v", err)
-	default:
-	}
-	tick <- time.Time{}
-	if err := <-failed; !strings.Contains(err.Error(), "store logs") {
-		t.Errorf("got %v; want it to name the call", err)
-	}
-	close(release)
-	if err := <-done; err != nil {
-		t.Error(err)
-	}
-}
-
 func TestDeleteRangeGoesInSteps(t *testing.T) {
 	const entries = 3*deleteStep + 10
 	for _, tt := range []struct {
