@@ -290,6 +290,9 @@ func TestProcessFlippedBits(t *testing.T) {
 		select {
 		case <-p.ended:
 			stopped++
+			if strings.Contains(p.read(p.stderr), "panic: freepages: failed to get all reachable pages") {
+				break // bbolt has ended the process, in a goroutine of its own
+			}
 			p.exits(exitFailed, time.Second)
 			p.logs("is damaged|STATE_DIR")
 		default:

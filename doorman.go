@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -29,6 +30,15 @@ type doorman struct {
 
 func newDoorman(l net.Listener, most, each int, crowded func()) *doorman {
 	return &doorman{Listener: l, most: most, each: each, crowded: crowded, guests: make(map[netip.Addr]map[*guest]struct{})}
+}
+
+// maxFiles returns how many files and connections this process may have open at once.
+func maxFiles() int {
+	var limit syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) != nil {
+		return 1024
+	}
+	return int(min(limit.Cur, 1<<20))
 }
 
 // guest is a connection that came in by a doorman. A nil guest is one that nobody counts.

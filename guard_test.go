@@ -162,7 +162,7 @@ func TestShutdownWithPendingEntries(t *testing.T) {
 func TestNothingOvertakesPendingEntries(t *testing.T) {
 	t.Parallel()
 	entry := func(index uint64, kind raft.LogType) []*raft.Log {
-		return []*raft.Log{{Index: index, Term: 1, Type: kind, Data: []byte("d")}}
+		return []*raft.Log{{Index: index, Term: 1, Type: kind, Data: encodeEntry(time.Now(), nil)}}
 	}
 	for name, call := range map[string]func(g *guard) error{
 		"the term is set":    func(g *guard) error { return g.SetUint64(keyCurrentTerm, 2) },

@@ -217,6 +217,8 @@ func (p *progress) wait(ctx context.Context, want uint64) error {
 	}
 }
 
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
 // The format of a log entry, on disk and between nodes: a version byte, the CRC-32C of all that follows it, the
 // leader's clock in microseconds since 1970, and then each command behind its length as a uvarint.
 const (
@@ -237,16 +239,24 @@ func encodeEntry(at time.Time, commands [][]byte) []byte {
 	return b
 }
 
-// decodeEntry returns commands that share b's memory.
-func decodeEntry(b []byte) (at time.Time, commands [][]byte, err error) {
+// checkEntry says whether an entry is as it was written.
+func checkEntry(b []byte) error {
 	if len(b) < entryHeader {
-		return at, nil, fmt.Errorf("%d bytes are too few for an entry", len(b))
+		return fmt.Errorf("%d bytes are too few for an entry", len(b))
 	}
 	if b[0] != entryVersion {
-		return at, nil, fmt.Errorf("entry version %d is not known to this binary; was it written by a newer one?", b[0])
+		return fmt.Errorf("entry version %d is not known to this binary; was it written by a newer one?", b[0])
 	}
 	if crc32.Checksum(b[5:], castagnoli) != binary.BigEndian.Uint32(b[1:]) {
-		return at, nil, errors.New("checksum mismatch: the log is damaged")
+		return errors.New("checksum mismatch: the log is damaged")
+	}
+	return nil
+}
+
+// decodeEntry returns commands that share b's memory.
+func decodeEntry(b []byte) (at time.Time, commands [][]byte, err error) {
+	if err := checkEntry(b); err != nil {
+		return at, nil, err
 	}
 	at = time.UnixMicro(int64(binary.BigEndian.Uint64(b[5:]))).UTC() // in local time nodes would differ
 	commands, err = decodeCommands(b[entryHeader:])

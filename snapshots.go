@@ -1,14 +1,9 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
-	"cmp"
-	"encoding/binary"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"io/fs"
 	"os"
@@ -27,12 +22,10 @@ import (
 const (
 	snapshotsKept = 2
 	metaName      = "meta.json" // in a snapshot's directory: raft's file store names it so
-	stateName     = "state.bin"
-	sealName      = "seal" // ours, beside them
 )
 
-// checkedSnapshots is a raft.SnapshotStore that publishes no snapshot but one whose checksums are right to its end, be it
-// this node's own or one that the leader has sent; raft would publish it first and read it after.
+// checkedSnapshots is a raft.SnapshotStore that publishes no snapshot when there is a newer one, and has the log agree with
+// each that is published. Whether a snapshot is whole is checked when it is read.
 type checkedSnapshots struct {
 	raft.SnapshotStore
 	log *entries
@@ -71,31 +64,19 @@ func (c *checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint
 	if err != nil {
 		return nil, err
 	}
-	r, w := io.Pipe()
-	checked := &checkedSink{SnapshotSink: sink, store: c, index: index, term: term, w: w, verdict: make(chan error, 1)}
-	go func() { // ended by Close or Cancel, which close w
-		err := checkFrames(r, index)
-		_ = r.CloseWithError(err) // ends the Write that waits for more to be read
-		checked.verdict <- err
-	}()
-	return checked, nil
+	return &checkedSink{SnapshotSink: sink, store: c, index: index, term: term}, nil
 }
 
 type checkedSink struct {
 	raft.SnapshotSink
-	store   *checkedSnapshots
-	index   uint64 // of the last entry that it covers
-	term    uint64 // likewise
-	size    int64  // in bytes, of what has been written
-	w       *io.PipeWriter
-	verdict chan error
-	closed  bool
+	store  *checkedSnapshots
+	index  uint64 // of the last entry that it covers
+	term   uint64 // likewise
+	size   int64  // in bytes, of what has been written
+	closed bool
 }
 
 func (s *checkedSink) Write(p []byte) (int, error) {
-	if _, err := s.w.Write(p); err != nil {
-		return 0, err
-	}
 	n, err := s.SnapshotSink.Write(p)
 	s.size += int64(n)
 	return n, err
@@ -106,17 +87,12 @@ func (s *checkedSink) Close() error {
 		return nil
 	}
 	s.closed = true
-	_ = s.w.Close()
-	err := <-s.verdict
 	s.store.publishing.Lock()
 	defer s.store.publishing.Unlock()
-	if err == nil && s.index < s.store.log.newest() {
-		err = errOvertaken
+	if s.index < s.store.log.newest() {
+		return errors.Join(errOvertaken, s.SnapshotSink.Cancel())
 	}
-	if err != nil {
-		return errors.Join(err, s.SnapshotSink.Cancel())
-	}
-	if err = s.SnapshotSink.Close(); err != nil {
+	if err := s.SnapshotSink.Close(); err != nil {
 		return err
 	}
 	return s.store.note(s.index, s.term, s.ID(), s.size)
@@ -124,30 +100,11 @@ func (s *checkedSink) Close() error {
 
 func (s *checkedSink) Cancel() error {
 	s.closed = true
-	_ = s.w.CloseWithError(io.ErrUnexpectedEOF)
 	return s.SnapshotSink.Cancel()
-}
-
-// checkFrames reads a snapshot of the log up to index and says whether all its checksums are right.
-func checkFrames(r io.Reader, index uint64) error {
-	frames := &frameReader{r: bufio.NewReader(r)}
-	applied, err := frames.header()
-	switch {
-	case err != nil:
-		return err
-	case applied > index:
-		return fmt.Errorf("the snapshot of entry %d says that it is of %d", index, applied)
-	}
-	if _, err := io.Copy(io.Discard, frames); err != nil {
-		return err
-	}
-	return frames.end()
 }
 
 // fileSnapshots keeps snapshots in STATE_DIR. It is fail-stop like guard: a snapshot that cannot be written, or that
 // reads otherwise than it was written, goes to fail. Raft would say so in its log and go on without it.
-//
-// Raft has a checksum over a snapshot's state but none over what describes it, so a seal lies beside each.
 type fileSnapshots struct {
 	raft.SnapshotStore
 	dir  string
@@ -155,59 +112,42 @@ type fileSnapshots struct {
 	fail func(error)
 }
 
-// openSnapshots opens the snapshots in a state directory and checks what describes them.
+// openSnapshots opens the snapshots in a state directory, and removes what a crash has left half written. If the newest
+// cannot be listed this is an error: Raft would go on with the one before, after which entries may be missing from the log.
+// An older one that cannot be listed is not needed.
 func openSnapshots(stateDir string, log hclog.Logger, dog *watchdog, fail func(error)) (*fileSnapshots, error) {
 	store, err := raft.NewFileSnapshotStoreWithLogger(stateDir, snapshotsKept, log)
 	if err != nil {
 		return nil, err
 	}
 	f := &fileSnapshots{store, filepath.Join(stateDir, snapshotsDir), dog, fail}
-	kept, rest, err := f.directories()
-	if err != nil {
+	half, err := filepath.Glob(filepath.Join(f.dir, "*"+tmpSuffix))
+	for _, path := range half {
+		err = errors.Join(err, os.RemoveAll(path))
+	}
+	newest, err2 := f.newest()
+	list, err3 := store.List()
+	if err := errors.Join(err, err2, err3); err != nil {
 		return nil, err
 	}
-	for _, id := range kept {
-		if err := f.check(id); err != nil {
-			return nil, damaged(filepath.Join(f.dir, id), err)
-		}
-	}
-	for _, name := range rest {
-		if err := os.RemoveAll(filepath.Join(f.dir, name)); err != nil {
-			return nil, err
-		}
+	if newest != "" && (len(list) == 0 || list[0].ID != newest || !strings.HasPrefix(newest, fmt.Sprintf("%d-%d-", list[0].Term, list[0].Index))) {
+		return nil, damaged(filepath.Join(f.dir, newest), errors.New(metaName+" is missing, or not what was written"))
 	}
 	return f, nil
 }
 
-// directories returns the names of the newest snapshots, newest first, and of what a crash may have left half written or,
-// of older ones, half removed.
-func (f *fileSnapshots) directories() (kept, rest []string, err error) {
-	entries, err := os.ReadDir(f.dir)
-	if err != nil {
-		return nil, nil, err
-	}
-	type id struct{ term, index, at uint64 } // as raft's file store names a snapshot
-	var ids []id
-	for _, entry := range entries {
-		var i id
-		if n, _ := fmt.Sscanf(entry.Name(), "%d-%d-%d", &i.term, &i.index, &i.at); strings.HasSuffix(entry.Name(), tmpSuffix) {
-			rest = append(rest, entry.Name())
-		} else if n == 3 {
-			ids = append(ids, i)
+// newest returns the id of the newest snapshot by the directories that there are, "" if there is none.
+func (f *fileSnapshots) newest() (id string, err error) {
+	dirs, err := os.ReadDir(f.dir)
+	var newest [3]uint64
+	for _, dir := range dirs {
+		var is [3]uint64 // term, index and time: so raft's file store names a snapshot, and orders them
+		n, _ := fmt.Sscanf(dir.Name(), "%d-%d-%d", &is[0], &is[1], &is[2])
+		if n == len(is) && slices.Compare(is[:], newest[:]) > 0 {
+			newest, id = is, dir.Name()
 		}
 	}
-	slices.SortFunc(ids, func(a, b id) int {
-		return cmp.Or(cmp.Compare(b.term, a.term), cmp.Compare(b.index, a.index), cmp.Compare(b.at, a.at))
-	})
-	for _, i := range ids {
-		name := fmt.Sprintf("%d-%d-%d", i.term, i.index, i.at)
-		if len(kept) < snapshotsKept {
-			kept = append(kept, name)
-		} else {
-			rest = append(rest, name)
-		}
-	}
-	return kept, rest, nil
+	return id, err
 }
 
 // setAsideSnapshots renames what snapshots there are: without a database beside them nobody knows of which cluster they
@@ -222,39 +162,6 @@ func setAsideSnapshots(stateDir string) (string, error) {
 	}
 	aside := fmt.Sprintf("%s.without-raft.db.%d", dir, time.Now().UnixMilli())
 	return aside, os.Rename(dir, aside)
-}
-
-// sealOf is the CRC-32C over what describes a snapshot and raft's store has no checksum for.
-func sealOf(id string, index, term, configurationIndex uint64, configuration raft.Configuration) []byte {
-	b := []byte(id)
-	for _, n := range []uint64{index, term, configurationIndex} {
-		b = binary.BigEndian.AppendUint64(b, n)
-	}
-	b = append(b, raft.EncodeConfiguration(configuration)...)
-	return fmt.Appendf(nil, "%08x\n", crc32.Checksum(b, castagnoli))
-}
-
-// check says whether what describes a snapshot is what was written.
-func (f *fileSnapshots) check(id string) error {
-	dir := filepath.Join(f.dir, id)
-	description, err1 := os.ReadFile(filepath.Join(dir, metaName))
-	seal, err2 := os.ReadFile(filepath.Join(dir, sealName))
-	state, err3 := os.Stat(filepath.Join(dir, stateName))
-	if err := errors.Join(err1, err2, err3); err != nil {
-		return err
-	}
-	var m struct {
-		raft.SnapshotMeta
-		CRC []byte
-	}
-	if err := json.Unmarshal(description, &m); err != nil {
-		return fmt.Errorf("%s: %w", metaName, err)
-	}
-	if m.Version != raft.SnapshotVersionMax || m.ID != id || m.Size != state.Size() ||
-		!bytes.Equal(seal, sealOf(m.ID, m.Index, m.Term, m.ConfigurationIndex, m.Configuration)) {
-		return fmt.Errorf("%s is not what was written", metaName)
-	}
-	return nil
 }
 
 // do makes a call to the disk. An error of it goes to fail.
@@ -272,11 +179,7 @@ func (f *fileSnapshots) Create(version raft.SnapshotVersion, index, term uint64,
 ) (sink raft.SnapshotSink, err error) {
 	err = f.do("begin a snapshot", func() (err error) {
 		sink, err = f.SnapshotStore.Create(version, index, term, configuration, configurationIndex, t)
-		if err != nil {
-			return err
-		}
-		path := filepath.Join(f.dir, sink.ID()+tmpSuffix, sealName)
-		return writeSynced(path, sealOf(sink.ID(), index, term, configurationIndex, configuration))
+		return err
 	})
 	if err != nil {
 		return nil, err
@@ -291,17 +194,13 @@ func (f *fileSnapshots) List() (list []*raft.SnapshotMeta, err error) {
 
 // Open reads the whole snapshot, to compare it with its checksum, before it returns it.
 func (f *fileSnapshots) Open(id string) (meta *raft.SnapshotMeta, state io.ReadCloser, err error) {
-	var gone error // the reason why there is no such snapshot any more
-	err = f.do("open a snapshot", func() error {
-		err := f.check(id)
-		if err == nil {
-			meta, state, err = f.SnapshotStore.Open(id)
-		}
-		if err == nil {
+	var gone error
+	err = f.do("open a snapshot", func() (err error) {
+		if meta, state, err = f.SnapshotStore.Open(id); err == nil {
 			return nil
 		}
-		if kept, _, _ := f.directories(); !slices.Contains(kept, id) { // newer ones have taken its place
-			gone = err
+		if _, missing := os.Stat(filepath.Join(f.dir, id)); errors.Is(missing, fs.ErrNotExist) {
+			gone = err // newer ones have taken its place
 			return nil
 		}
 		return damaged(filepath.Join(f.dir, id), err)

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 
@@ -16,6 +17,8 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 )
+
+const stateName = "state.bin" // of the state in a snapshot's directory: raft's file store names it so
 
 // framed returns a snapshot of no commands, with that state.
 func framed(state string) string { return framedAt(0, state) }
@@ -170,152 +173,99 @@ func TestOvertakenSnapshotIsNotPublished(t *testing.T) {
 	}
 }
 
-// What arrives otherwise than it was sent is never published: raft would only then find out, and send it on later.
-func TestDamagedSnapshotIsNotPublished(t *testing.T) {
-	good := framed("the state of five")
-	for _, kind := range []string{storeBolt, storeMemory} {
-		store := openTestStorage(t, kind, t.TempDir()).snapshots
-		writeSnapshot(t, store, 4, framed("the state of four"))
-		refused := func(name, data string) {
-			t.Helper()
-			if !fails(newSnapshotOrNone(t, store, 5, data)) {
-				t.Errorf("%s, %s: got it published; want an error", kind, name)
-			}
-			if got, want := readSnapshots(t, store), []string{"4: " + framed("the state of four")}; !reflect.DeepEqual(got, want) {
-				t.Errorf("%s, %s: got snapshots %q; want %q", kind, name, got, want)
-			}
-		}
-		for i := range len(good) {
-			refused(fmt.Sprint("cut short at ", i), good[:i])
-			b := []byte(good)
-			b[i] ^= 0x10
-			refused(fmt.Sprint("flipped at ", i), string(b))
-		}
-		refused("more after its end", good+"x")
-		refused("of a later entry", framedAt(6, "the state of six"))
-		if err := newSnapshot(t, store, 5, good).Close(); err != nil {
-			t.Errorf("%s: got error %v; want none", kind, err)
-		}
-	}
-}
-
-// newSnapshotOrNone is newSnapshot for a store that may refuse the bytes; it returns nil then.
-func newSnapshotOrNone(t *testing.T, store raft.SnapshotStore, index uint64, data string) raft.SnapshotSink {
-	t.Helper()
-	sink := newSnapshot(t, store, index, "")
-	if _, err := io.WriteString(sink, data); err != nil {
-		if err := sink.Cancel(); err != nil {
-			t.Error(err)
-		}
-		return nil
-	}
-	return sink
-}
-
-// fails closes a sink, and says whether the snapshot was refused.
-func fails(sink raft.SnapshotSink) bool { return sink == nil || sink.Close() != nil }
-
-// A snapshot on disk that is not what was written is never restored and never sent on, whatever byte of whatever file
-// has changed: either the node does not start, or it stops when it opens the snapshot.
-func TestDamagedSnapshotOnDiskStopsTheNode(t *testing.T) {
+// The newest snapshot is never passed over for an older one, and never restored or sent on otherwise than it was written:
+// either the node does not start, or it stops when it opens the snapshot. Nothing is deleted.
+func TestDamagedNewestSnapshotStopsTheNode(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	s := openTestStorage(t, storeBolt, dir)
-	id := writeSnapshot(t, s.snapshots, 5, framed("the state of five"))
-	want := readSnapshots(t, s.snapshots)
-	half := filepath.Join(dir, snapshotsDir, "2-6-1700000000000"+tmpSuffix)
-	if err := errors.Join(s.close(), os.Mkdir(half, 0o755)); err != nil {
+	writeSnapshot(t, s.snapshots, 5, framed("the state of five"))
+	id := writeSnapshot(t, s.snapshots, 10, framed("the state of ten"))
+	if err := s.close(); err != nil {
 		t.Fatal(err)
 	}
-	log := hclog.NewNullLogger()
-	read := func() (said []string, failed error) {
-		files, err := openSnapshots(dir, log, nil, func(err error) { failed = errors.Join(failed, err) })
+	newest := filepath.Join(dir, snapshotsDir, id)
+	read := func() (failed error) {
+		files, err := openSnapshots(dir, hclog.NewNullLogger(), nil, func(err error) { failed = errors.Join(failed, err) })
 		if err != nil {
-			return nil, err
+			return err
 		}
 		list, err := files.List()
-		for _, meta := range list {
-			_, source, err := files.Open(meta.ID)
-			if err != nil {
-				return nil, errors.Join(failed, err)
-			}
-			data, err := io.ReadAll(source)
-			if err := errors.Join(err, source.Close()); err != nil {
-				t.Fatal(err)
-			}
-			said = append(said, fmt.Sprintf("%d: %s", meta.Index, data))
+		if err != nil || len(list) != 2 || list[0].ID != id {
+			t.Errorf("got %v, error %v; want two snapshots, %s first", list, err, id)
+			return err
 		}
-		return said, errors.Join(failed, err)
-	}
-	check := func(what string, harmless bool) {
-		t.Helper()
-		switch got, err := read(); {
-		case err == nil && (!harmless || !reflect.DeepEqual(got, want)):
-			t.Errorf("%s: got %q; want an error", what, got)
-		case err != nil && !strings.Contains(err.Error(), "is damaged (") || err != nil && !strings.Contains(err.Error(), id):
-			t.Errorf("%s: got error %v; want one that says that %s is damaged", what, err, id)
+		_, source, err := files.Open(id)
+		if err != nil {
+			return errors.Join(failed, err)
 		}
+		return errors.Join(failed, source.Close())
 	}
-	for _, name := range []string{metaName, stateName, sealName} {
-		path := filepath.Join(dir, snapshotsDir, id, name)
+	if err := read(); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{metaName, stateName} {
+		path := filepath.Join(newest, name)
 		good, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		write := func(b []byte) {
+		altered := map[string][]byte{"": nil, "half of it": good[:len(good)/2], "garbage": bytes.Repeat([]byte("x"), len(good))}
+		if name == metaName {
+			altered["another term"] = bytes.Replace(good, []byte(`"Term":2`), []byte(`"Term":3`), 1)
+			altered["another index"] = bytes.Replace(good, []byte(`"Index":10`), []byte(`"Index":11`), 1)
+		}
+		for i := 0; name == stateName && i < len(good); i++ { // it has a checksum over every byte
+			altered[fmt.Sprint("flipped at ", i)] = slices.Concat(good[:i], []byte{good[i] ^ 0x10}, good[i+1:])
+		}
+		for what, b := range altered {
+			if bytes.Equal(b, good) {
+				t.Fatalf("%s, %s: it is not altered", name, what)
+			}
 			if err := os.WriteFile(path, b, 0o600); err != nil {
 				t.Fatal(err)
 			}
+			if err := read(); err == nil || !strings.Contains(err.Error(), newest+" is damaged (") {
+				t.Errorf("%s, %s: got error %v; want one that says that %s is damaged", name, what, err, newest)
+			}
 		}
-		for i := range good {
-			b := bytes.Clone(good)
-			b[i] ^= 1
-			write(b)
-			check(fmt.Sprintf("%s, byte %d flipped", name, i), name == metaName) // some say nothing, such as the old Peers
-			write(good[:i])
-			check(fmt.Sprintf("%s, cut short at %d", name, i), name == metaName && i == len(good)-1) // a final newline
-		}
-		if err := os.Remove(path); err != nil {
+		if err := os.WriteFile(path, good, 0o600); err != nil {
 			t.Fatal(err)
 		}
-		check(name+" missing", false)
-		write(good)
 	}
-	if got, err := read(); err != nil || !reflect.DeepEqual(got, want) {
-		t.Errorf("got %q, error %v; want %q as at first", got, err, want)
-	}
-	if _, err := os.Stat(half); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("got %v for what a crash left half written; want it gone", err)
+	if err := read(); err != nil {
+		t.Errorf("got error %v with the files as they were; want none", err)
 	}
 }
 
-// Raft removes old snapshots file by file: a crash may leave a part of one.
-func TestSnapshotHalfRemoved(t *testing.T) {
-	dir := t.TempDir()
-	s := openTestStorage(t, storeBolt, dir)
-	var ids []string
-	for index := range uint64(snapshotsKept + 1) {
-		ids = append(ids, writeSnapshot(t, s.snapshots, 9+index, framed("state"))) // 9, 10 and 11: by number, not by name
-	}
-	if err := s.close(); err != nil {
-		t.Fatal(err)
-	}
-	for _, missing := range []string{stateName, metaName} {
-		old := filepath.Join(dir, snapshotsDir, ids[0])
-		if err := os.CopyFS(old, os.DirFS(filepath.Join(dir, snapshotsDir, ids[1]))); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Remove(filepath.Join(old, missing)); err != nil {
-			t.Fatal(err)
-		}
+// What the node does not need does not keep it from starting: older snapshots that are damaged, of which a crash may have
+// left a part, and what a crash has left half written, which goes.
+func TestOnlyTheNewestSnapshotIsNeeded(t *testing.T) {
+	t.Parallel()
+	for _, damage := range []func(old string) error{
+		func(old string) error { return os.Remove(filepath.Join(old, metaName)) },
+		func(old string) error { return os.Remove(filepath.Join(old, stateName)) },
+		func(old string) error { return os.WriteFile(filepath.Join(old, metaName), []byte("{"), 0o600) },
+		func(old string) error { return os.WriteFile(filepath.Join(old, stateName), []byte("x"), 0o600) },
+	} {
+		dir := t.TempDir()
 		s := openTestStorage(t, storeBolt, dir)
-		if got := len(readSnapshots(t, s.snapshots)); got != snapshotsKept {
-			t.Errorf("got %d snapshots; want %d", got, snapshotsKept)
-		}
-		if _, err := os.Stat(old); !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("got %v for the rest of an old snapshot; want it gone", err)
-		}
-		if err := s.close(); err != nil {
+		old := filepath.Join(dir, snapshotsDir, writeSnapshot(t, s.snapshots, 9, framed("nine")))
+		id := writeSnapshot(t, s.snapshots, 10, framed("ten")) // newer by number, not by name
+		half := filepath.Join(dir, snapshotsDir, "2-11-1700000000000"+tmpSuffix)
+		if err := errors.Join(s.close(), damage(old), os.Mkdir(half, 0o700)); err != nil {
 			t.Fatal(err)
+		}
+		s = openTestStorage(t, storeBolt, dir)
+		list, err := s.snapshots.List()
+		if err != nil || len(list) == 0 || list[0].ID != id || s.rules.newest() != 10 {
+			t.Errorf("got %v, newest %d, error %v; want %s first", list, s.rules.newest(), err, id)
+		}
+		if _, source, err := s.snapshots.Open(id); err != nil || source.Close() != nil {
+			t.Errorf("got error %v; want the newest snapshot", err)
+		}
+		if _, err := os.Stat(half); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("got %v for what a crash left half written; want it gone", err)
 		}
 	}
 }

@@ -91,7 +91,7 @@ func TestSnapshotDropsWhatItDisproves(t *testing.T) {
 				}
 				s := openTestStorage(t, kvStore, dir)
 				for i := uint64(5); i <= 10; i++ {
-					if err := s.logs.StoreLog(&raft.Log{Index: i, Term: tt.term}); err != nil {
+					if err := s.logs.StoreLog(&raft.Log{Type: raft.LogNoop, Index: i, Term: tt.term}); err != nil {
 						t.Fatal(err)
 					}
 				}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/hashicorp/go-hclog"
 )
@@ -23,7 +24,7 @@ const (
 // there what this node would believe: the default is in /tmp, where everybody can be first. What is refused is left as it
 // was. uid is this user's.
 func openStateDir(dir, nodeID string, uid int, log hclog.Logger) error {
-	keepFilesPrivate()
+	syscall.Umask(0o077)      // what this process makes from now on is for its user alone, also where a library asks for more
 	dir = filepath.Clean(dir) // of a link that ends in a slash Lstat would see what it leads to
 	_, err := os.Lstat(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -41,65 +42,37 @@ func openStateDir(dir, nodeID string, uid int, log hclog.Logger) error {
 	if err != nil {
 		return fmt.Errorf("STATE_DIR %q: %w; nothing was changed", dir, err)
 	}
-	if owner, mode := access(info); owner == uid && mode&0o007 != 0 {
+	if ownerOf(info) == uid && info.Mode().Perm()&0o007 != 0 {
 		log.Warn("STATE_DIR can be read by everybody: chmod o-rwx it", "STATE_DIR", dir)
-	}
-	if inMemory(dir) {
-		log.Warn("STATE_DIR is in memory: what is in it is gone when this machine restarts; set it to a directory on a disk", "STATE_DIR", dir)
 	}
 	return nil
 }
 
-// checkStateDir says what is wrong with the state directory, or with what is in it and would be read, and the cure. A
-// group may write: Kubernetes gives volumes to one.
+// checkStateDir says what is wrong with the state directory, and the cure. A group may write: Kubernetes gives volumes to
+// one. What is in a directory that passes was put there by those who may.
 func checkStateDir(dir string, uid int) (fs.FileInfo, error) {
 	info, err := os.Lstat(dir)
-	if err == nil && info.Mode().IsRegular() {
-		err = errors.New("it is a file: set STATE_DIR to a directory, or to a name that is not taken")
+	if err != nil {
+		return nil, err
 	}
-	if err == nil {
-		err = checkTrusted(dir, info, uid)
-	}
-	for _, name := range []string{nodeIDName, nodeIDName + tmpSuffix, dbName, snapshotsDir} {
-		if err == nil {
-			err = filepath.WalkDir(filepath.Join(dir, name), func(path string, entry fs.DirEntry, err error) error {
-				return checkEntry(path, entry, uid, err)
-			})
-		}
+	owner := ownerOf(info)
+	switch {
+	case info.Mode().Type() == fs.ModeSymlink:
+		err = errors.New("it is a symbolic link: remove it, or set STATE_DIR to a directory without links")
+	case !info.IsDir():
+		err = errors.New("it is no directory: set STATE_DIR to a directory, or to a name that is not taken")
+	case owner != uid && owner != 0:
+		err = fmt.Errorf("it belongs to user %d, neither to root nor to user %d, who runs this node: chown it if it is "+
+			"this node's, or set another STATE_DIR", owner, uid)
+	case info.Mode().Perm()&0o002 != 0:
+		err = errors.New("it can be written by everybody: if nobody has put anything there, chmod o-w it; otherwise set " +
+			"another STATE_DIR")
 	}
 	return info, err
 }
 
-func checkEntry(path string, entry fs.DirEntry, uid int, err error) error {
-	var info fs.FileInfo
-	if err == nil {
-		info, err = entry.Info()
-	}
-	switch {
-	case errors.Is(err, fs.ErrNotExist): // or no longer
-		return nil
-	case err != nil:
-		return fmt.Errorf("%w: set STATE_DIR to a directory that this user can read and write", err)
-	}
-	return checkTrusted(path, info, uid)
-}
-
-func checkTrusted(path string, info fs.FileInfo, uid int) error {
-	owner, mode := access(info)
-	switch kind := info.Mode(); {
-	case kind.Type() == fs.ModeSymlink:
-		return fmt.Errorf("%s is a symbolic link: remove it, or set STATE_DIR to a directory without links", path)
-	case !kind.IsRegular() && !kind.IsDir():
-		return fmt.Errorf("%s is neither a file nor a directory: remove it, or set another STATE_DIR", path)
-	case owner != uid && owner != 0:
-		return fmt.Errorf("%s belongs to user %d, neither to root nor to user %d, who runs this node: chown it if it is "+
-			"this node's, or set another STATE_DIR", path, owner, uid)
-	case mode&0o002 != 0:
-		return fmt.Errorf("%s can be written by everybody: if nobody has put anything there, chmod o-w it; otherwise set "+
-			"another STATE_DIR", path)
-	}
-	return nil
-}
+// ownerOf returns the id of the user whose file it is.
+func ownerOf(info fs.FileInfo) int { return int(info.Sys().(*syscall.Stat_t).Uid) }
 
 // checkNodeID says whether the directory says whose state it holds, with an error if that is another node's.
 func checkNodeID(dir, nodeID string) (known bool, err error) {

@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/fnv"
+	"io"
 	"os"
 	"path/filepath"
 	"runtime/debug"
@@ -71,29 +73,33 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 }
 
 // openStores opens the database, and the snapshots beside it.
-func openStores(cfg *Config, log hclog.Logger, dog *watchdog, fail func(error)) (*storage, error) {
+func openStores(cfg *Config, log hclog.Logger, dog *watchdog, fail func(error)) (_ *storage, err error) {
 	path := filepath.Join(cfg.StateDir, dbName)
 	var db *raftboltdb.BoltStore
-	err := dog.during("open "+path, func() (err error) { db, err = openBolt(path); return err })
+	if err := dog.during("open "+path, func() (err error) { db, err = openBolt(path); return err }); err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, db.Close())
+		}
+	}()
+	if err := claimStateDir(cfg.StateDir, cfg.NodeID, log); err != nil {
+		return nil, err
+	}
+	files, err := openSnapshots(cfg.StateDir, log.Named("snapshot"), dog, fail)
 	if err != nil {
 		return nil, err
 	}
 	guarded := &guard{db: db, dog: dog, fail: fail, path: path}
 	cache, err := raft.NewLogCache(logCacheEntries, guarded)
-	if err == nil {
-		err = claimStateDir(cfg.StateDir, cfg.NodeID, log)
-	}
-	var files *fileSnapshots
-	if err == nil {
-		files, err = openSnapshots(cfg.StateDir, log.Named("snapshot"), dog, fail)
+	if err != nil {
+		return nil, err
 	}
 	rules := &entries{LogStore: cache, fail: fail}
-	var snapshots *checkedSnapshots
-	if err == nil {
-		snapshots, err = newCheckedSnapshots(files, rules)
-	}
+	snapshots, err := newCheckedSnapshots(files, rules)
 	if err != nil {
-		return nil, errors.Join(err, db.Close())
+		return nil, err
 	}
 	return &storage{
 		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules, disk: guarded, stats: db.Stats,
@@ -105,16 +111,25 @@ func openStores(cfg *Config, log hclog.Logger, dog *watchdog, fail func(error)) 
 	}, nil
 }
 
-// openBolt opens the database. bbolt panics on many kinds of damage; here that becomes an error that names the cure.
+// openBolt opens the database. bbolt panics on many kinds of damage; where that can be caught it becomes an error that
+// names the cure. Where it cannot, in a goroutine of bbolt's own, the process ends all the same.
 func openBolt(path string) (db *raftboltdb.BoltStore, err error) {
 	defer func() {
 		if cause := recover(); cause != nil {
 			err = damaged(path, cause)
 		}
 	}()
-	err = readThrough(path)
-	if err == nil {
-		db, err = openForRaft(path)
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a file cut short faults where it is mapped
+	if err = checkFile(path); err == nil {
+		db, err = raftboltdb.New(raftboltdb.Options{
+			Path: path,
+			BoltOptions: &bbolt.Options{
+				Timeout: lockTimeout,
+				// The list of free pages is found again when the file is opened, instead of being written with each commit.
+				NoFreelistSync: true,
+				FreelistType:   bbolt.FreelistMapType,
+			},
+		})
 	}
 	switch {
 	case errors.Is(err, bbolterrors.ErrTimeout):
@@ -127,25 +142,21 @@ func openBolt(path string) (db *raftboltdb.BoltStore, err error) {
 	return db, nil
 }
 
-func openForRaft(path string) (*raftboltdb.BoltStore, error) {
-	return raftboltdb.New(raftboltdb.Options{
-		Path: path,
-		BoltOptions: &bbolt.Options{
-			Timeout: lockTimeout,
-			// The list of free pages is found again when the file is opened, instead of being written with each commit.
-			NoFreelistSync: true,
-			FreelistType:   bbolt.FreelistMapType,
-		},
-	})
+func damaged(path string, cause any) error {
+	err, ok := cause.(error)
+	if !ok {
+		err = fmt.Errorf("%v", cause) // what a library panicked with
+	}
+	return fmt.Errorf("%s is damaged (%w); nothing was changed: restore the disk, or move the whole state directory "+
+		"away and start this node without state, to be filled by the others", path, err)
 }
 
-// readThrough reads every page in use of the database, if it is there. bbolt itself does so when it looks for the free
-// pages, but in a goroutine of its own, where a panic cannot be caught.
-func readThrough(path string) error {
+// checkFile looks, before anything is written, for the kinds of damage that bbolt or raft-boltdb would mend without a word
+// and lose with it what was acknowledged. It finds nothing wrong with a file that is not there.
+func checkFile(path string) error {
 	if info, err := os.Stat(path); err != nil || !info.Mode().IsRegular() || info.Size() == 0 {
-		return nil // there is nothing to read; to open it says what is wrong
+		return nil // to open it says what is wrong
 	}
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true)) // a file cut short faults where it is mapped
 	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: lockTimeout})
 	if err != nil {
 		return err
@@ -153,65 +164,44 @@ func readThrough(path string) error {
 	if err := checkMeta(path); err != nil {
 		return errors.Join(err, db.Close())
 	}
-	sum := byte(0)
 	err = db.View(func(tx *bbolt.Tx) error {
-		// Both buckets are made in the first transaction after bbolt's own. A name that is damaged would be one of another
-		// bucket, and an empty one be made instead.
+		// Both buckets are made in the first transaction after bbolt's own. Instead of one whose name is damaged an empty
+		// one would be made.
 		if fresh := tx.ID() < 2; !fresh && (tx.Bucket([]byte("conf")) == nil || tx.Bucket([]byte("logs")) == nil) {
 			return errors.New("a bucket is missing")
 		}
-		return tx.ForEach(func(name []byte, b *bbolt.Bucket) error {
-			var last []byte
-			return b.ForEach(func(key, value []byte) error {
-				if last != nil && bytes.Compare(last, key) >= 0 {
-					return fmt.Errorf("the keys of bucket %q are out of order", name)
-				}
-				if err := checkPair(path, name, last, key, value); err != nil {
-					return err
-				}
-				last = key
-				for i := len(value) - 1; i >= 0; i -= 4096 { // a byte of each page
-					sum ^= value[i]
-				}
-				return nil
-			})
-		})
+		return nil
 	})
 	return errors.Join(err, db.Close())
 }
 
-// checkPair checks one key and value, last being the key before it in the bucket. The names are those of raft-boltdb.
-func checkPair(path string, bucket, last, key, value []byte) error {
-	switch {
-	case string(bucket) == "conf":
-		_, err := unseal(key, value)
-		return err
-	case string(bucket) == "logs" && len(key) != 8:
-		return fmt.Errorf("a log entry has the key %x", key)
-	case string(bucket) == "logs" && last != nil:
-		if a, b := binary.BigEndian.Uint64(last), binary.BigEndian.Uint64(key); b != a+1 {
-			return checkGap(filepath.Dir(path), a, b)
-		}
-	}
-	return nil
-}
-
-// checkGap says whether the entries between last and next, two indexes that follow each other in the log, may be
-// missing: Raft keeps its old entries when it installs a snapshot that is ahead of them, and goes on after the snapshot.
-func checkGap(stateDir string, last, next uint64) error {
-	missing := fmt.Errorf("log entry %d is followed by %d", last, next)
-	if _, err := os.Stat(filepath.Join(stateDir, snapshotsDir)); err != nil {
-		return missing
-	}
-	snapshots, err := raft.NewFileSnapshotStoreWithLogger(stateDir, snapshotsKept, hclog.NewNullLogger())
+// checkMeta says whether both of bbolt's meta pages are valid. With one that is not, bbolt takes the other, which may be
+// the older: without a word the last commit is lost, and it may be a vote or an entry that was acknowledged.
+func checkMeta(path string) error {
+	const (
+		head = 16 // of a page
+		size = 64 // of the meta data after it, the last 8 bytes of which are the checksum
+	)
+	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
-	list, err := snapshots.List()
-	if err == nil && (len(list) == 0 || list[0].Index < next-1) {
-		err = missing
+	defer func() { _ = f.Close() }()
+	at := int64(0)
+	for page := range 2 {
+		var meta [size]byte
+		if _, err := f.ReadAt(meta[:], at+head); err != nil && !errors.Is(err, io.EOF) {
+			return err
+		}
+		hash := fnv.New64a()
+		_, _ = hash.Write(meta[:size-8])
+		if binary.NativeEndian.Uint32(meta[:]) != 0xED0CDAED || binary.NativeEndian.Uint32(meta[4:]) != 2 ||
+			binary.NativeEndian.Uint64(meta[size-8:]) != hash.Sum64() {
+			return fmt.Errorf("meta page %d is not valid", page)
+		}
+		at = int64(binary.NativeEndian.Uint32(meta[8:]))
 	}
-	return err
+	return nil
 }
 
 // entries is the log, on disk or in memory. What it holds of what the newest snapshot covers is what was committed.

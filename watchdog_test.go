@@ -170,6 +170,11 @@ func TestWatchdogSeesEveryWayToTheDisk(t *testing.T) {
 		"write a snapshot":    func(_ *guard, f *fileSnapshots, d slowDisk) error { _, err := (&fileSink{d, f}).Write(nil); return err },
 		"complete a snapshot": func(_ *guard, f *fileSnapshots, d slowDisk) error { return (&fileSink{d, f}).Close() },
 		"remove a snapshot":   func(_ *guard, f *fileSnapshots, d slowDisk) error { return (&fileSink{d, f}).Cancel() },
+		"open a snapshot":     func(_ *guard, f *fileSnapshots, _ slowDisk) error { _, _, err := f.Open("1-2-3"); return err },
+		"begin a snapshot": func(_ *guard, f *fileSnapshots, _ slowDisk) error {
+			_, err := f.Create(raft.SnapshotVersionMax, 2, 1, raft.Configuration{}, 1, nil)
+			return err
+		},
 	} {
 		for _, hangs := range []bool{true, false} {
 			t.Run(name, func(t *testing.T) {
