@@ -41,9 +41,9 @@ type database interface {
 }
 
 // pending are the entries that Raft takes for stored and that are not on the disk yet. A leader has some, so that its
-// followers get them while its own disk is at work and not after (10.2.1 in Ongaro's dissertation). Nobody else may take
-// them for stored: see "Storing while sending" in DESIGN.md. (A progress would not do: the log's indexes go back when its end
-// is cut off.)
+// followers get them while its own disk is at work and not after (10.2.1 in Ongaro's dissertation). Nobody else may
+// take them for stored: see "Storing while sending" in DESIGN.md. (A progress would not do: the log's indexes go back
+// when its end is cut off.)
 type pending struct {
 	mu      sync.Mutex    // guards what follows
 	entries []*raft.Log   // the first of them may be being stored
@@ -230,8 +230,8 @@ func (g *guard) storePending() {
 	}
 }
 
-// DeleteRange deletes the oldest entries in steps, for new ones must wait meanwhile. A conflicting end of the log goes at
-// once: a part of it would be another log.
+// DeleteRange deletes the oldest entries in steps, for new ones must wait meanwhile. A conflicting end of the log goes
+// at once: a part of it would be another log.
 func (g *guard) DeleteRange(first, last uint64) error {
 	end, err := g.LastIndex()
 	if err != nil {
@@ -246,8 +246,8 @@ func (g *guard) DeleteRange(first, last uint64) error {
 	return g.do("delete logs", func() error { return g.db.DeleteRange(first, last) })
 }
 
-// Set stores a value after all that is in the log so far: a new term, say, in which this node may follow and what it has
-// from the last in which it led counts as stored.
+// Set stores a value after all that is in the log so far: a new term, say, in which this node may follow and what it
+// has from the last in which it led counts as stored.
 func (g *guard) Set(key, val []byte) error {
 	if err := g.drain(); err != nil {
 		return err
@@ -284,8 +284,8 @@ func (g *guard) GetUint64(key []byte) (uint64, error) {
 	return binary.BigEndian.Uint64(val), nil
 }
 
-// A value in the stable store, such as a vote, has a checksum of ours: bbolt has one over its meta pages and over nothing
-// else, and a vote that reads otherwise than it was written loses data without a word. Entries have theirs.
+// A value in the stable store, such as a vote, has a checksum of ours: bbolt has one over its meta pages and over
+// nothing else, and a vote that reads otherwise than it was written loses data without a word. Entries have theirs.
 
 // seal returns value followed by a CRC-32C over key and value.
 func seal(key, value []byte) []byte {

@@ -24,8 +24,8 @@ const (
 	metaName      = "meta.json" // in a snapshot's directory: raft's file store names it so
 )
 
-// checkedSnapshots is a raft.SnapshotStore that publishes no snapshot when there is a newer one, and has the log agree with
-// each that is published. Whether a snapshot is whole is checked when it is read.
+// checkedSnapshots is a raft.SnapshotStore that publishes no snapshot when there is a newer one, and has the log agree
+// with each that is published. Whether a snapshot is whole is checked when it is read.
 type checkedSnapshots struct {
 	raft.SnapshotStore
 	log *entries
@@ -36,8 +36,8 @@ type checkedSnapshots struct {
 	begun atomic.Int64 // when this node began to write it, in Unix milliseconds; 0 for none
 }
 
-// errOvertaken is why a snapshot is not published: the leader has sent a newer one while this node took its own. Raft would
-// go by the older one from then on, and refuse all entries that follow the newer.
+// errOvertaken is why a snapshot is not published: the leader has sent a newer one while this node took its own. Raft
+// would go by the older one from then on, and refuse all entries that follow the newer.
 var errOvertaken = errors.New("a newer snapshot has come meanwhile")
 
 func newCheckedSnapshots(store raft.SnapshotStore, log *entries) (*checkedSnapshots, error) {
@@ -49,7 +49,8 @@ func newCheckedSnapshots(store raft.SnapshotStore, log *entries) (*checkedSnapsh
 	return c, err
 }
 
-// note takes note of the newest snapshot. Raft's file store ends a snapshot's id with the time, and so does ours in memory.
+// note takes note of the newest snapshot. Raft's file store ends a snapshot's id with the time, and so does ours in
+// memory.
 func (c *checkedSnapshots) note(index, term uint64, id string, size int64) error {
 	c.size.Store(size)
 	begun, _ := strconv.ParseInt(id[strings.LastIndexByte(id, '-')+1:], 10, 64)
@@ -112,9 +113,9 @@ type fileSnapshots struct {
 	fail func(error)
 }
 
-// openSnapshots opens the snapshots in a state directory, and removes what a crash has left half written. If the newest
-// cannot be listed this is an error: Raft would go on with the one before, after which entries may be missing from the log.
-// An older one that cannot be listed is not needed.
+// openSnapshots opens the snapshots in a state directory, and removes what a crash has left half written. If the
+// newest cannot be listed this is an error: Raft would go on with the one before, after which entries may be missing
+// from the log. An older one that cannot be listed is not needed.
 func openSnapshots(stateDir string, log hclog.Logger, dog *watchdog, fail func(error)) (*fileSnapshots, error) {
 	store, err := raft.NewFileSnapshotStoreWithLogger(stateDir, snapshotsKept, log)
 	if err != nil {
@@ -130,7 +131,10 @@ func openSnapshots(stateDir string, log hclog.Logger, dog *watchdog, fail func(e
 	if err := errors.Join(err, err2, err3); err != nil {
 		return nil, err
 	}
-	if newest != "" && (len(list) == 0 || list[0].ID != newest || !strings.HasPrefix(newest, fmt.Sprintf("%d-%d-", list[0].Term, list[0].Index))) {
+	listed := func(m *raft.SnapshotMeta) bool {
+		return m.ID == newest && strings.HasPrefix(newest, fmt.Sprintf("%d-%d-", m.Term, m.Index))
+	}
+	if newest != "" && (len(list) == 0 || !listed(list[0])) {
 		return nil, damaged(filepath.Join(f.dir, newest), errors.New(metaName+" is missing, or not what was written"))
 	}
 	return f, nil

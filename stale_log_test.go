@@ -8,8 +8,8 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// Raft keeps what is in the log when it installs a snapshot, be it of a fallen leader. Whoever then leads would send it to
-// a follower that starts without state, as if it had been committed.
+// Raft keeps what is in the log when it installs a snapshot, be it of a fallen leader. Whoever then leads would send
+// it to a follower that starts without state, as if it had been committed.
 func TestLogOfAFallenLeaderGoesWithASnapshot(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t, 3, storeMemory)
@@ -21,14 +21,17 @@ func TestLogOfAFallenLeaderGoesWithASnapshot(t *testing.T) {
 	// A alone has three entries of the leader, who then loses its leadership to B without having them itself.
 	last := c.nodes[l].raft.Load().LastIndex()
 	stale := command{op: opSet, pairs: []Pair{{"k", `"never committed"`}}}
-	sendEntries(t, c.nodes[l], c.nodes[a], c.nodes[l].State().Term, 0, &raft.Log{Type: raft.LogNoop}, &raft.Log{Type: raft.LogNoop},
+	sendEntries(t, c.nodes[l], c.nodes[a], c.nodes[l].State().Term, 0,
+		&raft.Log{Type: raft.LogNoop}, &raft.Log{Type: raft.LogNoop},
 		&raft.Log{Type: raft.LogCommand, Data: encodeEntry(time.Now(), [][]byte{stale.encode()})})
 	c.cut(a, linkCut)
 	elect := func(i int, among ...int) {
 		t.Helper()
 		term := c.nodes[i].State().Term
 		c.nodes[i].transport.campaign(nil)
-		waitFor(t, c.nodes[i].cfg.NodeID+" to be elected", func() bool { return c.nodes[i].State().Term > term && c.leader(among...) == i })
+		waitFor(t, c.nodes[i].cfg.NodeID+" to be elected", func() bool {
+			return c.nodes[i].State().Term > term && c.leader(among...) == i
+		})
 	}
 	elect(b, b, l)
 
@@ -37,13 +40,14 @@ func TestLogOfAFallenLeaderGoesWithASnapshot(t *testing.T) {
 	for c.nodes[b].raft.Load().LastIndex() < last+3 {
 		c.nodes[b].set(t, `"acknowledged"`)
 	}
-	conf := c.nodes[b].raft.Load().ReloadableConfig()
+	r := c.nodes[b].raft.Load()
+	conf := r.ReloadableConfig()
 	conf.TrailingLogs = 0
-	if err := errors.Join(c.nodes[b].raft.Load().ReloadConfig(conf), c.nodes[b].raft.Load().Snapshot().Error()); err != nil {
+	if err := errors.Join(r.ReloadConfig(conf), r.Snapshot().Error()); err != nil {
 		t.Fatal(err)
 	}
 	elect(b, b, l)
-	heard := make(chan raft.RPCResponse, 1) // by A, which then takes nothing any more that B still sends from the term before
+	heard := make(chan raft.RPCResponse, 1) // by A: it takes nothing any more that B still sends from the term before
 	c.nodes[a].transport.rpcs <- raft.RPC{
 		Command: &raft.AppendEntriesRequest{RPCHeader: header(c.nodes[b]), Term: c.nodes[b].State().Term}, RespChan: heard,
 	}

@@ -21,10 +21,11 @@ const (
 )
 
 // openStateDir makes the state directory if there is none. If there is one it makes sure that nobody else can have put
-// there what this node would believe: the default is in /tmp, where everybody can be first. What is refused is left as it
-// was. uid is this user's.
+// there what this node would believe: the default is in /tmp, where everybody can be first. What is refused is left as
+// it was. uid is this user's.
 func openStateDir(dir, nodeID string, uid int, log hclog.Logger) error {
-	syscall.Umask(0o077)      // what this process makes from now on is for its user alone, also where a library asks for more
+	// What this process makes from now on is for its user alone, also where a library asks for more.
+	syscall.Umask(0o077)
 	dir = filepath.Clean(dir) // of a link that ends in a slash Lstat would see what it leads to
 	_, err := os.Lstat(dir)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -48,8 +49,8 @@ func openStateDir(dir, nodeID string, uid int, log hclog.Logger) error {
 	return nil
 }
 
-// checkStateDir says what is wrong with the state directory, and the cure. A group may write: Kubernetes gives volumes to
-// one. What is in a directory that passes was put there by those who may.
+// checkStateDir says what is wrong with the state directory, and the cure. A group may write: Kubernetes gives volumes
+// to one. What is in a directory that passes was put there by those who may.
 func checkStateDir(dir string, uid int) (fs.FileInfo, error) {
 	info, err := os.Lstat(dir)
 	if err != nil {
@@ -88,8 +89,9 @@ func checkNodeID(dir, nodeID string) (known bool, err error) {
 	return true, err
 }
 
-// claimStateDir has the directory say that it holds this node's state, if it does not say whose that is: it is new, a copy
-// for this node, or of a version that did not say. It is called with the database locked, so that only one node can.
+// claimStateDir has the directory say that it holds this node's state, if it does not say whose that is: it is new, a
+// copy for this node, or of a version that did not say. It is called with the database locked, so that only one node
+// can.
 func claimStateDir(dir, nodeID string, log hclog.Logger) error {
 	known, err := checkNodeID(dir, nodeID)
 	if known || err != nil {

@@ -50,7 +50,8 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 		rules := &entries{LogStore: mem, fail: fail}
 		snapshots, err := newCheckedSnapshots(&memorySnapshots{}, rules)
 		return &storage{
-			logs: rules, stable: &stableStore{StableStore: mem}, snapshots: snapshots, close: func() error { return nil }, rules: rules,
+			logs: rules, stable: &stableStore{StableStore: mem}, snapshots: snapshots, rules: rules,
+			close: func() error { return nil },
 		}, err
 	}
 	if err := openStateDir(cfg.StateDir, cfg.NodeID, os.Geteuid(), log); err != nil {
@@ -61,10 +62,12 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 		return nil, fmt.Errorf("STATE_DIR %q: %w", cfg.StateDir, err)
 	}
 	if aside != "" {
-		log.Warn(dbName+" is missing: this node counts as one without state; the snapshots that were beside it are kept", "in", aside)
+		log.Warn(dbName+" is missing: this node counts as one without state; the snapshots that were beside it are kept",
+			"in", aside)
 	}
 	dog := newWatchdog(diskProbe(cfg.StateDir), watchTick, fail)
-	s, err := openStores(cfg, log, dog, fail)
+	var s *storage
+	err = dog.during("open the storage", func() (err error) { s, err = openStores(cfg, log, dog, fail); return err })
 	if err != nil {
 		dog.stop()
 		return nil, fmt.Errorf("STATE_DIR %q: %w", cfg.StateDir, err)
@@ -75,8 +78,8 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 // openStores opens the database, and the snapshots beside it.
 func openStores(cfg *Config, log hclog.Logger, dog *watchdog, fail func(error)) (_ *storage, err error) {
 	path := filepath.Join(cfg.StateDir, dbName)
-	var db *raftboltdb.BoltStore
-	if err := dog.during("open "+path, func() (err error) { db, err = openBolt(path); return err }); err != nil {
+	db, err := openBolt(path)
+	if err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -102,7 +105,8 @@ func openStores(cfg *Config, log hclog.Logger, dog *watchdog, fail func(error)) 
 		return nil, err
 	}
 	return &storage{
-		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules, disk: guarded, stats: db.Stats,
+		logs: rules, stable: &stableStore{StableStore: guarded}, snapshots: snapshots, rules: rules,
+		disk: guarded, stats: db.Stats,
 		close: func() error {
 			err := guarded.drain()
 			dog.stop()
@@ -151,8 +155,8 @@ func damaged(path string, cause any) error {
 		"away and start this node without state, to be filled by the others", path, err)
 }
 
-// checkFile looks, before anything is written, for the kinds of damage that bbolt or raft-boltdb would mend without a word
-// and lose with it what was acknowledged. It finds nothing wrong with a file that is not there.
+// checkFile looks, before anything is written, for the kinds of damage that bbolt or raft-boltdb would mend without a
+// word and lose with it what was acknowledged. It finds nothing wrong with a file that is not there.
 func checkFile(path string) error {
 	if info, err := os.Stat(path); err != nil || !info.Mode().IsRegular() || info.Size() == 0 {
 		return nil // to open it says what is wrong
@@ -175,8 +179,8 @@ func checkFile(path string) error {
 	return errors.Join(err, db.Close())
 }
 
-// checkMeta says whether both of bbolt's meta pages are valid. With one that is not, bbolt takes the other, which may be
-// the older: without a word the last commit is lost, and it may be a vote or an entry that was acknowledged.
+// checkMeta says whether both of bbolt's meta pages are valid. With one that is not, bbolt takes the other, which may
+// be the older: without a word the last commit is lost, and it may be a vote or an entry that was acknowledged.
 func checkMeta(path string) error {
 	const (
 		head = 16 // of a page
@@ -207,23 +211,26 @@ func checkMeta(path string) error {
 // entries is the log, on disk or in memory. What it holds of what the newest snapshot covers is what was committed.
 type entries struct {
 	raft.LogStore
-	covered progress                // index up to which the newest snapshot covers it
-	applied func() uint64           // index up to which the state machine has executed the log. Set before Raft runs, as is settle
-	settle  func(last uint64) error // called before entries up to last are stored
 	fail    func(error)
+	covered progress // index up to which the newest snapshot covers it
+
+	// Set before Raft runs:
+	applied func() uint64           // index up to which the state machine has executed the log
+	settle  func(last uint64) error // called before entries up to last are stored
 }
 
 // newest returns the index up to which the newest snapshot covers the log.
 func (e *entries) newest() uint64 { return e.covered.load() }
 
-// cover takes note of a snapshot whose last entry has that index and term, when it has been published or found, and drops
-// from the log what it shows to be of a fallen leader. Raft itself only ever shortens the log when it has installed a
-// snapshot, and would, once this node leads, send what is left to a follower that starts without state, as if it had been
-// committed. What comes after the snapshot stays: Raft goes by where the log ended, and replaces it when the leader's
-// entries come.
+// cover takes note of a snapshot whose last entry has that index and term, when it has been published or found, and
+// drops from the log what it shows to be of a fallen leader. Raft itself only ever shortens the log when it has
+// installed a snapshot, and would, once this node leads, send what is left to a follower that starts without state, as
+// if it had been committed. What comes after the snapshot stays: Raft goes by where the log ended, and replaces it
+// when the leader's entries come.
 //
-// An entry of the same term at that index is the leader's, and then so is all before it. That is so after each snapshot
-// that this node has taken itself, unless the leader's, which was newer, has come meanwhile; then nothing is left to drop.
+// An entry of the same term at that index is the leader's, and then so is all before it. That is so after each
+// snapshot that this node has taken itself, unless the leader's, which was newer, has come meanwhile; then nothing is
+// left to drop.
 func (e *entries) cover(index, term uint64) error {
 	e.covered.advance(index)
 	var entry raft.Log

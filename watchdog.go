@@ -20,13 +20,13 @@ const (
 	lostTicks  = int(lostAfter / watchTick)
 )
 
-// watchdog ends the process when its disk hangs: a call that does not come back is as bad as one that fails, and nothing
-// can end it. Every call to the disk is made through it, once the storage is open.
+// watchdog ends the process when its disk hangs: a call that does not come back is as bad as one that fails, and
+// nothing can end it. Every call to the disk is made through it, once the storage is open.
 //
-// Two things look like a hung disk and are none. One is a process that is paused, or gets no time on the processor. So the
-// watchdog counts its own ticks, not the clock's time, and sleeps in a system call: a tick shows that what comes back from
-// the kernel gets to run. The other is a call that has much to do, such as to read a large snapshot. So the watchdog
-// writes to the disk itself before it takes it for hung.
+// Two things look like a hung disk and are none. One is a process that is paused, or gets no time on the processor. So
+// the watchdog counts its own ticks, not the clock's time, and sleeps in a system call: a tick shows that what comes
+// back from the kernel gets to run. The other is a call that has much to do, such as to read a large snapshot. So the
+// watchdog writes to the disk itself before it takes it for hung.
 //
 // A nil watchdog watches nothing.
 type watchdog struct {
@@ -104,8 +104,8 @@ func (w *watchdog) run() {
 	}
 }
 
-// look counts a tick. A call that is under way for half the time makes it send the probe; if both are still under way when
-// all of it is over, the error says so.
+// look counts a tick. A call that is under way for half the time makes it send the probe; if both are still under way
+// when all of it is over, the error says so.
 func (w *watchdog) look() (stopped bool, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -115,9 +115,10 @@ func (w *watchdog) look() (stopped bool, err error) {
 		overdue := call.ticks >= stuckTicks/2 && w.sinceProbe >= stuckTicks/2
 		switch {
 		case overdue && w.probing && call.ticks >= stuckTicks:
-			return false, fmt.Errorf("storage: %s has not come back for %v, nor has a small write: the disk hangs", call.op, stuckAfter)
+			return false, fmt.Errorf("storage: %s has not come back for %v, nor has a small write: the disk hangs",
+				call.op, stuckAfter)
 		case call.brief && call.ticks >= lostTicks:
-			return false, fmt.Errorf("storage: %s has not come back for %v, though the disk does small writes: it hangs in part",
+			return false, fmt.Errorf("storage: %s has not come back for %v, though small writes do: the disk hangs in part",
 				call.op, lostAfter)
 		case overdue && !w.probing:
 			w.probing, w.sinceProbe = true, 0

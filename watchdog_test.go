@@ -8,7 +8,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 )
 
@@ -72,8 +71,10 @@ func TestWatchdogEndsOnlyWhatHangs(t *testing.T) {
 		w.ticks(1)
 		hung := <-w.probes
 		w.ticks(stuckTicks/2 - 1)
-		if _, err := w.look(); err == nil || !strings.Contains(err.Error(), "storage: this call ") || !strings.Contains(err.Error(), "the disk hangs") {
-			t.Errorf("got %v; want an end that names the call", err)
+		for _, want := range []string{"storage: this call ", "the disk hangs"} {
+			if _, err := w.look(); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %v; want an end with %q", err, want)
+			}
 		}
 		hung <- nil
 	})
@@ -91,7 +92,7 @@ func TestWatchdogEndsOnlyWhatHangs(t *testing.T) {
 		}
 		<-w.probes <- nil
 	})
-	for name, err := range map[string]error{"the probe comes back": nil, "with an error": errors.New("no space left on device")} {
+	for name, err := range map[string]error{"the probe comes back": nil, "with an error": errors.New("disk full")} {
 		for _, brief := range []bool{false, true} {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
@@ -143,7 +144,9 @@ func (d slowDisk) DeleteRange(first, last uint64) error {
 	return d.InmemStore.DeleteRange(first, last)
 }
 
-func (d slowDisk) Create(raft.SnapshotVersion, uint64, uint64, raft.Configuration, uint64, raft.Transport) (raft.SnapshotSink, error) {
+func (d slowDisk) Create(raft.SnapshotVersion, uint64, uint64, raft.Configuration, uint64, raft.Transport) (
+	raft.SnapshotSink, error,
+) {
 	<-d.hangs
 	return d, nil
 }
@@ -162,15 +165,23 @@ func (d slowDisk) ID() string                { return "1-2-3" }
 func TestWatchdogSeesEveryWayToTheDisk(t *testing.T) {
 	t.Parallel()
 	const tick = 20 * time.Millisecond
+	ignored := func(_ any, err error) error { return err }
 	for name, call := range map[string]func(g *guard, f *fileSnapshots, d slowDisk) error{
-		"store logs":          func(g *guard, _ *fileSnapshots, _ slowDisk) error { return g.StoreLogs([]*raft.Log{{Index: 1}}) },
-		"delete logs":         func(g *guard, _ *fileSnapshots, _ slowDisk) error { return g.DeleteRange(1, 1) },
-		"list snapshots":      func(_ *guard, f *fileSnapshots, _ slowDisk) error { _, err := f.List(); return err },
-		"read a snapshot":     func(_ *guard, f *fileSnapshots, d slowDisk) error { _, err := io.ReadAll(&fileState{d, f}); return err },
-		"write a snapshot":    func(_ *guard, f *fileSnapshots, d slowDisk) error { _, err := (&fileSink{d, f}).Write(nil); return err },
+		"store logs":     func(g *guard, _ *fileSnapshots, _ slowDisk) error { return g.StoreLog(&raft.Log{Index: 1}) },
+		"delete logs":    func(g *guard, _ *fileSnapshots, _ slowDisk) error { return g.DeleteRange(1, 1) },
+		"list snapshots": func(_ *guard, f *fileSnapshots, _ slowDisk) error { _, err := f.List(); return err },
+		"read a snapshot": func(_ *guard, f *fileSnapshots, d slowDisk) error {
+			return ignored(io.ReadAll(&fileState{d, f}))
+		},
+		"write a snapshot": func(_ *guard, f *fileSnapshots, d slowDisk) error {
+			return ignored((&fileSink{d, f}).Write(nil))
+		},
 		"complete a snapshot": func(_ *guard, f *fileSnapshots, d slowDisk) error { return (&fileSink{d, f}).Close() },
 		"remove a snapshot":   func(_ *guard, f *fileSnapshots, d slowDisk) error { return (&fileSink{d, f}).Cancel() },
-		"open a snapshot":     func(_ *guard, f *fileSnapshots, _ slowDisk) error { _, _, err := f.Open("1-2-3"); return err },
+		"open a snapshot": func(_ *guard, f *fileSnapshots, _ slowDisk) error {
+			_, _, err := f.Open("1-2-3")
+			return err
+		},
 		"begin a snapshot": func(_ *guard, f *fileSnapshots, _ slowDisk) error {
 			_, err := f.Create(raft.SnapshotVersionMax, 2, 1, raft.Configuration{}, 1, nil)
 			return err
@@ -198,7 +209,9 @@ func TestWatchdogSeesEveryWayToTheDisk(t *testing.T) {
 						t.Errorf("got %v; want an end that names the call", err)
 					}
 					close(d.hangs)
-					<-done
+					if err := <-done; err != nil {
+						t.Error(err)
+					}
 					return
 				}
 				select {
@@ -236,12 +249,10 @@ func TestDiskProbe(t *testing.T) {
 // The storage that a node opens is watched, and no longer when it is closed.
 func TestStorageIsWatched(t *testing.T) {
 	t.Parallel()
-	s, err := openStorage(&Config{KVStore: storeBolt, NodeID: "node1", StateDir: t.TempDir()}, hclog.NewNullLogger(), func(err error) { t.Error(err) })
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := openTestStorage(t, storeBolt, t.TempDir())
 	w := s.disk.dog
-	if files := s.snapshots.SnapshotStore.(*fileSnapshots); w == nil || files.dog != w || w.tick != watchTick || w.probe() != nil {
+	files := s.snapshots.SnapshotStore.(*fileSnapshots)
+	if w == nil || files.dog != w || w.tick != watchTick || w.probe() != nil {
 		t.Errorf("got watchdogs %p and %p; want one, that works", w, files.dog)
 	}
 	if err := s.close(); err != nil || !w.stopped {
