@@ -164,7 +164,6 @@ func (s *Store) join() error {
 	if err := s.form.find(s.ctx, s.askAdmission); err != nil {
 		return err
 	}
-	s.peers.redial()
 	s.form.waits("the node is reading its snapshot and log")
 	if err := s.startRaft(); err != nil {
 		return err
