@@ -15,17 +15,18 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 const (
 	helloTimeout   = 3 * time.Second // for a connection to say who it is, and to be answered
 	dialTimeout    = 2 * time.Second
 	redialInterval = 100 * time.Millisecond
-	maxRefusals    = 100 // ways of being refused that are logged as warnings
+	warnInterval   = 10 * time.Second // between warnings of connections that were refused
 )
 
 // errStarting refuses Raft's messages while this node's Raft is not running.
-var errStarting error = &refusal{"starting", errors.New("this node is starting; try again")}
+var errStarting = errors.New("this node is starting; try again")
 
 // Every connection to the Raft port begins with a hello, which says what it carries, who speaks, whom it is meant for
 // and, once the cluster has formed, which cluster the speaker is of. Format: helloMagic, whose last byte is the version;
@@ -38,18 +39,6 @@ const (
 	kindRaft byte = 'R'
 	kindPeer byte = 'P'
 )
-
-// refusal is the reason why a connection is refused, and what the metrics call it.
-type refusal struct {
-	kind string
-	error
-}
-
-func (r *refusal) Unwrap() error { return r.error }
-
-func refuseAs(kind, format string, args ...any) error {
-	return &refusal{kind, fmt.Errorf(format, args...)}
-}
 
 type hello struct {
 	kind           byte
@@ -105,10 +94,9 @@ type network struct {
 	listener *doorman
 	dialer   func(ctx context.Context, network, addr string) (net.Conn, error) // net.Dialer.DialContext
 
-	// certs secure every connection; nil for none. They are set before start, as is refuses.
-	certs *reloaded[*certificates]
-	// refuses takes note of a connection that is refused, and of the kind of the reason.
-	refuses func(kind string)
+	// certs secure every connection; nil for none. They are set before start, as is refusals.
+	certs    *reloaded[*certificates]
+	refusals prometheus.Counter // of connections
 
 	// These are set by start.
 
@@ -125,9 +113,10 @@ type network struct {
 	closing   chan struct{} // closed by Close
 	wg        sync.WaitGroup
 
-	mu      sync.Mutex // guards what follows, and the chain of each connection
-	conns   map[*tracked]struct{}
-	refused map[string]bool // what has been logged, so that it is logged once
+	mu       sync.Mutex // guards what follows, and the chain of each connection
+	conns    map[*tracked]struct{}
+	warned   time.Time // when a refusal was last logged as a warning
+	unwarned int       // refusals since then that were worth one
 }
 
 func newNetwork(self, listen string, log hclog.Logger) (*network, error) {
@@ -142,14 +131,13 @@ func newNetwork(self, listen string, log hclog.Logger) (*network, error) {
 func networkOver(listener net.Listener, dialer func(ctx context.Context, network, addr string) (net.Conn, error), self string, log hclog.Logger) *network {
 	n := &network{
 		self: self, log: log, dialer: dialer,
-		refuses:   func(string) {},
+		refusals:  prometheus.NewCounter(prometheus.CounterOpts{Name: "refusals"}),
 		raftConns: make(chan net.Conn),
 		closing:   make(chan struct{}),
 		conns:     make(map[*tracked]struct{}),
-		refused:   make(map[string]bool),
 	}
 	most := min(maxRaftConns, maxFiles()/8)
-	n.listener = newDoorman(listener, most, most*3/4, func() { n.refuses("crowd") })
+	n.listener = newDoorman(listener, most, most*3/4, func() { n.refusals.Inc() })
 	return n
 }
 
@@ -208,7 +196,7 @@ func (n *network) greet(conn net.Conn) (net.Conn, hello, error) {
 	if n.certs != nil {
 		inner := tls.Server(conn, n.certs.get().toUs)
 		if err := inner.HandshakeContext(context.Background()); err != nil { // the deadline ends it
-			return conn, hello{}, &refusal{"tls", fmt.Errorf("TLS: %w", err)}
+			return conn, hello{}, fmt.Errorf("TLS: %w", err)
 		}
 		cert = inner.ConnectionState().PeerCertificates[0]
 		conn = n.secure(conn, inner)
@@ -235,23 +223,23 @@ func (n *network) greet(conn net.Conn) (net.Conn, hello, error) {
 // else has one of the same authority is no peer.
 func (n *network) judge(h hello, cert *x509.Certificate) error {
 	if h.kind != kindRaft && h.kind != kindPeer {
-		return refuseAs("hello", "connection kind %q is not known", h.kind)
+		return fmt.Errorf("connection kind %q is not known", h.kind)
 	}
 	if h.target != n.self {
-		return refuseAs("target", "this is node %q, not %q: does an address in PEERS belong to another node?", n.self, h.target)
+		return fmt.Errorf("this is node %q, not %q: does an address in PEERS belong to another node?", n.self, h.target)
 	}
 	addr, known := n.address(h.sender)
 	if !known || h.sender == n.self {
-		return refuseAs("stranger", "node %q is neither in the PEERS of node %q nor in its stored membership", h.sender, n.self)
+		return fmt.Errorf("node %q is neither in the PEERS of node %q nor in its stored membership", h.sender, n.self)
 	}
 	if cert != nil {
 		host, _, _ := net.SplitHostPort(addr)
 		if err := names(cert, h.sender, host, n.knows); err != nil {
-			return &refusal{"identity", err}
+			return err
 		}
 	}
 	if mine := n.cluster(); h.kind == kindRaft && mine != "" && h.cluster != "" && mine != h.cluster {
-		return refuseAs("cluster", "node %q is of cluster %s, node %q of cluster %s", h.sender, h.cluster, n.self, mine)
+		return fmt.Errorf("node %q is of cluster %s, node %q of cluster %s", h.sender, h.cluster, n.self, mine)
 	}
 	return n.welcome(h)
 }
@@ -262,24 +250,28 @@ func (n *network) knows(id string) bool {
 	return known
 }
 
-// refuse takes note of a connection that is refused, and warns once about each way in which a peer and this node do not get
-// along. Whoever just goes away, or comes a little early, is for debugging; so are strangers, when they have made up many names.
+// refuse takes note of a connection that is refused, and warns of it, but not more often than each warnInterval: whoever
+// can reach the port must not fill the log. Who comes a little early is for debugging, as is who says nothing or just goes
+// away, which is no refusal.
 func (n *network) refuse(remote string, h hello, err error) {
-	kind := "hello"
-	if r := new(refusal); errors.As(err, &r) {
-		kind = r.kind
+	gone := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, os.ErrDeadlineExceeded) ||
+		errors.As(err, new(syscall.Errno))
+	if !gone {
+		n.refusals.Inc()
 	}
-	n.refuses(kind)
-	gone := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, new(syscall.Errno))
-	key := h.sender + "\x00" + h.cluster + "\x00" + err.Error()
-	level := hclog.Debug
-	n.mu.Lock()
-	if !gone && !errors.Is(err, errStarting) && !n.refused[key] && len(n.refused) < maxRefusals {
-		n.refused[key] = true
-		level = hclog.Warn
+	level, unwarned := hclog.Debug, 0
+	if !gone && !errors.Is(err, errStarting) {
+		n.mu.Lock()
+		if time.Since(n.warned) >= warnInterval {
+			level, unwarned = hclog.Warn, n.unwarned
+			n.warned, n.unwarned = time.Now(), 0
+		} else {
+			n.unwarned++
+		}
+		n.mu.Unlock()
 	}
-	n.mu.Unlock()
-	n.log.Log(level, "refused a connection to the Raft port", "remote", remote, "node", h.sender, "reason", err)
+	n.log.Log(level, "refused a connection to the Raft port", "remote", remote, "node", h.sender, "reason", err,
+		"others-since-the-last-warning", unwarned)
 }
 
 // dialError is what dial returns: nothing has reached the peer's Raft or peer calls.

@@ -13,12 +13,14 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/go-hclog"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/goleak"
 )
 
@@ -85,7 +87,6 @@ func (n *testNet) address(id string) (string, bool) {
 type testNetNode struct {
 	*network
 	lines     *logLines
-	counts    sync.Map     // of refusals, *atomic.Int64, by their kind
 	cluster   atomic.Value // a string
 	unwelcome error        // what welcome returns
 	// peer serves connections of kindPeer, by answering with what it reads; set it before start for another way.
@@ -113,10 +114,6 @@ func (n *testNet) listen(t *testing.T, id, addr string) *testNetNode {
 	if node.network, err = newNetwork(id, addr, logger); err != nil {
 		t.Fatal(err)
 	}
-	node.refuses = func(kind string) {
-		count, _ := node.counts.LoadOrStore(kind, new(atomic.Int64))
-		count.(*atomic.Int64).Add(1)
-	}
 	t.Cleanup(func() {
 		if err := node.Close(); err != nil {
 			t.Errorf("close network %s: %v", id, err)
@@ -133,11 +130,8 @@ func (n *testNet) start(nodes ...*testNetNode) {
 	}
 }
 
-// refusals returns how many connections were refused for a reason of this kind.
-func (n *testNetNode) refusals(kind string) int {
-	count, _ := n.counts.LoadOrStore(kind, new(atomic.Int64))
-	return int(count.(*atomic.Int64).Load())
-}
+// refused returns how many connections were refused.
+func (n *testNetNode) refused() int { return int(testutil.ToFloat64(n.refusals)) }
 
 // unheard returns how many connections have not said who they are.
 func (n *testNetNode) unheard() (count int) {
@@ -477,7 +471,7 @@ func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
 	for i := range idle {
 		idle[i] = dialRaw(t, nodes[1])
 	}
-	waitFor(t, "all to be taken", func() bool { return nodes[1].refusals("crowd") == len(idle)+1-nodes[1].listener.each })
+	waitFor(t, "all to be taken", func() bool { return nodes[1].refused() == len(idle)+1-nodes[1].listener.each })
 	if got := nodes[1].unheard(); got != nodes[1].listener.each-1 {
 		t.Errorf("got %d connections that have not said who they are; want %d, and the one that has", got, nodes[1].listener.each-1)
 	}
@@ -490,77 +484,74 @@ func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
 	checkEcho(t, nodes[0], nodes[1])
 }
 
-func TestRefusalsAreLoggedOnceOfEachKind(t *testing.T) {
+// Whoever can reach the port cannot fill the log with its own failures: a load balancer that only looks whether the port is
+// open is worth no warning, and all else one each warnInterval.
+func TestRefusalsAreLoggedNowAndThen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lines := new(logLines)
+		n := &network{
+			log: hclog.New(&hclog.LoggerOptions{Output: lines, Level: hclog.Debug}), refusals: newMetrics().refusals,
+		}
+		worth := errors.New("no such node")
+		began := time.Now()
+		refused, all := 0, 0
+		for time.Since(began) < time.Minute {
+			for _, err := range []error{
+				worth, io.EOF, fmt.Errorf("TLS: %w", io.ErrUnexpectedEOF), os.ErrDeadlineExceeded, syscall.ECONNRESET, errStarting,
+			} {
+				n.refuse("10.0.0.1:1", testHello, err)
+				all++
+				if errors.Is(err, worth) || errors.Is(err, errStarting) {
+					refused++
+				}
+			}
+			time.Sleep(time.Second)
+		}
+		if got := int(testutil.ToFloat64(n.refusals)); got != refused {
+			t.Errorf("got %d counted; want %d", got, refused)
+		}
+		if got := lines.count("refused a connection"); got != all {
+			t.Errorf("got %d lines; want %d", got, all)
+		}
+		if warned, first, later := lines.count("[WARN]"), lines.count("[WARN]", worth.Error(), "warning=0"),
+			lines.count("[WARN]", worth.Error(), "warning=9"); warned != 6 || first != 1 || later != 5 {
+			t.Errorf("got %d warnings, of them %d with none left out and %d with nine; want 6, 1 and 5", warned, first, later)
+		}
+	})
+}
+
+func TestRefusalsAreCounted(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2", "node3")
 	nodes[1].cluster.Store("B")
 	all.start(nodes...)
 	server := nodes[1]
-	for round := 1; round <= 3; round++ {
-		refused := func(from string, h hello) {
-			t.Helper()
-			if err := introduce(t.Context(), dialRaw(t, server), h); err == nil {
-				t.Errorf("%s: got no refusal; want one", from)
-			}
-		}
-		refused("another cluster", hello{kindRaft, "node1", "node2", "A"})
-		refused("another node is meant", hello{kindRaft, "node3", "node1", ""})
-		refused("a stranger", hello{kindRaft, "node8", "node2", ""})
-		refused("another stranger", hello{kindRaft, "node9", "node2", ""})
-		conn := dialRaw(t, server)
-		_, _ = conn.Write([]byte("GET / HTTP/1.1\r\n\r\n"))
-		waitClosed(t, conn)
-		waitFor(t, "all to be logged", func() bool { return server.lines.count("refused a connection") == 5*round })
-		for _, kind := range []string{"cluster A", `not \"node1\"`, "node8", "node9", "no hello"} {
-			if got := server.lines.count("[WARN]", kind); got != 1 {
-				t.Errorf("round %d: got %d warnings with %q; want 1", round, got, kind)
-			}
+	for name, h := range map[string]hello{
+		"another cluster":       {kindRaft, "node1", "node2", "A"},
+		"another node is meant": {kindRaft, "node3", "node1", ""},
+		"a stranger":            {kindRaft, "node8", "node2", ""},
+	} {
+		if err := introduce(t.Context(), dialRaw(t, server), h); err == nil {
+			t.Errorf("%s: got no refusal; want one", name)
 		}
 	}
-}
-
-// A load balancer that only looks whether the port is open is one kind, whatever port it comes from.
-func TestConnectionsThatBreakOffAreLoggedOnce(t *testing.T) {
-	checkLeaks(t)
-	all, nodes := newTestNet(t, "node1", "node2")
-	all.start(nodes...)
-	for range 5 {
-		conn := dialRaw(t, nodes[1])
-		if err := conn.(*net.TCPConn).SetLinger(0); err != nil { // it is reset, not closed
-			t.Fatal(err)
-		}
-		waitFor(t, "it to be taken", func() bool { return nodes[1].unheard() == 1 })
-		_ = conn.Close()
-		waitFor(t, "its end to be seen", func() bool { return nodes[1].unheard() == 0 })
+	conn := dialRaw(t, server)
+	_, _ = conn.Write([]byte("GET / HTTP/1.1\r\n\r\n"))
+	waitClosed(t, conn)
+	conn = dialRaw(t, server)
+	if err := conn.(*net.TCPConn).SetLinger(0); err != nil { // it is reset, not closed
+		t.Fatal(err)
 	}
-	waitFor(t, "all to be logged", func() bool { return nodes[1].lines.count("refused a connection") == 5 })
-	if got := nodes[1].lines.count("[WARN]"); got > 1 {
-		t.Errorf("got %d warnings; want 1 at most", got)
-	}
-}
-
-func TestStrangersDoNotFillTheMemory(t *testing.T) {
-	checkLeaks(t)
-	all, nodes := newTestNet(t, "node1", "node2")
-	all.start(nodes...)
-	const strangers = 300
-	for i := range strangers {
-		h := hello{kind: kindPeer, sender: fmt.Sprint("stranger", i), target: "node2"}
-		if err := introduce(t.Context(), dialRaw(t, nodes[1]), h); err == nil {
-			t.Fatal("got no refusal of a stranger; want one")
-		}
-	}
-	waitFor(t, "all to be logged", func() bool { return nodes[1].lines.count("refused a connection") == strangers })
-	nodes[1].mu.Lock()
-	kept := len(nodes[1].refused)
-	nodes[1].mu.Unlock()
-	if warned := nodes[1].lines.count("[WARN]"); warned > 110 || kept > 110 {
-		t.Errorf("got %d warnings, %d names kept; want about 100 of each for %d strangers", warned, kept, strangers)
+	waitFor(t, "it to be taken", func() bool { return server.unheard() == 1 })
+	_ = conn.Close()
+	waitFor(t, "all to be logged", func() bool { return server.lines.count("refused a connection") == 5 })
+	if got := server.refused(); got != 4 {
+		t.Errorf("got %d counted; want all but the one that went away, 4", got)
 	}
 	waitFor(t, "all to be gone", func() bool {
-		nodes[1].mu.Lock()
-		defer nodes[1].mu.Unlock()
-		return len(nodes[1].conns) == 0
+		server.mu.Lock()
+		defer server.mu.Unlock()
+		return len(server.conns) == 0
 	})
 }
 

@@ -120,7 +120,7 @@ func (s *Store) Open() error {
 	if s.network, err = s.listen(s.cfg.NodeID, s.cfg.RaftAddr, s.log.Named("network")); err != nil {
 		return err
 	}
-	s.network.certs, s.network.refuses = s.certs, s.metrics.refused
+	s.network.certs, s.network.refusals = s.certs, s.metrics.refusals
 	if s.certs != nil {
 		s.certs.onChange(s.network.recheck)
 	}
@@ -774,7 +774,7 @@ func (s *Store) welcome(h hello) error {
 		return errStarting
 	}
 	if mine := s.form.id(); h.cluster != mine {
-		return refuseAs("cluster", "node %q speaks for cluster %q, node %q is of cluster %q", h.sender, h.cluster, s.cfg.NodeID, mine)
+		return fmt.Errorf("node %q speaks for cluster %q, node %q is of cluster %q", h.sender, h.cluster, s.cfg.NodeID, mine)
 	}
 	return nil
 }
