@@ -128,18 +128,17 @@ func (ca *testCA) client(env map[string]string) *tls.Config {
 	return c
 }
 
-// secure gives a test's network its certificates.
+// secureWith gives a test's network, which is yet to be started, its certificates.
 func (n *testNetNode) secureWith(t *testing.T, env map[string]string) {
 	t.Helper()
 	cfg := &Config{
-		NodeID: n.self, RaftAdvertise: n.addr(), Peers: make([]Peer, 2),
+		NodeID: n.id, RaftAdvertise: n.addr(), Peers: make([]Peer, 2),
 		TLSCertFile: env["TLS_CERT_FILE"], TLSKeyFile: env["TLS_KEY_FILE"], TLSCAFile: env["TLS_CA_FILE"],
 	}
 	var err error
 	if n.certs, err = openCertificates(cfg, newMetrics(), n.log); err != nil {
 		t.Fatal(err)
 	}
-	n.certs.onChange(n.recheck)
 }
 
 func TestCertificateNames(t *testing.T) {
@@ -209,9 +208,9 @@ func TestOnlyPeersGetIn(t *testing.T) {
 			checkLeaks(t)
 			all, nodes := newTestNet(t, "node1", "node2", "node3")
 			server := nodes[1]
-			server.cluster.Store("CLUSTER")
+			server.of.Store("CLUSTER")
 			server.secureWith(t, ca.node("node2"))
-			all.start(server)
+			all.startEcho(server)
 			accepted := make(chan net.Conn, 1)
 			go func() {
 				if conn, err := server.Accept(); err == nil {
@@ -265,7 +264,7 @@ func TestImpostorHearsNothing(t *testing.T) {
 			checkLeaks(t)
 			all, nodes := newTestNet(t, "node1")
 			nodes[0].secureWith(t, ca.node("node1"))
-			all.start(nodes...)
+			all.startEcho(nodes...)
 			l, err := tls.Listen("tcp", "127.0.0.1:0", func() *tls.Config {
 				c := ca.client(impostor)
 				c.ClientAuth = tls.RequireAnyClientCert
@@ -302,11 +301,11 @@ func TestTLSOnOneSideOnly(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
 	nodes[0].secureWith(t, newTestCA(t).node("node1"))
-	all.start(nodes...)
+	all.startEcho(nodes...)
 	for i, j := range []int{1, 0} {
-		if conn, err := nodes[i].dial(t.Context(), nodes[j].self, kindRaft); err == nil {
+		if conn, err := nodes[i].dial(t.Context(), nodes[j].id, kindRaft); err == nil {
 			_ = conn.Close()
-			t.Errorf("got a connection from %s to %s; want none", nodes[i].self, nodes[j].self)
+			t.Errorf("got a connection from %s to %s; want none", nodes[i].id, nodes[j].id)
 		}
 	}
 	waitFor(t, "the one with TLS to say so", func() bool { return nodes[0].lines.count("[WARN]", "refused", "TLS handshake") == 1 })
@@ -332,7 +331,7 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 	for i, node := range nodes {
 		node.secureWith(t, envs[i])
 	}
-	all.start(nodes...)
+	all.startEcho(nodes...)
 	old, err := nodes[0].dial(t.Context(), "node2", kindPeer)
 	if err != nil {
 		t.Fatal(err)
@@ -460,7 +459,7 @@ func TestAuthorityChangesDuringAHandshake(t *testing.T) {
 	all, nodes := newTestNet(t, "node1", "node2")
 	env := ca.node("node2")
 	nodes[1].secureWith(t, env)
-	all.start(nodes...)
+	all.startEcho(nodes...)
 	old := nodes[1].certs.get().toUs
 	near, far := net.Pipe()
 	defer far.Close()

@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -48,7 +49,7 @@ func FuzzCallFrame(f *testing.F) {
 	})
 }
 
-// pipes is a listener of connections in memory.
+// pipes is a port with connections in memory, and its directory.
 type pipes struct {
 	conns  chan net.Conn
 	closed chan struct{}
@@ -69,6 +70,14 @@ func (p *pipes) Close() error {
 }
 
 func (p *pipes) Addr() net.Addr { return nodeAddr("pipes") }
+
+func (p *pipes) DialContext(context.Context, string, string) (net.Conn, error) {
+	return nil, errors.New("nobody is there")
+}
+
+func (p *pipes) address(id string) (string, bool) { return "", id == "node2" }
+func (p *pipes) cluster() string                  { return "c" }
+func (p *pipes) welcome(hello) error              { return nil }
 
 // watchedConn says when it is closed, and what was read from it until then.
 type watchedConn struct {
@@ -103,10 +112,9 @@ func FuzzRaftPort(f *testing.F) {
 	f.Add(byte(2), []byte{rpcRequestVote, 0x82, 0xa4, 'T', 'e', 'r', 'm', 0xcf, 1, 2, 3, 4, 5, 6, 7, 8, 0xa9, 'C', 'a', 'n', 'd', 'i', 'd', 'a', 't', 'e', 0xc4, 1, 'x'})
 	f.Add(byte(2), []byte{rpcInstallSnapshot, 0x81, 0xa4, 'S', 'i', 'z', 'e', 0xcf, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 'x', 'y'})
 	port := &pipes{make(chan net.Conn), make(chan struct{})}
-	n := networkOver(port, nil, "node1", hclog.NewNullLogger())
+	n := newNetwork("node1", port, nil, port, newMetrics().refusals, hclog.NewNullLogger())
 	f.Cleanup(func() { _ = n.Close() })
-	calls := newPeers(n)
-	n.start(func(id string) (string, bool) { return "", id == "node2" }, func() string { return "c" }, func(hello) error { return nil }, calls.serve)
+	newPeers(n, nil)
 	no := func() bool { return false }
 	raftPort := newTransport(n, hclog.NewNullLogger(), transportHooks{
 		gated: no, doubtful: no, following: func(uint64) bool { return false }, applied: func() uint64 { return 0 }, newest: func() uint64 { return 7 },

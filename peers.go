@@ -58,9 +58,21 @@ type peer struct {
 	dialed   time.Time   // when it did
 }
 
-func newPeers(n *network) *peers {
+// newPeers answers calls that come by n, by their op, until n closes.
+func newPeers(n *network, handlers map[byte]handler) *peers {
 	ctx, cancel := context.WithCancel(context.Background())
-	return &peers{network: n, ctx: ctx, cancel: cancel, peers: make(map[string]*peer)}
+	p := &peers{network: n, handlers: handlers, ctx: ctx, cancel: cancel, peers: make(map[string]*peer)}
+	n.goUnlessClosed(func() {
+		for {
+			select {
+			case conn := <-n.peerConns:
+				n.goUnlessClosed(func() { p.serve(conn) })
+			case <-n.closing:
+				return
+			}
+		}
+	})
+	return p
 }
 
 // close ends all calls. Those that are being served are answered with an error.
@@ -138,7 +150,7 @@ func (p *peers) peer(id string) *peer {
 // that failed the next is made only when redialInterval is over, so a node that is down costs little. Errors are
 // *dialError.
 func (p *peers) take(id string) (c *callConn, err error) {
-	cluster := p.network.cluster()
+	cluster := p.network.directory.cluster()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	n := p.peer(id)
@@ -172,7 +184,7 @@ func (p *peers) giveBack(id string, c *callConn) {
 }
 
 func (p *peers) dial(ctx context.Context, id string) (*callConn, error) {
-	cluster := p.network.cluster()
+	cluster := p.network.directory.cluster()
 	conn, err := p.network.dial(ctx, id, kindPeer)
 	p.mu.Lock()
 	n := p.peer(id)
@@ -274,14 +286,15 @@ func (p *peers) agrees(ctx context.Context, id string, op byte, request []byte) 
 }
 
 // serve answers the calls that arrive on conn until it closes.
-func (p *peers) serve(conn net.Conn, h hello) {
+func (p *peers) serve(conn accepted) {
+	defer conn.Close()
 	r := bufio.NewReader(conn)
 	for {
 		called, err := readFrame(r)
 		if err != nil {
 			return
 		}
-		if writeFrame(conn, p.handle(h, called), time.Now().Add(writeTimeout)) != nil {
+		if writeFrame(conn, p.handle(conn.hello, called), time.Now().Add(writeTimeout)) != nil {
 			return
 		}
 	}
@@ -290,7 +303,7 @@ func (p *peers) serve(conn net.Conn, h hello) {
 // handle answers one call.
 func (p *peers) handle(h hello, called frame) frame {
 	op := called.op
-	if op != opHolding && op != opGrant && op != opAdmit && h.cluster != p.network.cluster() {
+	if op != opHolding && op != opGrant && op != opAdmit && h.cluster != p.network.directory.cluster() {
 		return frame{1, []byte("this call is only for nodes of the same cluster")}
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, requestTimeout)

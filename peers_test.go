@@ -31,7 +31,6 @@ const (
 type peerNode struct {
 	*peers
 	net   *testNetNode
-	conns atomic.Int32 // connections of peers that were served
 	held  atomic.Int32 // calls of opHold being served
 	letGo chan struct{}
 }
@@ -49,8 +48,9 @@ func newPeerNodes(t *testing.T, ids ...string) (*testNet, []*peerNode) {
 
 func startPeerNode(t *testing.T, all *testNet, n *testNetNode) *peerNode {
 	t.Helper()
-	node := &peerNode{peers: newPeers(n.network), net: n, letGo: make(chan struct{})}
-	node.handlers = map[byte]handler{
+	all.start(n)
+	node := &peerNode{net: n, letGo: make(chan struct{})}
+	node.peers = newPeers(n.network, map[byte]handler{
 		opEcho:    func(_ context.Context, _ string, request []byte) ([]byte, error) { return request, nil },
 		opFrom:    func(_ context.Context, from string, _ []byte) ([]byte, error) { return []byte(from), nil },
 		opHolding: func(context.Context, string, []byte) ([]byte, error) { return []byte("held"), nil },
@@ -68,12 +68,7 @@ func startPeerNode(t *testing.T, all *testNet, n *testNetNode) *peerNode {
 				return nil, ctx.Err()
 			}
 		},
-	}
-	n.peer = func(conn net.Conn, h hello) {
-		node.conns.Add(1)
-		node.serve(conn, h)
-	}
-	all.start(n)
+	})
 	t.Cleanup(node.close) // before its network is closed, which waits for calls that are being served
 	return node
 }
@@ -84,7 +79,7 @@ func (n *peerNode) hold(t *testing.T, ctx context.Context, to *peerNode) <-chan 
 	done := make(chan error, 1)
 	before := to.held.Load()
 	go func() {
-		_, err := n.call(ctx, to.net.self, opHold, nil)
+		_, err := n.call(ctx, to.net.id, opHold, nil)
 		done <- err
 	}()
 	waitFor(t, "the call to be served", func() bool { return to.held.Load() > before })
@@ -146,7 +141,7 @@ func TestCallsAndAnswers(t *testing.T) {
 			}
 		})
 	}
-	if got := nodes[1].conns.Load() + nodes[2].conns.Load(); got != 2 {
+	if got := nodes[1].net.calls.Load() + nodes[2].net.calls.Load(); got != 2 {
 		t.Errorf("got %d connections; want one to each node", got)
 	}
 }
@@ -172,7 +167,7 @@ func TestConcurrentCalls(t *testing.T) {
 		})
 	}
 	calls.Wait()
-	if a, b := nodes[0].conns.Load(), nodes[1].conns.Load(); a > callsPerPeer || b > callsPerPeer {
+	if a, b := nodes[0].net.calls.Load(), nodes[1].net.calls.Load(); a > callsPerPeer || b > callsPerPeer {
 		t.Errorf("got %d and %d connections; want %d at most for each direction", a, b, callsPerPeer)
 	}
 }
@@ -197,7 +192,7 @@ func TestMoreCallsAtOnceThanThereMayBe(t *testing.T) {
 		}
 	}
 	checkCall(t, nodes[0], "node2", "after")
-	if got := nodes[1].conns.Load(); got != callsPerPeer {
+	if got := nodes[1].net.calls.Load(); got != callsPerPeer {
 		t.Errorf("got %d connections; want %d", got, callsPerPeer)
 	}
 }
@@ -234,12 +229,12 @@ func TestSlowPeerInAMajority(t *testing.T) {
 		t.Errorf("took %v; want node3 not to be waited for", took)
 	}
 	close(nodes[2].letGo)
-	slow := nodes[2].conns.Load()
-	waitFor(t, "its connections to be idle", func() bool { return nodes[0].idle("node3") == int(nodes[2].conns.Load()) })
+	slow := nodes[2].net.calls.Load()
+	waitFor(t, "its connections to be idle", func() bool { return nodes[0].idle("node3") == int(nodes[2].net.calls.Load()) })
 	for range 10 {
 		checkCall(t, nodes[0], "node3", "after")
 	}
-	if got := nodes[2].conns.Load(); got > callsPerPeer || got < slow {
+	if got := nodes[2].net.calls.Load(); got > callsPerPeer || got < slow {
 		t.Errorf("got %d connections to the slow node; want those that there were, %d", got, slow)
 	}
 }
@@ -317,7 +312,7 @@ func TestCallEndsWithItsContext(t *testing.T) {
 		nodes[1].letGo <- struct{}{}
 		waitFor(t, "its connection to be idle", func() bool { return nodes[0].idle("node2") == 1 })
 		checkCall(t, nodes[0], "node2", "after")
-		if got := nodes[1].conns.Load(); got != 1 {
+		if got := nodes[1].net.calls.Load(); got != 1 {
 			t.Errorf("got %d connections; want 1", got)
 		}
 	})
@@ -331,7 +326,7 @@ func TestCallEndsWithItsContext(t *testing.T) {
 		}
 		nodes[1].letGo <- struct{}{} // too late: its answer must not be taken for that to the next call
 		checkCall(t, nodes[0], "node2", "after")
-		if got := nodes[1].conns.Load(); got != 2 {
+		if got := nodes[1].net.calls.Load(); got != 2 {
 			t.Errorf("got %d connections; want 2", got)
 		}
 	})
@@ -424,8 +419,8 @@ func TestCallsBetweenClusters(t *testing.T) {
 		{"of two", "A", "B", false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			caller.net.cluster.Store(tt.mine)
-			called.net.cluster.Store(tt.theirs)
+			caller.net.of.Store(tt.mine)
+			called.net.of.Store(tt.theirs)
 			for op, want := range map[byte]string{opHolding: "held", opGrant: "granted"} {
 				if got, err := caller.call(t.Context(), "node2", op, nil); err != nil || string(got) != want {
 					t.Errorf("call %d: got answer %q, error %v; want %q and none", op, got, err, want)
@@ -449,13 +444,13 @@ func TestCalledNodeJoinsAClusterMeanwhile(t *testing.T) {
 	checkLeaks(t)
 	_, nodes := newPeerNodes(t, "node1", "node2")
 	checkCall(t, nodes[0], "node2", "both of none")
-	nodes[1].net.cluster.Store("A")
+	nodes[1].net.of.Store("A")
 	if _, err := nodes[0].call(t.Context(), "node2", opEcho, nil); kindOf(err) != "remote" {
 		t.Errorf("got error %v, which is %s; want remote", err, kindOf(err))
 	}
-	nodes[0].net.cluster.Store("A")
+	nodes[0].net.of.Store("A")
 	checkCall(t, nodes[0], "node2", "both of the same")
-	if idle, served := nodes[0].idle("node2"), nodes[1].conns.Load(); idle != 1 || served != 2 {
+	if idle, served := nodes[0].idle("node2"), nodes[1].net.calls.Load(); idle != 1 || served != 2 {
 		t.Errorf("got %d idle connections of %d; want 1 of 2", idle, served)
 	}
 }
@@ -555,13 +550,13 @@ func TestAnswerThatMakesNoSense(t *testing.T) {
 	checkLeaks(t)
 	all, nets := newTestNet(t, "node1", "node2")
 	answers := make(chan []byte, 1)
-	nets[1].peer = func(conn net.Conn, _ hello) {
+	all.start(nets[1])
+	nets[1].servePeers(func(conn accepted) {
 		if _, err := readFrame(bufio.NewReader(conn)); err == nil {
 			_, _ = conn.Write(<-answers)
 			_, _ = io.Copy(io.Discard, conn)
 		}
-	}
-	all.start(nets[1])
+	})
 	caller := startPeerNode(t, all, nets[0])
 	good := append(frameHead(2, 0), 'x')
 	for _, tt := range []struct {
