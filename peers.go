@@ -183,8 +183,9 @@ func (p *peers) giveBack(id string, c *callConn) {
 	}
 }
 
+// dial makes a connection to a node. Errors are *dialError.
 func (p *peers) dial(ctx context.Context, id string) (*callConn, error) {
-	cluster := p.network.directory.cluster()
+	cluster := p.network.directory.cluster() // if another is said in the hello, a later one, c is used only once
 	conn, err := p.network.dial(ctx, id, kindPeer)
 	p.mu.Lock()
 	n := p.peer(id)

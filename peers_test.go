@@ -222,20 +222,17 @@ func TestSlowPeerInAMajority(t *testing.T) {
 			_, err := nodes[0].call(ctx, id, opHold, nil)
 			return err == nil
 		}) {
-			t.Error("got no majority; want one of node1 and node2")
+			t.Error("got no majority; want one by node2")
 		}
 	}
 	if took := time.Since(began); took > 5*time.Second {
 		t.Errorf("took %v; want node3 not to be waited for", took)
 	}
 	close(nodes[2].letGo)
-	slow := nodes[2].net.calls.Load()
-	waitFor(t, "its connections to be idle", func() bool { return nodes[0].idle("node3") == int(nodes[2].net.calls.Load()) })
-	for range 10 {
-		checkCall(t, nodes[0], "node3", "after")
-	}
-	if got := nodes[2].net.calls.Load(); got > callsPerPeer || got < slow {
-		t.Errorf("got %d connections to the slow node; want those that there were, %d", got, slow)
+	waitFor(t, "its connections to be idle", func() bool { return nodes[0].idle("node3") == callsPerPeer })
+	checkCall(t, nodes[0], "node3", "after")
+	if got := nodes[2].net.calls.Load(); got != callsPerPeer {
+		t.Errorf("got %d connections to the slow node; want one for each call that there may be, %d", got, callsPerPeer)
 	}
 }
 
@@ -336,7 +333,9 @@ func TestCallEndsWithItsContext(t *testing.T) {
 		canceled, leave := context.WithCancel(ctx)
 		done := nodes[0].hold(t, canceled, nodes[1])
 		leave()
-		<-done
+		if err := <-done; kindOf(err) != "unknown" {
+			t.Errorf("got error %v, which is %s; want unknown", err, kindOf(err))
+		}
 		<-ctx.Done()
 		waitFor(t, "the call to be given up", func() bool {
 			nodes[0].mu.Lock()
