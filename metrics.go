@@ -70,7 +70,7 @@ func newMetrics() *metrics {
 		batch:         histogram("entry_commands", "Commands in one log entry, as it is executed.", sizes),
 		round:         histogram("read_round_reads", "Linearizable reads that shared one confirmation round.", sizes),
 		forwarded:     counter("forwarded_commands_total", "Commands passed on to the leader."),
-		refusals:      counter("peer_refusals_total", "Connections to the Raft port that were refused or had to make room; the log says why."),
+		refusals:      counter("peer_refusals_total", "Connections to the Raft port that were refused, or too many."),
 		crowded:       counter("http_crowded_connections_total", "Connections to the HTTP port closed because there were too many."),
 	}
 	m.seen.Store(&map[requestKind]series{})

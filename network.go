@@ -268,9 +268,9 @@ func (n *network) knows(id string) bool {
 	return known
 }
 
-// refuse takes note of a connection that is refused, and warns of it, but not more often than each warnInterval: whoever
-// can reach the port must not fill the log. Who comes a little early is for debugging, as is who says nothing or just goes
-// away, which is no refusal.
+// refuse takes note of a connection that is refused, and warns of it, but not more often than each warnInterval:
+// whoever can reach the port must not fill the log. Who comes a little early is for debugging, as is who says nothing or
+// just goes away, which is no refusal.
 func (n *network) refuse(remote string, h hello, err error) {
 	gone := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, os.ErrDeadlineExceeded) ||
 		errors.As(err, new(syscall.Errno))

@@ -78,31 +78,30 @@ func newPeers(n *network, handlers map[byte]handler) *peers {
 // close ends all calls. Those that are being served are answered with an error.
 func (p *peers) close() { p.cancel() }
 
-// answer is what a call came to: a payload, or an error as described at call.
-type answer struct {
-	payload []byte
-	err     error
-}
-
 // call asks a node and returns its answer. An error that is a *dialError or wraps errRemote says that the call was not
-// made or was answered with that error; after any other the call may or may not have had its effect. When ctx is
-// canceled before there is an answer, the call goes on without its caller until ctx's deadline, or for requestTimeout if
-// it has none: a node is not slower for being dialed again each time that others were faster.
+// made or was answered with that error; after any other the call may or may not have had its effect.
+//
+// When ctx is canceled before there is an answer, the call goes on without its caller until ctx's deadline, or for
+// requestTimeout if it has none, and its connection is kept: a node that is slower than others is not dialed again each
+// time that they were faster.
 func (p *peers) call(ctx context.Context, id string, op byte, request []byte) ([]byte, error) {
 	deadline, bounded := ctx.Deadline()
 	if !bounded {
 		deadline = time.Now().Add(requestTimeout)
 	}
-	var decided atomic.Bool // that the call is sent, or that its caller has gone before
-	done := make(chan answer, 1)
+	var decided atomic.Bool     // that the call is sent, or that its caller has gone before
+	done := make(chan struct{}) // closed when answer and err are set
+	var answer []byte
+	var err error
 	go func() { // until the deadline at most, or close
+		defer close(done)
 		ctx, cancel := context.WithDeadline(p.ctx, deadline)
 		defer cancel()
-		done <- p.exchange(ctx, id, op, request, &decided)
+		answer, err = p.exchange(ctx, id, op, request, &decided)
 	}()
 	select {
-	case a := <-done:
-		return a.payload, a.err
+	case <-done:
+		return answer, err
 	case <-ctx.Done():
 		if decided.CompareAndSwap(false, true) {
 			return nil, &dialError{id, ctx.Err()}
@@ -112,30 +111,30 @@ func (p *peers) call(ctx context.Context, id string, op byte, request []byte) ([
 }
 
 // exchange makes a call on a connection of its own, unless decided is set before there is one.
-func (p *peers) exchange(ctx context.Context, id string, op byte, request []byte, decided *atomic.Bool) answer {
+func (p *peers) exchange(ctx context.Context, id string, op byte, request []byte, decided *atomic.Bool) ([]byte, error) {
 	c, err := p.take(id)
 	if err != nil {
-		return answer{err: err}
+		return nil, err
 	}
 	defer func() { p.giveBack(id, c) }()
 	if c == nil {
 		if c, err = p.dial(ctx, id); err != nil {
-			return answer{err: err}
+			return nil, err
 		}
 	}
 	if !decided.CompareAndSwap(false, true) {
-		return answer{} // nobody waits for it
+		return nil, nil // nobody waits for it
 	}
 	f, err := c.call(ctx, op, request)
-	switch {
-	case err != nil:
+	if err != nil {
 		_ = c.Close()
 		c = nil
-		return answer{err: fmt.Errorf("call node %q: %w", id, err)}
-	case f.op != 0:
-		return answer{err: fmt.Errorf("%w %q: %s", errRemote, id, f.payload)}
+		return nil, fmt.Errorf("call node %q: %w", id, err)
 	}
-	return answer{payload: f.payload}
+	if f.op != 0 {
+		return nil, fmt.Errorf("%w %q: %s", errRemote, id, f.payload)
+	}
+	return f.payload, nil
 }
 
 // peer returns what is known of a node. It is called with p.mu held.
