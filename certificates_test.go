@@ -128,18 +128,17 @@ func (ca *testCA) client(env map[string]string) *tls.Config {
 	return c
 }
 
-// secure gives a test's network its certificates.
+// secureWith gives a test's network, which is yet to be started, its certificates.
 func (n *testNetNode) secureWith(t *testing.T, env map[string]string) {
 	t.Helper()
 	cfg := &Config{
-		NodeID: n.self, RaftAdvertise: n.addr(), Peers: make([]Peer, 2),
+		NodeID: n.id, RaftAdvertise: n.addr(), Peers: make([]Peer, 2),
 		TLSCertFile: env["TLS_CERT_FILE"], TLSKeyFile: env["TLS_KEY_FILE"], TLSCAFile: env["TLS_CA_FILE"],
 	}
 	var err error
 	if n.certs, err = openCertificates(cfg, newMetrics(), n.log); err != nil {
 		t.Fatal(err)
 	}
-	n.certs.onChange(n.recheck)
 }
 
 func TestCertificateNames(t *testing.T) {
@@ -186,33 +185,32 @@ func TestOnlyPeersGetIn(t *testing.T) {
 		name string
 		tls  *tls.Config // nil for none
 		says hello
-		kind string // of the refusal, "" for none
-		log  string
+		log  string // of the refusal, "" for none
 	}{
-		{"a peer", ca.client(ca.node("node1")), hello1, "", ""},
-		{"a peer's calls", ca.client(ca.node("node1")), testHello, "", ""},
-		{"no tls", nil, hello1, "tls", "TLS handshake"},
-		{"no certificate", ca.client(nil), hello1, "tls", "didn't provide a certificate"},
-		{"another authority", ca.client(other.node("node1")), hello1, "tls", "unknown authority"},
-		{"an expired certificate", ca.client(ca.issue(expired, "node1")), hello1, "tls", "expired"},
-		{"a server's certificate", ca.client(ca.issue(only(x509.ExtKeyUsageServerAuth), "node1")), hello1, "tls", "incompatible key usage"},
-		{"a client's certificate of the same authority", ca.client(ca.issue(only(x509.ExtKeyUsageClientAuth), "someone")), hello1, "identity", "someone"},
-		{"another peer's certificate", ca.client(ca.node("node3")), hello1, "identity", `not of node \"node1\"`},
-		{"another peer's certificate with the host of all", ca.client(ca.node("node3", "127.0.0.1")), hello1, "identity", "node3"},
-		{"a peer's certificate with its host alone", ca.client(ca.node("127.0.0.1")), hello1, "", ""},
-		{"a wildcard", ca.client(ca.node("*", "*.0.0.1")), hello1, "identity", `not of node \"node1\"`},
-		{"a stranger", ca.client(ca.node("node9")), hello{kindRaft, "node9", "node2", "CLUSTER"}, "stranger", "node9"},
-		{"ourselves", ca.client(ca.node("node2")), hello{kindRaft, "node2", "node2", "CLUSTER"}, "stranger", "node2"},
-		{"another cluster", ca.client(ca.node("node1")), hello{kindRaft, "node1", "node2", "OTHER"}, "cluster", "cluster OTHER"},
-		{"another node is meant", ca.client(ca.node("node1")), hello{kindRaft, "node1", "node3", "CLUSTER"}, "target", "this is node"},
+		{"a peer", ca.client(ca.node("node1")), hello1, ""},
+		{"a peer's calls", ca.client(ca.node("node1")), testHello, ""},
+		{"no tls", nil, hello1, "TLS handshake"},
+		{"no certificate", ca.client(nil), hello1, "didn't provide a certificate"},
+		{"another authority", ca.client(other.node("node1")), hello1, "unknown authority"},
+		{"an expired certificate", ca.client(ca.issue(expired, "node1")), hello1, "expired"},
+		{"a server's certificate", ca.client(ca.issue(only(x509.ExtKeyUsageServerAuth), "node1")), hello1, "incompatible key usage"},
+		{"a client's certificate of the same authority", ca.client(ca.issue(only(x509.ExtKeyUsageClientAuth), "someone")), hello1, "someone"},
+		{"another peer's certificate", ca.client(ca.node("node3")), hello1, `not of node \"node1\"`},
+		{"another peer's certificate with the host of all", ca.client(ca.node("node3", "127.0.0.1")), hello1, "node3"},
+		{"a peer's certificate with its host alone", ca.client(ca.node("127.0.0.1")), hello1, ""},
+		{"a wildcard", ca.client(ca.node("*", "*.0.0.1")), hello1, `not of node \"node1\"`},
+		{"a stranger", ca.client(ca.node("node9")), hello{kindRaft, "node9", "node2", "CLUSTER"}, "node9"},
+		{"ourselves", ca.client(ca.node("node2")), hello{kindRaft, "node2", "node2", "CLUSTER"}, "node2"},
+		{"another cluster", ca.client(ca.node("node1")), hello{kindRaft, "node1", "node2", "OTHER"}, "cluster OTHER"},
+		{"another node is meant", ca.client(ca.node("node1")), hello{kindRaft, "node1", "node3", "CLUSTER"}, "this is node"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			checkLeaks(t)
 			all, nodes := newTestNet(t, "node1", "node2", "node3")
 			server := nodes[1]
-			server.cluster.Store("CLUSTER")
+			server.of.Store("CLUSTER")
 			server.secureWith(t, ca.node("node2"))
-			all.start(server)
+			all.startEcho(server)
 			accepted := make(chan net.Conn, 1)
 			go func() {
 				if conn, err := server.Accept(); err == nil {
@@ -226,7 +224,7 @@ func TestOnlyPeersGetIn(t *testing.T) {
 				conn = tls.Client(conn, tt.tls)
 			}
 			err := introduce(t.Context(), conn, tt.says)
-			if tt.kind == "" {
+			if tt.log == "" {
 				if err != nil {
 					t.Fatalf("got error %v; want none", err)
 				}
@@ -242,7 +240,7 @@ func TestOnlyPeersGetIn(t *testing.T) {
 			}
 			_, _ = conn.Write([]byte("what follows"))
 			waitClosed(t, conn)
-			waitFor(t, "the refusal to be counted", func() bool { return server.refusals(tt.kind) == 1 })
+			waitFor(t, "the refusal to be counted", func() bool { return server.refused() == 1 })
 			waitFor(t, "the refusal to be logged", func() bool { return server.lines.count("[WARN]", "refused", tt.log) == 1 })
 			select {
 			case <-accepted:
@@ -266,7 +264,7 @@ func TestImpostorHearsNothing(t *testing.T) {
 			checkLeaks(t)
 			all, nodes := newTestNet(t, "node1")
 			nodes[0].secureWith(t, ca.node("node1"))
-			all.start(nodes...)
+			all.startEcho(nodes...)
 			l, err := tls.Listen("tcp", "127.0.0.1:0", func() *tls.Config {
 				c := ca.client(impostor)
 				c.ClientAuth = tls.RequireAnyClientCert
@@ -303,11 +301,11 @@ func TestTLSOnOneSideOnly(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
 	nodes[0].secureWith(t, newTestCA(t).node("node1"))
-	all.start(nodes...)
+	all.startEcho(nodes...)
 	for i, j := range []int{1, 0} {
-		if conn, err := nodes[i].dial(t.Context(), nodes[j].self, kindRaft); err == nil {
+		if conn, err := nodes[i].dial(t.Context(), nodes[j].id, kindRaft); err == nil {
 			_ = conn.Close()
-			t.Errorf("got a connection from %s to %s; want none", nodes[i].self, nodes[j].self)
+			t.Errorf("got a connection from %s to %s; want none", nodes[i].id, nodes[j].id)
 		}
 	}
 	waitFor(t, "the one with TLS to say so", func() bool { return nodes[0].lines.count("[WARN]", "refused", "TLS handshake") == 1 })
@@ -333,7 +331,7 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 	for i, node := range nodes {
 		node.secureWith(t, envs[i])
 	}
-	all.start(nodes...)
+	all.startEcho(nodes...)
 	old, err := nodes[0].dial(t.Context(), "node2", kindPeer)
 	if err != nil {
 		t.Fatal(err)
@@ -461,7 +459,7 @@ func TestAuthorityChangesDuringAHandshake(t *testing.T) {
 	all, nodes := newTestNet(t, "node1", "node2")
 	env := ca.node("node2")
 	nodes[1].secureWith(t, env)
-	all.start(nodes...)
+	all.startEcho(nodes...)
 	old := nodes[1].certs.get().toUs
 	near, far := net.Pipe()
 	defer far.Close()

@@ -70,8 +70,8 @@ func decodeStanding(b []byte) (s standing, err error) {
 type formation struct {
 	cfg   *Config
 	log   hclog.Logger
-	store *storage // set by open, as is peers
-	peers *peers
+	store *storage      // set by open
+	peers *peers        // set before find
 	look  chan struct{} // holds one token: a peer has spoken, so another look at the others is worth it
 	leads func() bool   // this node is the leader
 
@@ -89,8 +89,8 @@ func newFormation(cfg *Config, log hclog.Logger, leads func() bool) *formation {
 }
 
 // open reads what the storage knows of a cluster.
-func (f *formation) open(st *storage, p *peers) error {
-	f.store, f.peers = st, p
+func (f *formation) open(st *storage) error {
+	f.store = st
 	stored, err := st.stable.Get(keyCluster)
 	if err != nil && !isNotFound(err) {
 		return fmt.Errorf("read the cluster id: %w", err)

@@ -27,7 +27,7 @@ func newTestFormation(t *testing.T, id string, total int) *formation {
 		cfg.Peers = append(cfg.Peers, Peer{ID: fmt.Sprintf("node%d", i+1)})
 	}
 	f := newFormation(cfg, hclog.NewNullLogger(), func() bool { return false })
-	err := f.open(openTestStorage(t, storeMemory, ""), nil)
+	err := f.open(openTestStorage(t, storeMemory, ""))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -331,7 +331,7 @@ func TestFormationFindsWhatItStored(t *testing.T) {
 	cfg := &Config{NodeID: "node1", KVStore: storeBolt, Peers: []Peer{{ID: "node1"}, {ID: "node2"}, {ID: "node3"}}}
 	open := func(dir string) (*formation, error) {
 		f := newFormation(cfg, hclog.NewNullLogger(), func() bool { return false })
-		return f, f.open(openTestStorage(t, storeBolt, dir), nil)
+		return f, f.open(openTestStorage(t, storeBolt, dir))
 	}
 	for _, want := range []standing{
 		{kind: standFounder, index: 1, cluster: "CLUSTER"}, {kind: standMember, cluster: "CLUSTER"}, {kind: standGated, index: 7, cluster: "CLUSTER"},
@@ -373,7 +373,7 @@ func TestFormationRefusesStateWithoutACluster(t *testing.T) {
 			dir := t.TempDir()
 			s := openTestStorage(t, storeBolt, dir)
 			write(t, s)
-			err := newFormation(&Config{StateDir: dir}, hclog.NewNullLogger(), nil).open(s, nil)
+			err := newFormation(&Config{StateDir: dir}, hclog.NewNullLogger(), nil).open(s)
 			if err == nil || !strings.Contains(err.Error(), dir) {
 				t.Errorf("got error %v; want one that names %s", err, dir)
 			}
@@ -384,7 +384,7 @@ func TestFormationRefusesStateWithoutACluster(t *testing.T) {
 func TestFormationOfABrokenStorage(t *testing.T) {
 	broken := errors.New("input/output error")
 	s := &storage{stable: &brokenStore{err: broken}, logs: &brokenStore{err: broken}, snapshots: &checkedSnapshots{SnapshotStore: &memorySnapshots{}}}
-	if err := newFormation(&Config{}, hclog.NewNullLogger(), nil).open(s, nil); !errors.Is(err, broken) {
+	if err := newFormation(&Config{}, hclog.NewNullLogger(), nil).open(s); !errors.Is(err, broken) {
 		t.Errorf("got error %v; want %v", err, broken)
 	}
 	f := newTestFormation(t, "node1", 1)

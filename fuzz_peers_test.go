@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -33,23 +34,22 @@ func FuzzHello(f *testing.F) {
 }
 
 func FuzzCallFrame(f *testing.F) {
-	f.Add([]byte{0, 0, 0, 6, 0, 0, 0, 1, opTerm, 'x'})
-	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 0, 0, 0, 1, opTerm})
-	f.Add(frameHead(maxCallBytes+linkFrameHead-4, 1, opApply))
-	f.Add(frameHead(maxCallBytes+linkFrameHead-3, 1, opApply))
+	f.Add([]byte{0, 0, 0, 2, opTerm, 'x'})
+	f.Add([]byte{0xff, 0xff, 0xff, 0xff, opTerm})
+	f.Add(frameHead(maxCallBytes+callFrameHead-4, opApply))
+	f.Add(frameHead(maxCallBytes+callFrameHead-3, opApply))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		var payload []byte
-		var id uint32
-		var op byte
+		var called frame
 		var err error
-		checkMemory(t, len(b), 1<<20, func() { id, op, payload, err = readFrame(bufio.NewReader(bytes.NewReader(b))) })
-		if again := append(frameHead(uint32(len(payload)+linkFrameHead-4), id, op), payload...); err == nil && !bytes.HasPrefix(b, again) {
-			t.Errorf("got call %d, op %d, %q out of %q", id, op, payload, b)
+		checkMemory(t, len(b), 1<<20, func() { called, err = readFrame(bufio.NewReader(bytes.NewReader(b))) })
+		again := append(frameHead(uint32(len(called.payload)+callFrameHead-4), called.op), called.payload...)
+		if err == nil && !bytes.HasPrefix(b, again) {
+			t.Errorf("got op %d, %q out of %q", called.op, called.payload, b)
 		}
 	})
 }
 
-// pipes is a listener of connections in memory.
+// pipes is a port with connections in memory, and its directory.
 type pipes struct {
 	conns  chan net.Conn
 	closed chan struct{}
@@ -70,6 +70,14 @@ func (p *pipes) Close() error {
 }
 
 func (p *pipes) Addr() net.Addr { return nodeAddr("pipes") }
+
+func (p *pipes) DialContext(context.Context, string, string) (net.Conn, error) {
+	return nil, errors.New("nobody is there")
+}
+
+func (p *pipes) address(id string) (string, bool) { return "", id == "node2" }
+func (p *pipes) cluster() string                  { return "c" }
+func (p *pipes) welcome(hello) error              { return nil }
 
 // watchedConn says when it is closed, and what was read from it until then.
 type watchedConn struct {
@@ -94,9 +102,9 @@ func FuzzRaftPort(f *testing.F) {
 	f.Add(byte(0), []byte("\x16\x03\x01\x00\xa5\x01\x00\x00\xa1\x03\x03"))
 	f.Add(byte(0), hello{'X', "node2", "node1", "c"}.encode())
 	f.Add(byte(0), hello{kindRaft, "node3", "node1", "c"}.encode())
-	f.Add(byte(0), append(hello{kindPeer, "node2", "node1", ""}.encode(), 0, 0, 0, 5, 0, 0, 0, 1, opTerm))
-	f.Add(byte(1), append(frameHead(8, 1, opTerm), "abc"...))
-	f.Add(byte(1), frameHead(maxCallBytes, 1, opApply))
+	f.Add(byte(0), append(hello{kindPeer, "node2", "node1", ""}.encode(), 0, 0, 0, 1, opTerm))
+	f.Add(byte(1), append(frameHead(4, opTerm), "abc"...))
+	f.Add(byte(1), frameHead(maxCallBytes, opApply))
 	f.Add(byte(2), []byte{rpcAppendEntries})
 	f.Add(byte(2), []byte{rpcAppendEntries, 0x81, 0xa7, 'E', 'n', 't', 'r', 'i', 'e', 's', 0xdd, 0xff, 0xff, 0xff, 0xff, 0x80})
 	f.Add(byte(2), []byte{rpcAppendEntries, 0x81, 0xa6, 'L', 'e', 'a', 'd', 'e', 'r', 0xc6, 0xff, 0xff, 0xff, 0xff, 1})
@@ -104,10 +112,9 @@ func FuzzRaftPort(f *testing.F) {
 	f.Add(byte(2), []byte{rpcRequestVote, 0x82, 0xa4, 'T', 'e', 'r', 'm', 0xcf, 1, 2, 3, 4, 5, 6, 7, 8, 0xa9, 'C', 'a', 'n', 'd', 'i', 'd', 'a', 't', 'e', 0xc4, 1, 'x'})
 	f.Add(byte(2), []byte{rpcInstallSnapshot, 0x81, 0xa4, 'S', 'i', 'z', 'e', 0xcf, 0x7f, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 'x', 'y'})
 	port := &pipes{make(chan net.Conn), make(chan struct{})}
-	n := networkOver(port, nil, "node1", hclog.NewNullLogger())
+	n := newNetwork("node1", port, nil, port, newMetrics().refusals, hclog.NewNullLogger())
 	f.Cleanup(func() { _ = n.Close() })
-	calls := newPeers(n)
-	n.start(func(id string) (string, bool) { return "", id == "node2" }, func() string { return "c" }, func(hello) error { return nil }, calls.serve)
+	newPeers(n, nil)
 	no := func() bool { return false }
 	raftPort := newTransport(n, hclog.NewNullLogger(), transportHooks{
 		gated: no, doubtful: no, following: func(uint64) bool { return false }, applied: func() uint64 { return 0 }, newest: func() uint64 { return 7 },
@@ -170,9 +177,9 @@ func FuzzCalls(f *testing.F) {
 				return
 			}
 		}
-		var status byte
-		var reply []byte
-		checkMemory(t, len(b), 4<<20, func() { status, reply = node.peers.handle(from, op, b) })
+		var answer frame
+		checkMemory(t, len(b), 4<<20, func() { answer = node.peers.handle(from, frame{op, b}) })
+		status, reply := answer.op, answer.payload
 		switch {
 		case status > 1 || status == 1 && len(reply) == 0:
 			t.Errorf("got status %d, reply %q", status, reply)

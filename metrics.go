@@ -22,13 +22,13 @@ type metrics struct {
 	requests      *prometheus.CounterVec   // by route, method and status
 	latency       *prometheus.HistogramVec // seconds, by route and method
 	leaderChanges prometheus.Counter
-	commit        prometheus.Histogram   // seconds
-	apply         prometheus.Histogram   // seconds
-	stored        prometheus.Histogram   // seconds
-	batch         prometheus.Histogram   // commands
-	round         prometheus.Histogram   // reads
-	forwarded     prometheus.Counter     // commands
-	refusals      *prometheus.CounterVec // by reason
+	commit        prometheus.Histogram // seconds
+	apply         prometheus.Histogram // seconds
+	stored        prometheus.Histogram // seconds
+	batch         prometheus.Histogram // commands
+	round         prometheus.Histogram // reads
+	forwarded     prometheus.Counter   // commands
+	refusals      prometheus.Counter   // connections to the Raft port
 	crowded       prometheus.Counter
 
 	mu   sync.Mutex                             // guards changes of seen
@@ -70,14 +70,8 @@ func newMetrics() *metrics {
 		batch:         histogram("entry_commands", "Commands in one log entry, as it is executed.", sizes),
 		round:         histogram("read_round_reads", "Linearizable reads that shared one confirmation round.", sizes),
 		forwarded:     counter("forwarded_commands_total", "Commands passed on to the leader."),
-		refusals: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "raftstarter_peer_refusals_total",
-			Help: "Connections to the Raft port that were refused: no good under TLS, of another identity, target or cluster, and so on.",
-		}, []string{"reason"}),
-		crowded: counter("http_crowded_connections_total", "Connections to the HTTP port closed because there were too many."),
-	}
-	for _, reason := range []string{"tls", "hello", "target", "stranger", "identity", "cluster", "starting", "crowd"} {
-		m.refusals.WithLabelValues(reason) // so that there is a zero to rise from
+		refusals:      counter("peer_refusals_total", "Connections to the Raft port that were refused, or too many."),
+		crowded:       counter("http_crowded_connections_total", "Connections to the HTTP port closed because there were too many."),
 	}
 	m.seen.Store(&map[requestKind]series{})
 	m.registry.MustRegister(m.requests, m.latency, m.leaderChanges, m.commit, m.apply, m.stored, m.batch, m.round, m.forwarded, m.refusals, m.crowded,
@@ -107,9 +101,6 @@ func zeroOrOne(is func() bool) func() float64 {
 		return 0
 	}
 }
-
-// refused counts a connection to the Raft port that was refused.
-func (m *metrics) refused(reason string) { m.refusals.WithLabelValues(reason).Inc() }
 
 // collectRaft makes the metrics of the raft and raft-boltdb packages part of these. The packages know only one sink for
 // the whole process: that of armon/go-metrics, unless they are built with the tag hashicorpmetrics.

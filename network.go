@@ -15,17 +15,18 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 const (
 	helloTimeout   = 3 * time.Second // for a connection to say who it is, and to be answered
 	dialTimeout    = 2 * time.Second
 	redialInterval = 100 * time.Millisecond
-	maxRefusals    = 100 // ways of being refused that are logged as warnings
+	warnInterval   = 10 * time.Second // between warnings of connections that were refused
 )
 
 // errStarting refuses Raft's messages while this node's Raft is not running.
-var errStarting error = &refusal{"starting", errors.New("this node is starting; try again")}
+var errStarting = errors.New("this node is starting; try again")
 
 // Every connection to the Raft port begins with a hello, which says what it carries, who speaks, whom it is meant for
 // and, once the cluster has formed, which cluster the speaker is of. Format: helloMagic, whose last byte is the version;
@@ -38,18 +39,6 @@ const (
 	kindRaft byte = 'R'
 	kindPeer byte = 'P'
 )
-
-// refusal is the reason why a connection is refused, and what the metrics call it.
-type refusal struct {
-	kind string
-	error
-}
-
-func (r *refusal) Unwrap() error { return r.error }
-
-func refuseAs(kind, format string, args ...any) error {
-	return &refusal{kind, fmt.Errorf(format, args...)}
-}
 
 type hello struct {
 	kind           byte
@@ -97,81 +86,99 @@ func readShort(r io.Reader) (string, error) {
 	return string(text), err
 }
 
-// network owns the Raft port and every connection between this node and its peers. It is the raft.StreamLayer of
-// Raft's transport, in which a node's "address" is its id: where that id is now, addresses says at each dial.
-type network struct {
-	self     string
-	log      hclog.Logger
-	listener *doorman
-	dialer   func(ctx context.Context, network, addr string) (net.Conn, error) // net.Dialer.DialContext
+// port is where this node listens for its peers, and by which it connects to them.
+type port interface {
+	net.Listener
+	DialContext(ctx context.Context, network, addr string) (net.Conn, error)
+}
 
-	// certs secure every connection; nil for none. They are set before start, as is refuses.
-	certs *reloaded[*certificates]
-	// refuses takes note of a connection that is refused, and of the kind of the reason.
-	refuses func(kind string)
+type tcpPort struct {
+	net.Listener
+	net.Dialer
+}
 
-	// These are set by start.
+// listenForPeers opens the Raft port; addr is host:port.
+func listenForPeers(addr string) (port, error) {
+	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("listen for peers on RAFT_ADDR:RAFT_PORT %s: %w", addr, err)
+	}
+	return &tcpPort{l, net.Dialer{Timeout: dialTimeout}}, nil
+}
 
+// directory is what network must know of the nodes. Its methods are called by many goroutines.
+type directory interface {
 	// address says where a node listens, as host:port, and whether it is known at all.
-	address func(id string) (string, bool)
-	// cluster is the id of the cluster this node is of, "" while it is of none.
-	cluster func() string
+	address(id string) (addr string, known bool)
+	// cluster returns the id of the cluster this node is of, "" while it is of none.
+	cluster() string
 	// welcome has the last word on a hello that is meant for us and comes from a peer; an error refuses it.
-	welcome func(hello) error
-	// servePeer serves a connection of kindPeer; when it returns, the connection is closed.
-	servePeer func(conn net.Conn, h hello)
+	welcome(h hello) error
+}
 
-	raftConns chan net.Conn // accepted, for Raft's transport
+// network owns the Raft port and every connection between this node and its peers. It is the raft.StreamLayer of
+// Raft's transport, in which a node's "address" is its id: where that id is now, the directory says at each dial.
+type network struct {
+	self      string
+	port      port
+	listener  *doorman // the port's, as long as it has room
+	certs     *reloaded[*certificates]
+	directory directory
+	refusals  prometheus.Counter // of connections
+	log       hclog.Logger
+
+	raftConns chan accepted // for Raft's transport
+	peerConns chan accepted // for peers
 	closing   chan struct{} // closed by Close
 	wg        sync.WaitGroup
 
-	mu      sync.Mutex // guards what follows, and the chain of each connection
-	conns   map[*tracked]struct{}
-	refused map[string]bool // what has been logged, so that it is logged once
+	mu       sync.Mutex // guards what follows, and the chain of each connection
+	conns    map[*tracked]struct{}
+	warned   time.Time // when a refusal was last logged as a warning
+	unwarned int       // refusals since then that were worth one
 }
 
-func newNetwork(self, listen string, log hclog.Logger) (*network, error) {
-	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", listen)
-	if err != nil {
-		return nil, fmt.Errorf("listen for peers on RAFT_ADDR:RAFT_PORT %s: %w", listen, err)
-	}
-	return networkOver(l, (&net.Dialer{Timeout: dialTimeout}).DialContext, self, log), nil
+// accepted is a connection that another node has made to this one, and the hello with which it did.
+type accepted struct {
+	net.Conn
+	hello
 }
 
-// networkOver returns a network that takes and makes its connections by listener and dialer.
-func networkOver(listener net.Listener, dialer func(ctx context.Context, network, addr string) (net.Conn, error), self string, log hclog.Logger) *network {
+// newNetwork takes connections at p, which it owns from then on, until Close. certs secure every connection; nil for
+// none. Connections that are refused are counted by refusals.
+func newNetwork(self string, p port, certs *reloaded[*certificates], d directory, refusals prometheus.Counter,
+	log hclog.Logger,
+) *network {
+	most := min(maxRaftConns, maxFiles()/8)
 	n := &network{
-		self: self, log: log, dialer: dialer,
-		refuses:   func(string) {},
-		raftConns: make(chan net.Conn),
+		self: self, port: p, certs: certs, directory: d, refusals: refusals, log: log,
+		listener:  newDoorman(p, most, most*3/4, refusals.Inc),
+		raftConns: make(chan accepted),
+		peerConns: make(chan accepted),
 		closing:   make(chan struct{}),
 		conns:     make(map[*tracked]struct{}),
-		refused:   make(map[string]bool),
 	}
-	most := min(maxRaftConns, maxFiles()/8)
-	n.listener = newDoorman(listener, most, most*3/4, func() { n.refuses("crowd") })
+	if certs != nil {
+		certs.onChange(n.recheck)
+	}
+	n.wg.Go(n.run)
 	return n
 }
 
-// start begins to take and make connections. See the fields of these names.
-func (n *network) start(address func(string) (string, bool), cluster func() string, welcome func(hello) error,
-	servePeer func(net.Conn, hello),
-) {
-	n.address, n.cluster, n.welcome, n.servePeer = address, cluster, welcome, servePeer
-	n.wg.Go(func() {
-		for {
-			conn, err := n.listener.Accept()
-			switch {
-			case errors.Is(err, net.ErrClosed):
-				return
-			case err != nil: // out of file descriptors, say: it passes, or the operator sees it
-				n.log.Error("accept on the Raft port", "error", err)
-				time.Sleep(100 * time.Millisecond)
-				continue
-			}
-			n.wg.Go(func() { n.receive(conn) })
+// run accepts connections until the listener is closed.
+func (n *network) run() {
+	for {
+		conn, err := n.listener.Accept()
+		switch {
+		case errors.Is(err, net.ErrClosed):
+			return
+		case err != nil: // out of file descriptors, say: it passes, or the operator sees it
+			n.log.Error("accept on the Raft port", "error", err)
+			time.Sleep(100 * time.Millisecond)
+			continue
 		}
-	})
+		n.wg.Go(func() { n.receive(conn) })
+	}
 }
 
 // receive hears the hello of an accepted connection and hands the connection to whom it is for.
@@ -187,13 +194,12 @@ func (n *network) receive(raw net.Conn) {
 		return
 	}
 	raw.(*guest).served()
+	takers := n.raftConns
 	if h.kind == kindPeer {
-		defer conn.Close()
-		n.servePeer(conn, h)
-		return
+		takers = n.peerConns
 	}
 	select {
-	case n.raftConns <- conn:
+	case takers <- accepted{conn, h}:
 	case <-n.closing:
 		_ = conn.Close()
 	}
@@ -208,7 +214,7 @@ func (n *network) greet(conn net.Conn) (net.Conn, hello, error) {
 	if n.certs != nil {
 		inner := tls.Server(conn, n.certs.get().toUs)
 		if err := inner.HandshakeContext(context.Background()); err != nil { // the deadline ends it
-			return conn, hello{}, &refusal{"tls", fmt.Errorf("TLS: %w", err)}
+			return conn, hello{}, fmt.Errorf("TLS: %w", err)
 		}
 		cert = inner.ConnectionState().PeerCertificates[0]
 		conn = n.secure(conn, inner)
@@ -235,51 +241,55 @@ func (n *network) greet(conn net.Conn) (net.Conn, hello, error) {
 // else has one of the same authority is no peer.
 func (n *network) judge(h hello, cert *x509.Certificate) error {
 	if h.kind != kindRaft && h.kind != kindPeer {
-		return refuseAs("hello", "connection kind %q is not known", h.kind)
+		return fmt.Errorf("connection kind %q is not known", h.kind)
 	}
 	if h.target != n.self {
-		return refuseAs("target", "this is node %q, not %q: does an address in PEERS belong to another node?", n.self, h.target)
+		return fmt.Errorf("this is node %q, not %q: does an address in PEERS belong to another node?", n.self, h.target)
 	}
-	addr, known := n.address(h.sender)
+	addr, known := n.directory.address(h.sender)
 	if !known || h.sender == n.self {
-		return refuseAs("stranger", "node %q is neither in the PEERS of node %q nor in its stored membership", h.sender, n.self)
+		return fmt.Errorf("node %q is neither in the PEERS of node %q nor in its stored membership", h.sender, n.self)
 	}
 	if cert != nil {
 		host, _, _ := net.SplitHostPort(addr)
 		if err := names(cert, h.sender, host, n.knows); err != nil {
-			return &refusal{"identity", err}
+			return err
 		}
 	}
-	if mine := n.cluster(); h.kind == kindRaft && mine != "" && h.cluster != "" && mine != h.cluster {
-		return refuseAs("cluster", "node %q is of cluster %s, node %q of cluster %s", h.sender, h.cluster, n.self, mine)
+	if mine := n.directory.cluster(); h.kind == kindRaft && mine != "" && h.cluster != "" && mine != h.cluster {
+		return fmt.Errorf("node %q is of cluster %s, node %q of cluster %s", h.sender, h.cluster, n.self, mine)
 	}
-	return n.welcome(h)
+	return n.directory.welcome(h)
 }
 
 // knows says whether there is a node with this id.
 func (n *network) knows(id string) bool {
-	_, known := n.address(id)
+	_, known := n.directory.address(id)
 	return known
 }
 
-// refuse takes note of a connection that is refused, and warns once about each way in which a peer and this node do not get
-// along. Whoever just goes away, or comes a little early, is for debugging; so are strangers, when they have made up many names.
+// refuse takes note of a connection that is refused, and warns of it, but not more often than each warnInterval:
+// whoever can reach the port must not fill the log. Who comes a little early is for debugging, as is who says nothing or
+// just goes away, which is no refusal.
 func (n *network) refuse(remote string, h hello, err error) {
-	kind := "hello"
-	if r := new(refusal); errors.As(err, &r) {
-		kind = r.kind
+	gone := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, os.ErrDeadlineExceeded) ||
+		errors.As(err, new(syscall.Errno))
+	if !gone {
+		n.refusals.Inc()
 	}
-	n.refuses(kind)
-	gone := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, os.ErrDeadlineExceeded) || errors.As(err, new(syscall.Errno))
-	key := h.sender + "\x00" + h.cluster + "\x00" + err.Error()
-	level := hclog.Debug
-	n.mu.Lock()
-	if !gone && !errors.Is(err, errStarting) && !n.refused[key] && len(n.refused) < maxRefusals {
-		n.refused[key] = true
-		level = hclog.Warn
+	level, unwarned := hclog.Debug, 0
+	if !gone && !errors.Is(err, errStarting) {
+		n.mu.Lock()
+		if time.Since(n.warned) >= warnInterval {
+			level, unwarned = hclog.Warn, n.unwarned
+			n.warned, n.unwarned = time.Now(), 0
+		} else {
+			n.unwarned++
+		}
+		n.mu.Unlock()
 	}
-	n.mu.Unlock()
-	n.log.Log(level, "refused a connection to the Raft port", "remote", remote, "node", h.sender, "reason", err)
+	n.log.Log(level, "refused a connection to the Raft port", "remote", remote, "node", h.sender, "reason", err,
+		"others-since-the-last-warning", unwarned)
 }
 
 // dialError is what dial returns: nothing has reached the peer's Raft or peer calls.
@@ -293,7 +303,7 @@ func (e *dialError) Unwrap() error { return e.err }
 
 // dial connects to a node by its id. Its name is looked up each time, so a node may move. Errors are *dialError.
 func (n *network) dial(ctx context.Context, id string, kind byte) (net.Conn, error) {
-	conn, err := n.connect(ctx, hello{kind: kind, sender: n.self, target: id, cluster: n.cluster()})
+	conn, err := n.connect(ctx, hello{kind: kind, sender: n.self, target: id, cluster: n.directory.cluster()})
 	if err != nil {
 		return nil, &dialError{id, err}
 	}
@@ -301,11 +311,11 @@ func (n *network) dial(ctx context.Context, id string, kind byte) (net.Conn, err
 }
 
 func (n *network) connect(ctx context.Context, h hello) (net.Conn, error) {
-	addr, known := n.address(h.target)
+	addr, known := n.directory.address(h.target)
 	if !known {
 		return nil, errors.New("its address is not known")
 	}
-	raw, err := n.dialer(ctx, "tcp", addr)
+	raw, err := n.port.DialContext(ctx, "tcp", addr)
 	if err != nil {
 		return nil, err
 	}
@@ -464,7 +474,7 @@ func (n *network) sever() error {
 func (n *network) Accept() (net.Conn, error) {
 	select {
 	case conn := <-n.raftConns:
-		return conn, nil
+		return conn.Conn, nil
 	case <-n.closing:
 		return nil, net.ErrClosed
 	}

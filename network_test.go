@@ -13,12 +13,14 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/go-hclog"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"go.uber.org/goleak"
 )
 
@@ -81,18 +83,29 @@ func (n *testNet) address(id string) (string, bool) {
 	return addr, known
 }
 
-// testNetNode is a network and what a test has it say.
+// testNetNode is a network, once it is started, and the directory that a test gives it.
 type testNetNode struct {
 	*network
+	id        string
+	port      port
 	lines     *logLines
-	counts    sync.Map     // of refusals, *atomic.Int64, by their kind
-	cluster   atomic.Value // a string
+	log       hclog.Logger
+	certs     *reloaded[*certificates] // as is what follows, to be set before start
+	all       *testNet
+	of        atomic.Value // a string: the cluster
 	unwelcome error        // what welcome returns
-	// peer serves connections of kindPeer, by answering with what it reads; set it before start for another way.
-	peer func(net.Conn, hello)
+	calls     atomic.Int32 // connections of kindPeer that were welcome
 }
 
-func echo(conn net.Conn, _ hello) { _, _ = io.Copy(conn, conn) }
+func (n *testNetNode) address(id string) (string, bool) { return n.all.address(id) }
+func (n *testNetNode) cluster() string                  { return n.of.Load().(string) }
+
+func (n *testNetNode) welcome(h hello) error {
+	if n.unwelcome == nil && h.kind == kindPeer {
+		n.calls.Add(1)
+	}
+	return n.unwelcome
+}
 
 // newTestNet returns networks with the given ids, to be started, and closes them when the test ends.
 func newTestNet(t *testing.T, ids ...string) (all *testNet, nodes []*testNetNode) {
@@ -106,38 +119,58 @@ func newTestNet(t *testing.T, ids ...string) (all *testNet, nodes []*testNetNode
 
 func (n *testNet) listen(t *testing.T, id, addr string) *testNetNode {
 	t.Helper()
-	node := &testNetNode{lines: new(logLines), peer: echo}
-	node.cluster.Store("")
-	logger := hclog.New(&hclog.LoggerOptions{Output: node.lines, Level: hclog.Debug})
+	node := &testNetNode{id: id, all: n, lines: new(logLines)}
+	node.of.Store("")
+	node.log = hclog.New(&hclog.LoggerOptions{Output: node.lines, Level: hclog.Debug})
 	var err error
-	if node.network, err = newNetwork(id, addr, logger); err != nil {
+	if node.port, err = listenForPeers(addr); err != nil {
 		t.Fatal(err)
 	}
-	node.refuses = func(kind string) {
-		count, _ := node.counts.LoadOrStore(kind, new(atomic.Int64))
-		count.(*atomic.Int64).Add(1)
-	}
 	t.Cleanup(func() {
-		if err := node.Close(); err != nil {
+		if node.network == nil {
+			_ = node.port.Close()
+		} else if err := node.Close(); err != nil {
 			t.Errorf("close network %s: %v", id, err)
 		}
 	})
-	n.set(id, node.listener.Addr().String())
+	n.set(id, node.addr())
 	return node
 }
 
+// start starts networks. Nobody takes the connections that are made to them.
 func (n *testNet) start(nodes ...*testNetNode) {
 	for _, node := range nodes {
-		cluster := func() string { return node.cluster.Load().(string) }
-		node.start(n.address, cluster, func(hello) error { return node.unwelcome }, node.peer)
+		node.network = newNetwork(node.id, node.port, node.certs, node, newMetrics().refusals, node.log)
 	}
 }
 
-// refusals returns how many connections were refused for a reason of this kind.
-func (n *testNetNode) refusals(kind string) int {
-	count, _ := n.counts.LoadOrStore(kind, new(atomic.Int64))
-	return int(count.(*atomic.Int64).Load())
+// startEcho starts networks that answer on connections of kindPeer with what they read.
+func (n *testNet) startEcho(nodes ...*testNetNode) {
+	n.start(nodes...)
+	for _, node := range nodes {
+		node.servePeers(func(conn accepted) { _, _ = io.Copy(conn, conn) })
+	}
 }
+
+// servePeers has f serve each connection of kindPeer, until the network closes.
+func (n *testNetNode) servePeers(f func(accepted)) {
+	n.goUnlessClosed(func() {
+		for {
+			select {
+			case conn := <-n.peerConns:
+				n.goUnlessClosed(func() {
+					defer conn.Close()
+					f(conn)
+				})
+			case <-n.closing:
+				return
+			}
+		}
+	})
+}
+
+// refused returns how many connections were refused.
+func (n *testNetNode) refused() int { return int(testutil.ToFloat64(n.refusals)) }
 
 // unheard returns how many connections have not said who they are.
 func (n *testNetNode) unheard() (count int) {
@@ -163,7 +196,7 @@ func (n *testNetNode) breakOff() {
 	}
 }
 
-func (n *testNetNode) addr() string { return n.listener.Addr().String() }
+func (n *testNetNode) addr() string { return n.port.Addr().String() }
 
 // dialRaw connects to a network without a hello.
 func dialRaw(t *testing.T, n *testNetNode) net.Conn {
@@ -192,9 +225,9 @@ func waitClosed(t *testing.T, conn net.Conn) []byte {
 // checkEcho makes sure that to serves a connection of kindPeer from from.
 func checkEcho(t *testing.T, from, to *testNetNode) {
 	t.Helper()
-	conn, err := from.dial(t.Context(), to.self, kindPeer)
+	conn, err := from.dial(t.Context(), to.id, kindPeer)
 	if err != nil {
-		t.Errorf("dial from %s to %s: %v", from.self, to.self, err)
+		t.Errorf("dial from %s to %s: %v", from.id, to.id, err)
 		return
 	}
 	defer conn.Close()
@@ -302,8 +335,8 @@ func TestJudge(t *testing.T) {
 			all, nodes := newTestNet(t, "node1", "node2", "node3")
 			judge := nodes[1]
 			judge.unwelcome = tt.welcome
-			judge.cluster.Store(tt.cluster)
-			all.start(judge)
+			judge.of.Store(tt.cluster)
+			all.startEcho(judge)
 			err := judge.judge(tt.hello, nil)
 			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
 				t.Errorf("got error %v; want %q", err, tt.want)
@@ -323,17 +356,17 @@ func TestJudge(t *testing.T) {
 func TestNetworkCarriesConnections(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
-	nodes[0].cluster.Store("CLUSTER")
+	nodes[0].of.Store("CLUSTER")
 	type served struct {
 		hello hello
 		said  string
 	}
 	peers := make(chan served, 1)
-	nodes[1].peer = func(conn net.Conn, h hello) {
-		said, _ := io.ReadAll(conn)
-		peers <- served{h, string(said)}
-	}
 	all.start(nodes...)
+	nodes[1].servePeers(func(conn accepted) {
+		said, _ := io.ReadAll(conn)
+		peers <- served{conn.hello, string(said)}
+	})
 
 	conn, err := nodes[0].dial(t.Context(), "node2", kindPeer)
 	if err != nil {
@@ -370,9 +403,9 @@ func TestNetworkCarriesConnections(t *testing.T) {
 
 func TestNetworkThatCannotListen(t *testing.T) {
 	_, nodes := newTestNet(t, "node1")
-	n, err := newNetwork("node2", nodes[0].addr(), hclog.NewNullLogger())
+	p, err := listenForPeers(nodes[0].addr())
 	if err == nil {
-		_ = n.Close()
+		_ = p.Close()
 	}
 	for _, want := range []string{nodes[0].addr(), "RAFT_PORT"} {
 		if err == nil || !strings.Contains(err.Error(), want) {
@@ -385,7 +418,7 @@ func TestNetworkThatCannotListen(t *testing.T) {
 func TestConnectionThatDoesNotSayWhoItIs(t *testing.T) {
 	t.Parallel()
 	all, nodes := newTestNet(t, "node1", "node2")
-	all.start(nodes...)
+	all.startEcho(nodes...)
 	silent, slow := dialRaw(t, nodes[1]), dialRaw(t, nodes[1])
 	began := time.Now()
 	var wg sync.WaitGroup
@@ -420,10 +453,9 @@ func TestConnectionThatDoesNotSayWhoItIs(t *testing.T) {
 // greet takes the same time for one that says hello but does not hear the answer.
 func TestConnectionThatDoesNotHearTheAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		n := &network{
-			self: "node2", address: func(string) (string, bool) { return "", true },
-			cluster: func() string { return "" }, welcome: func(hello) error { return nil },
-		}
+		directory := &testNetNode{all: &testNet{addrs: map[string]string{"node1": ""}}}
+		directory.of.Store("")
+		n := &network{self: "node2", directory: directory}
 		near, far := net.Pipe() // without a buffer, so the answer is not written before it is read
 		defer near.Close()
 		defer far.Close()
@@ -439,7 +471,7 @@ func TestConnectionThatDoesNotHearTheAnswer(t *testing.T) {
 func TestNetworkGoesOnServingAfterGarbage(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
-	all.start(nodes...)
+	all.startEcho(nodes...)
 	for name, garbage := range map[string][]byte{
 		"http":           []byte("GET /key/a HTTP/1.1\r\nHost: localhost\r\n\r\n"),
 		"zeros":          make([]byte, 1<<20),
@@ -467,7 +499,7 @@ func TestNetworkGoesOnServingAfterGarbage(t *testing.T) {
 func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
-	all.start(nodes...)
+	all.startEcho(nodes...)
 	established, err := nodes[0].dial(t.Context(), "node2", kindPeer)
 	if err != nil {
 		t.Fatal(err)
@@ -477,7 +509,7 @@ func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
 	for i := range idle {
 		idle[i] = dialRaw(t, nodes[1])
 	}
-	waitFor(t, "all to be taken", func() bool { return nodes[1].refusals("crowd") == len(idle)+1-nodes[1].listener.each })
+	waitFor(t, "all to be taken", func() bool { return nodes[1].refused() == len(idle)+1-nodes[1].listener.each })
 	if got := nodes[1].unheard(); got != nodes[1].listener.each-1 {
 		t.Errorf("got %d connections that have not said who they are; want %d, and the one that has", got, nodes[1].listener.each-1)
 	}
@@ -490,77 +522,74 @@ func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
 	checkEcho(t, nodes[0], nodes[1])
 }
 
-func TestRefusalsAreLoggedOnceOfEachKind(t *testing.T) {
+// Whoever can reach the port cannot fill the log with its own failures: a load balancer that only looks whether the port is
+// open is worth no warning, and all else one each warnInterval.
+func TestRefusalsAreLoggedNowAndThen(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		lines := new(logLines)
+		n := &network{
+			log: hclog.New(&hclog.LoggerOptions{Output: lines, Level: hclog.Debug}), refusals: newMetrics().refusals,
+		}
+		worth := errors.New("no such node")
+		began := time.Now()
+		refused, all := 0, 0
+		for time.Since(began) < time.Minute {
+			for _, err := range []error{
+				worth, io.EOF, fmt.Errorf("TLS: %w", io.ErrUnexpectedEOF), os.ErrDeadlineExceeded, syscall.ECONNRESET, errStarting,
+			} {
+				n.refuse("10.0.0.1:1", testHello, err)
+				all++
+				if errors.Is(err, worth) || errors.Is(err, errStarting) {
+					refused++
+				}
+			}
+			time.Sleep(time.Second)
+		}
+		if got := int(testutil.ToFloat64(n.refusals)); got != refused {
+			t.Errorf("got %d counted; want %d", got, refused)
+		}
+		if got := lines.count("refused a connection"); got != all {
+			t.Errorf("got %d lines; want %d", got, all)
+		}
+		if warned, first, later := lines.count("[WARN]"), lines.count("[WARN]", worth.Error(), "warning=0"),
+			lines.count("[WARN]", worth.Error(), "warning=9"); warned != 6 || first != 1 || later != 5 {
+			t.Errorf("got %d warnings, of them %d with none left out and %d with nine; want 6, 1 and 5", warned, first, later)
+		}
+	})
+}
+
+func TestRefusalsAreCounted(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2", "node3")
-	nodes[1].cluster.Store("B")
-	all.start(nodes...)
+	nodes[1].of.Store("B")
+	all.startEcho(nodes...)
 	server := nodes[1]
-	for round := 1; round <= 3; round++ {
-		refused := func(from string, h hello) {
-			t.Helper()
-			if err := introduce(t.Context(), dialRaw(t, server), h); err == nil {
-				t.Errorf("%s: got no refusal; want one", from)
-			}
-		}
-		refused("another cluster", hello{kindRaft, "node1", "node2", "A"})
-		refused("another node is meant", hello{kindRaft, "node3", "node1", ""})
-		refused("a stranger", hello{kindRaft, "node8", "node2", ""})
-		refused("another stranger", hello{kindRaft, "node9", "node2", ""})
-		conn := dialRaw(t, server)
-		_, _ = conn.Write([]byte("GET / HTTP/1.1\r\n\r\n"))
-		waitClosed(t, conn)
-		waitFor(t, "all to be logged", func() bool { return server.lines.count("refused a connection") == 5*round })
-		for _, kind := range []string{"cluster A", `not \"node1\"`, "node8", "node9", "no hello"} {
-			if got := server.lines.count("[WARN]", kind); got != 1 {
-				t.Errorf("round %d: got %d warnings with %q; want 1", round, got, kind)
-			}
+	for name, h := range map[string]hello{
+		"another cluster":       {kindRaft, "node1", "node2", "A"},
+		"another node is meant": {kindRaft, "node3", "node1", ""},
+		"a stranger":            {kindRaft, "node8", "node2", ""},
+	} {
+		if err := introduce(t.Context(), dialRaw(t, server), h); err == nil {
+			t.Errorf("%s: got no refusal; want one", name)
 		}
 	}
-}
-
-// A load balancer that only looks whether the port is open is one kind, whatever port it comes from.
-func TestConnectionsThatBreakOffAreLoggedOnce(t *testing.T) {
-	checkLeaks(t)
-	all, nodes := newTestNet(t, "node1", "node2")
-	all.start(nodes...)
-	for range 5 {
-		conn := dialRaw(t, nodes[1])
-		if err := conn.(*net.TCPConn).SetLinger(0); err != nil { // it is reset, not closed
-			t.Fatal(err)
-		}
-		waitFor(t, "it to be taken", func() bool { return nodes[1].unheard() == 1 })
-		_ = conn.Close()
-		waitFor(t, "its end to be seen", func() bool { return nodes[1].unheard() == 0 })
+	conn := dialRaw(t, server)
+	_, _ = conn.Write([]byte("GET / HTTP/1.1\r\n\r\n"))
+	waitClosed(t, conn)
+	conn = dialRaw(t, server)
+	if err := conn.(*net.TCPConn).SetLinger(0); err != nil { // it is reset, not closed
+		t.Fatal(err)
 	}
-	waitFor(t, "all to be logged", func() bool { return nodes[1].lines.count("refused a connection") == 5 })
-	if got := nodes[1].lines.count("[WARN]"); got > 1 {
-		t.Errorf("got %d warnings; want 1 at most", got)
-	}
-}
-
-func TestStrangersDoNotFillTheMemory(t *testing.T) {
-	checkLeaks(t)
-	all, nodes := newTestNet(t, "node1", "node2")
-	all.start(nodes...)
-	const strangers = 300
-	for i := range strangers {
-		h := hello{kind: kindPeer, sender: fmt.Sprint("stranger", i), target: "node2"}
-		if err := introduce(t.Context(), dialRaw(t, nodes[1]), h); err == nil {
-			t.Fatal("got no refusal of a stranger; want one")
-		}
-	}
-	waitFor(t, "all to be logged", func() bool { return nodes[1].lines.count("refused a connection") == strangers })
-	nodes[1].mu.Lock()
-	kept := len(nodes[1].refused)
-	nodes[1].mu.Unlock()
-	if warned := nodes[1].lines.count("[WARN]"); warned > 110 || kept > 110 {
-		t.Errorf("got %d warnings, %d names kept; want about 100 of each for %d strangers", warned, kept, strangers)
+	waitFor(t, "it to be taken", func() bool { return server.unheard() == 1 })
+	_ = conn.Close()
+	waitFor(t, "all to be logged", func() bool { return server.lines.count("refused a connection") == 5 })
+	if got := server.refused(); got != 4 {
+		t.Errorf("got %d counted; want all but the one that went away, 4", got)
 	}
 	waitFor(t, "all to be gone", func() bool {
-		nodes[1].mu.Lock()
-		defer nodes[1].mu.Unlock()
-		return len(nodes[1].conns) == 0
+		server.mu.Lock()
+		defer server.mu.Unlock()
+		return len(server.conns) == 0
 	})
 }
 
@@ -568,7 +597,7 @@ func TestDialErrors(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
 	nodes[1].unwelcome = errStarting
-	all.start(nodes...)
+	all.startEcho(nodes...)
 	all.set("nobody listens", freeAddr(t))
 	all.set("has another id", nodes[1].addr())
 	all.set("no address", "no port here")
@@ -642,7 +671,7 @@ func TestDialErrors(t *testing.T) {
 func TestCloseEndsEverything(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
-	all.start(nodes...)
+	all.startEcho(nodes...)
 	server := nodes[1]
 	silent := dialRaw(t, server)
 	waitFor(t, "the silent connection to be taken", func() bool { return server.unheard() == 1 })

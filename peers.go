@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -25,9 +26,9 @@ const (
 
 const (
 	maxCallBytes  = maxBodyBytes + 1<<20 // the largest command there can be, and what goes with it
-	callsPerLink  = 64                   // served at once for one peer; more wait unread
-	writeTimeout  = 3 * time.Second      // for the other end to take a message from us
-	linkFrameHead = 4 + 4 + 1
+	callsPerPeer  = 8                    // under way at once, so there are no more connections to one peer than that
+	writeTimeout  = 3 * time.Second      // for the other end to take an answer from us
+	callFrameHead = 4 + 1
 )
 
 // errRemote marks an error that the other node answered with: it heard the call and refused it.
@@ -36,87 +37,226 @@ var errRemote = errors.New("peer")
 // handler answers the calls of one kind. What it returns as an error reaches the caller as text.
 type handler func(ctx context.Context, from string, request []byte) (answer []byte, err error)
 
-// peers carries calls between nodes: one connection to each, on which calls and answers pass one another. Format, both
-// ways: 4 bytes of length of what follows; 4 bytes that number the call; in a call its op, in an answer 0 or, for an
+// peers carries calls between nodes. A connection carries one call at a time and then waits in a pool for the next.
+// Format, both ways: 4 bytes of length of what follows; a byte, which in a call is its op, in an answer 0 or, for an
 // error, 1; then the payload.
 type peers struct {
 	network  *network
 	handlers map[byte]handler
-	ctx      context.Context // of every call served, ended by Close
+	ctx      context.Context // of every call, made and served; ended by close
 	cancel   context.CancelFunc
 
-	mu    sync.Mutex // guards links
-	links map[string]*link
+	mu    sync.Mutex // guards what follows, and the fields of each peer
+	peers map[string]*peer
 }
 
-func newPeers(n *network) *peers {
+// peer is a node that this one calls.
+type peer struct {
+	underWay int         // calls
+	idle     []*callConn // the one used last is the last
+	dialErr  error       // of the last dial, if it failed
+	dialed   time.Time   // when it did
+}
+
+// newPeers answers calls that come by n, by their op, until n closes.
+func newPeers(n *network, handlers map[byte]handler) *peers {
 	ctx, cancel := context.WithCancel(context.Background())
-	return &peers{network: n, ctx: ctx, cancel: cancel, links: make(map[string]*link)}
+	p := &peers{network: n, handlers: handlers, ctx: ctx, cancel: cancel, peers: make(map[string]*peer)}
+	n.goUnlessClosed(func() {
+		for {
+			select {
+			case conn := <-n.peerConns:
+				n.goUnlessClosed(func() { p.serve(conn) })
+			case <-n.closing:
+				return
+			}
+		}
+	})
+	return p
 }
 
-// close ends the calls that are being served, with an error to those who made them.
+// close ends all calls. Those that are being served are answered with an error.
 func (p *peers) close() { p.cancel() }
 
 // call asks a node and returns its answer. An error that is a *dialError or wraps errRemote says that the call was not
 // made or was answered with that error; after any other the call may or may not have had its effect.
+//
+// When ctx is canceled before there is an answer, the call goes on without its caller until ctx's deadline, or for
+// requestTimeout if it has none, and its connection is kept: a node that is slower than others is not dialed again each
+// time that they were faster.
 func (p *peers) call(ctx context.Context, id string, op byte, request []byte) ([]byte, error) {
-	l, err := p.link(ctx, id)
+	deadline, bounded := ctx.Deadline()
+	if !bounded {
+		deadline = time.Now().Add(requestTimeout)
+	}
+	var decided atomic.Bool     // that the call is sent, or that its caller has gone before
+	done := make(chan struct{}) // closed when answer and err are set
+	var answer []byte
+	var err error
+	go func() { // until the deadline at most, or close
+		defer close(done)
+		ctx, cancel := context.WithDeadline(p.ctx, deadline)
+		defer cancel()
+		answer, err = p.exchange(ctx, id, op, request, &decided)
+	}()
+	select {
+	case <-done:
+		return answer, err
+	case <-ctx.Done():
+		if decided.CompareAndSwap(false, true) {
+			return nil, &dialError{id, ctx.Err()}
+		}
+		return nil, fmt.Errorf("call node %q: %w", id, ctx.Err())
+	}
+}
+
+// exchange makes a call on a connection of its own, unless decided is set before there is one.
+func (p *peers) exchange(ctx context.Context, id string, op byte, request []byte, decided *atomic.Bool) ([]byte, error) {
+	c, err := p.take(id)
 	if err != nil {
 		return nil, err
 	}
-	a, err := l.call(ctx, op, request)
-	if err != nil {
-		if !errors.Is(err, context.Canceled) { // it is not the node's fault that nobody waits for it
-			p.drop(id, l)
+	defer func() { p.giveBack(id, c) }()
+	if c == nil {
+		if c, err = p.dial(ctx, id); err != nil {
+			return nil, err
 		}
+	}
+	if !decided.CompareAndSwap(false, true) {
+		return nil, nil // nobody waits for it
+	}
+	f, err := c.call(ctx, op, request)
+	if err != nil {
+		_ = c.Close()
+		c = nil
 		return nil, fmt.Errorf("call node %q: %w", id, err)
 	}
-	if a.failed {
-		return nil, fmt.Errorf("%w %q: %s", errRemote, id, a.payload)
+	if f.op != 0 {
+		return nil, fmt.Errorf("%w %q: %s", errRemote, id, f.payload)
 	}
-	return a.payload, nil
+	return f.payload, nil
 }
 
-// link returns the connection to a node, dialing where there is none. After a dial that failed the next is made only
-// when redialInterval is over, so a node that is down costs little.
-func (p *peers) link(ctx context.Context, id string) (*link, error) {
+// peer returns what is known of a node. It is called with p.mu held.
+func (p *peers) peer(id string) *peer {
+	if p.peers[id] == nil {
+		p.peers[id] = new(peer)
+	}
+	return p.peers[id]
+}
+
+// take counts one more call to a node and returns an idle connection for it, nil where one must be dialed. After a dial
+// that failed the next is made only when redialInterval is over, so a node that is down costs little. Errors are
+// *dialError.
+func (p *peers) take(id string) (c *callConn, err error) {
+	cluster := p.network.directory.cluster()
 	p.mu.Lock()
-	l := p.links[id]
-	if l == nil || l.failed(redialInterval) {
-		l = &link{id: id, ready: make(chan struct{}), calls: make(map[uint32]chan answer)}
-		p.links[id] = l
-		p.mu.Unlock()
-		// Others wait for this dial, so it does not end with the caller that happened to be first.
-		go func() {
-			dialCtx, cancel := context.WithTimeout(p.ctx, dialTimeout)
-			defer cancel()
-			l.conn, l.dialErr = p.network.dial(dialCtx, id, kindPeer)
-			l.dialed = time.Now()
-			close(l.ready)
-			if l.dialErr == nil {
-				l.receive()
-				p.drop(id, l)
+	defer p.mu.Unlock()
+	n := p.peer(id)
+	if n.underWay == callsPerPeer {
+		return nil, &dialError{id, fmt.Errorf("%d calls to it are under way", callsPerPeer)}
+	}
+	for c == nil && len(n.idle) > 0 {
+		last := len(n.idle) - 1
+		c, n.idle = n.idle[last], n.idle[:last]
+		if !c.usable(cluster) {
+			_ = c.Close()
+			c = nil
+		}
+	}
+	if c == nil && n.dialErr != nil && time.Since(n.dialed) < redialInterval {
+		return nil, n.dialErr
+	}
+	n.underWay++
+	return c, nil
+}
+
+// giveBack counts one call less and keeps its connection, if it has one that is still good, for the next.
+func (p *peers) giveBack(id string, c *callConn) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	n := p.peer(id)
+	n.underWay--
+	if c != nil {
+		n.idle = append(n.idle, c)
+	}
+}
+
+// dial makes a connection to a node. Errors are *dialError.
+func (p *peers) dial(ctx context.Context, id string) (*callConn, error) {
+	cluster := p.network.directory.cluster() // if another is said in the hello, a later one, c is used only once
+	conn, err := p.network.dial(ctx, id, kindPeer)
+	p.mu.Lock()
+	n := p.peer(id)
+	n.dialErr, n.dialed = err, time.Now()
+	p.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	c := &callConn{Conn: conn, cluster: cluster, frames: make(chan frame, 1)}
+	go c.receive() // until the connection closes
+	return c, nil
+}
+
+// callConn is a connection on which this node calls another.
+type callConn struct {
+	net.Conn
+	cluster string     // the one that this node was of when it introduced itself
+	frames  chan frame // what the other end says; closed when it says no more
+	err     error      // why it says no more; set before frames is closed
+}
+
+// frame is a call or an answer on the wire.
+type frame struct {
+	op      byte // of a call; 0 in an answer, 1 in one that is an error
+	payload []byte
+}
+
+// receive reads what the other end says, also while no call is under way: so a connection that the other end has closed
+// is known to be lost before a call is sent on it.
+func (c *callConn) receive() {
+	r := bufio.NewReader(c)
+	for c.err == nil {
+		f, err := readFrame(r)
+		if err == nil {
+			select {
+			case c.frames <- f:
+			default:
+				err = errors.New("an answer to no call")
 			}
-		}()
-	} else {
-		p.mu.Unlock()
+		}
+		c.err = err
+	}
+	close(c.frames) // before c is closed, lest a call be sent meanwhile and fail
+	_ = c.Close()
+}
+
+// usable says whether a call can be sent on c: nothing has come since the last answer, nor has this node become one of
+// another cluster than it said.
+func (c *callConn) usable(cluster string) bool {
+	select {
+	case <-c.frames:
+		return false
+	default:
+		return c.cluster == cluster
+	}
+}
+
+// call sends a call and waits for the answer. After an error c is of no more use.
+func (c *callConn) call(ctx context.Context, op byte, request []byte) (frame, error) {
+	deadline, _ := ctx.Deadline()
+	if err := writeFrame(c, frame{op, request}, deadline); err != nil {
+		return frame{}, err
 	}
 	select {
-	case <-l.ready:
-		return l, l.dialErr
+	case f, more := <-c.frames:
+		if !more {
+			return frame{}, fmt.Errorf("connection lost: %w", c.err)
+		}
+		return f, nil
 	case <-ctx.Done():
-		return nil, &dialError{id, ctx.Err()}
+		return frame{}, ctx.Err()
 	}
-}
-
-// drop makes later calls dial anew. Calls under way on l are left to end as they may.
-func (p *peers) drop(id string, l *link) {
-	p.mu.Lock()
-	if p.links[id] == l {
-		delete(p.links, id)
-	}
-	p.mu.Unlock()
-	l.retire()
 }
 
 // majority asks all nodes at once and returns true as soon as needed of them have said yes, false as soon as too many
@@ -145,191 +285,63 @@ func (p *peers) agrees(ctx context.Context, id string, op byte, request []byte) 
 	return err == nil && len(answer) == 1 && answer[0] == 1
 }
 
-// redial makes later calls to any node introduce this one anew, now that it is of a cluster.
-func (p *peers) redial() {
-	p.mu.Lock()
-	links := p.links
-	p.links = make(map[string]*link)
-	p.mu.Unlock()
-	for _, l := range links {
-		<-l.ready
-		l.retire()
-	}
-}
-
-// link is one connection on which this node calls another.
-type link struct {
-	id      string        // of the other node
-	ready   chan struct{} // closed when what follows is set, which then does not change
-	conn    net.Conn
-	dialErr error
-	dialed  time.Time
-
-	writing sync.Mutex // held while a call is written
-
-	mu      sync.Mutex // guards what follows
-	calls   map[uint32]chan answer
-	last    uint32
-	err     error // why no answer will come any more
-	retired bool  // no new calls; the connection closes with the last answer
-}
-
-type answer struct {
-	payload []byte
-	failed  bool // payload is an error's text
-	err     error
-}
-
-// failed says whether l could not be dialed, for at least so long ago.
-func (l *link) failed(ago time.Duration) bool {
-	select {
-	case <-l.ready:
-		return l.dialErr != nil && time.Since(l.dialed) >= ago
-	default:
-		return false
-	}
-}
-
-func (l *link) call(ctx context.Context, op byte, request []byte) (answer, error) {
-	done := make(chan answer, 1)
-	l.mu.Lock()
-	if l.err != nil { // the connection was lost before this call
-		l.mu.Unlock()
-		return answer{}, &dialError{l.id, l.err}
-	}
-	l.last++
-	id := l.last
-	l.calls[id] = done
-	l.mu.Unlock()
-	defer l.forget(id)
-
-	l.writing.Lock()
-	err := writeFrame(l.conn, id, op, request)
-	l.writing.Unlock()
-	if err != nil {
-		_ = l.conn.Close()
-		return answer{}, err
-	}
-	select {
-	case a := <-done:
-		return a, a.err
-	case <-ctx.Done():
-		return answer{}, ctx.Err()
-	}
-}
-
-func (l *link) forget(id uint32) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	delete(l.calls, id)
-	l.closeIfIdle()
-}
-
-func (l *link) retire() {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.retired = true
-	l.closeIfIdle()
-}
-
-// closeIfIdle is called with l.mu held.
-func (l *link) closeIfIdle() {
-	if l.retired && len(l.calls) == 0 && l.conn != nil {
-		_ = l.conn.Close()
-	}
-}
-
-// receive hands answers to those who wait for them, until the connection ends.
-func (l *link) receive() {
-	r := bufio.NewReader(l.conn)
-	for {
-		id, status, payload, err := readFrame(r)
-		l.mu.Lock()
-		if err != nil {
-			l.err = fmt.Errorf("connection lost: %w", err)
-			for _, done := range l.calls {
-				done <- answer{err: l.err}
-			}
-			clear(l.calls)
-			l.mu.Unlock()
-			_ = l.conn.Close()
-			return
-		}
-		if done := l.calls[id]; done != nil {
-			delete(l.calls, id)
-			done <- answer{payload: payload, failed: status != 0}
-		}
-		l.mu.Unlock()
-	}
-}
-
 // serve answers the calls that arrive on conn until it closes.
-func (p *peers) serve(conn net.Conn, h hello) {
-	var (
-		r       = bufio.NewReader(conn)
-		writing sync.Mutex
-		slots   = make(chan struct{}, callsPerLink)
-		wg      sync.WaitGroup
-	)
-	defer wg.Wait()
+func (p *peers) serve(conn accepted) {
+	defer conn.Close()
+	r := bufio.NewReader(conn)
 	for {
-		id, op, request, err := readFrame(r)
+		called, err := readFrame(r)
 		if err != nil {
 			return
 		}
-		slots <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-slots }()
-			status, reply := p.handle(h, op, request)
-			writing.Lock()
-			defer writing.Unlock()
-			if err := writeFrame(conn, id, status, reply); err != nil {
-				_ = conn.Close()
-			}
-		})
+		if writeFrame(conn, p.handle(conn.hello, called), time.Now().Add(writeTimeout)) != nil {
+			return
+		}
 	}
 }
 
-func (p *peers) handle(h hello, op byte, request []byte) (status byte, reply []byte) {
-	if op != opHolding && op != opGrant && op != opAdmit && h.cluster != p.network.cluster() {
-		return 1, []byte("this call is only for nodes of the same cluster")
+// handle answers one call.
+func (p *peers) handle(h hello, called frame) frame {
+	op := called.op
+	if op != opHolding && op != opGrant && op != opAdmit && h.cluster != p.network.directory.cluster() {
+		return frame{1, []byte("this call is only for nodes of the same cluster")}
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, requestTimeout)
 	defer cancel()
 	serve := p.handlers[op]
 	if serve == nil {
-		return 1, fmt.Appendf(nil, "call %d is not known to this node's version", op)
+		return frame{1, fmt.Appendf(nil, "call %d is not known to this node's version", op)}
 	}
-	reply, err := serve(ctx, h.sender, request)
+	reply, err := serve(ctx, h.sender, called.payload)
 	if err != nil {
-		return 1, []byte(err.Error())
+		return frame{1, []byte(err.Error())}
 	}
-	return 0, reply
+	return frame{0, reply}
 }
 
-func writeFrame(conn net.Conn, id uint32, op byte, payload []byte) error {
-	b := make([]byte, linkFrameHead, linkFrameHead+len(payload))
-	binary.BigEndian.PutUint32(b, uint32(len(payload)+linkFrameHead-4))
-	binary.BigEndian.PutUint32(b[4:], id)
-	b[8] = op
-	if err := conn.SetWriteDeadline(time.Now().Add(writeTimeout)); err != nil {
+func writeFrame(conn net.Conn, f frame, deadline time.Time) error {
+	b := make([]byte, callFrameHead, callFrameHead+len(f.payload))
+	binary.BigEndian.PutUint32(b, uint32(len(f.payload)+callFrameHead-4))
+	b[4] = f.op
+	if err := conn.SetWriteDeadline(deadline); err != nil {
 		return err
 	}
-	_, err := conn.Write(append(b, payload...))
+	_, err := conn.Write(append(b, f.payload...))
 	return err
 }
 
-func readFrame(r *bufio.Reader) (id uint32, op byte, payload []byte, err error) {
-	var head [linkFrameHead]byte
+func readFrame(r *bufio.Reader) (f frame, err error) {
+	var head [callFrameHead]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return 0, 0, nil, err
+		return f, err
 	}
-	size := int64(binary.BigEndian.Uint32(head[:])) - (linkFrameHead - 4)
+	size := int64(binary.BigEndian.Uint32(head[:])) - (callFrameHead - 4)
 	if size < 0 || size > maxCallBytes {
-		return 0, 0, nil, fmt.Errorf("a message of %d bytes is not allowed", size)
+		return f, fmt.Errorf("a message of %d bytes is not allowed", size)
 	}
-	payload, err = readN(r, size)
-	return binary.BigEndian.Uint32(head[4:]), head[8], payload, err
+	f.op = head[4]
+	f.payload, err = readN(r, size)
+	return f, err
 }
 
 // readN reads n bytes. It takes memory as they come, not as they are announced.

@@ -31,9 +31,7 @@ const (
 type peerNode struct {
 	*peers
 	net   *testNetNode
-	links atomic.Int32 // connections of peers that were served
 	held  atomic.Int32 // calls of opHold being served
-	most  atomic.Int32 // of held
 	letGo chan struct{}
 }
 
@@ -50,8 +48,9 @@ func newPeerNodes(t *testing.T, ids ...string) (*testNet, []*peerNode) {
 
 func startPeerNode(t *testing.T, all *testNet, n *testNetNode) *peerNode {
 	t.Helper()
-	node := &peerNode{peers: newPeers(n.network), net: n, letGo: make(chan struct{})}
-	node.handlers = map[byte]handler{
+	all.start(n)
+	node := &peerNode{net: n, letGo: make(chan struct{})}
+	node.peers = newPeers(n.network, map[byte]handler{
 		opEcho:    func(_ context.Context, _ string, request []byte) ([]byte, error) { return request, nil },
 		opFrom:    func(_ context.Context, from string, _ []byte) ([]byte, error) { return []byte(from), nil },
 		opHolding: func(context.Context, string, []byte) ([]byte, error) { return []byte("held"), nil },
@@ -60,11 +59,8 @@ func startPeerNode(t *testing.T, all *testNet, n *testNetNode) *peerNode {
 			return nil, errors.New(string(request))
 		},
 		opHold: func(ctx context.Context, _ string, request []byte) ([]byte, error) {
-			held := node.held.Add(1)
+			node.held.Add(1)
 			defer node.held.Add(-1)
-			for most := node.most.Load(); held > most && !node.most.CompareAndSwap(most, held); {
-				most = node.most.Load()
-			}
 			select {
 			case <-node.letGo:
 				return request, nil
@@ -72,12 +68,7 @@ func startPeerNode(t *testing.T, all *testNet, n *testNetNode) *peerNode {
 				return nil, ctx.Err()
 			}
 		},
-	}
-	n.peer = func(conn net.Conn, h hello) {
-		node.links.Add(1)
-		node.serve(conn, h)
-	}
-	all.start(n)
+	})
 	t.Cleanup(node.close) // before its network is closed, which waits for calls that are being served
 	return node
 }
@@ -88,7 +79,7 @@ func (n *peerNode) hold(t *testing.T, ctx context.Context, to *peerNode) <-chan 
 	done := make(chan error, 1)
 	before := to.held.Load()
 	go func() {
-		_, err := n.call(ctx, to.net.self, opHold, nil)
+		_, err := n.call(ctx, to.net.id, opHold, nil)
 		done <- err
 	}()
 	waitFor(t, "the call to be served", func() bool { return to.held.Load() > before })
@@ -150,51 +141,64 @@ func TestCallsAndAnswers(t *testing.T) {
 			}
 		})
 	}
-	if got := nodes[1].links.Load() + nodes[2].links.Load(); got != 2 {
+	if got := nodes[1].net.calls.Load() + nodes[2].net.calls.Load(); got != 2 {
 		t.Errorf("got %d connections; want one to each node", got)
 	}
 }
 
-func TestConcurrentCallsShareALink(t *testing.T) {
+// idle returns how many connections to a node wait for the next call.
+func (n *peerNode) idle(id string) int {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return len(n.peer(id).idle)
+}
+
+// Each call has a connection of its own, which is then used again.
+func TestConcurrentCalls(t *testing.T) {
 	checkLeaks(t)
 	_, nodes := newPeerNodes(t, "node1", "node2")
 	var calls sync.WaitGroup
-	for i := range 300 {
+	for i := range callsPerPeer {
 		calls.Go(func() {
-			for j := range 5 {
-				checkCall(t, nodes[0], "node2", strings.Repeat(fmt.Sprintf("%d/%d ", i, j), i))
+			for j := range 100 {
+				checkCall(t, nodes[0], "node2", strings.Repeat(fmt.Sprintf("%d/%d ", i, j), 10*j))
+				checkCall(t, nodes[1], "node1", fmt.Sprint(i))
 			}
 		})
-		calls.Go(func() { checkCall(t, nodes[1], "node1", fmt.Sprint(i)) })
 	}
 	calls.Wait()
-	if a, b := nodes[0].links.Load(), nodes[1].links.Load(); a != 1 || b != 1 {
-		t.Errorf("got %d and %d connections; want one for each direction", a, b)
+	if a, b := nodes[0].net.calls.Load(), nodes[1].net.calls.Load(); a > callsPerPeer || b > callsPerPeer {
+		t.Errorf("got %d and %d connections; want %d at most for each direction", a, b, callsPerPeer)
 	}
 }
 
-func TestMoreCallsAtOnceThanAreServed(t *testing.T) {
+func TestMoreCallsAtOnceThanThereMayBe(t *testing.T) {
 	checkLeaks(t)
 	_, nodes := newPeerNodes(t, "node1", "node2")
-	var calls sync.WaitGroup
-	for i := range 3 * callsPerLink {
-		calls.Go(func() {
-			want := fmt.Sprint(i)
-			if got, err := nodes[0].call(t.Context(), "node2", opHold, []byte(want)); err != nil || string(got) != want {
-				t.Errorf("got answer %q, error %v; want %q and none", got, err, want)
-			}
-		})
+	var held []<-chan error
+	for range callsPerPeer {
+		held = append(held, nodes[0].hold(t, t.Context(), nodes[1]))
 	}
-	waitFor(t, "as many calls as are served at once", func() bool { return nodes[1].held.Load() == callsPerLink })
+	began := time.Now()
+	_, err := nodes[0].call(t.Context(), "node2", opEcho, nil)
+	if kindOf(err) != "not made" || !strings.Contains(err.Error(), "under way") || time.Since(began) > time.Second {
+		t.Errorf("got error %v, which is %s, after %v; want not made, at once", err, kindOf(err), time.Since(began))
+	}
+	checkCall(t, nodes[1], "node1", "the other way")
 	close(nodes[1].letGo)
-	calls.Wait()
-	if got := nodes[1].most.Load(); got != callsPerLink {
-		t.Errorf("got %d calls served at once; want %d", got, callsPerLink)
+	for _, done := range held {
+		if err := <-done; err != nil {
+			t.Errorf("got error %v; want none", err)
+		}
+	}
+	checkCall(t, nodes[0], "node2", "after")
+	if got := nodes[1].net.calls.Load(); got != callsPerPeer {
+		t.Errorf("got %d connections; want %d", got, callsPerPeer)
 	}
 }
 
 // A call that takes long holds up no other.
-func TestCallsPassOneAnother(t *testing.T) {
+func TestSlowCallHoldsUpNoOther(t *testing.T) {
 	checkLeaks(t)
 	_, nodes := newPeerNodes(t, "node1", "node2")
 	slow := nodes[0].hold(t, t.Context(), nodes[1])
@@ -202,6 +206,33 @@ func TestCallsPassOneAnother(t *testing.T) {
 	close(nodes[1].letGo)
 	if err := <-slow; err != nil {
 		t.Errorf("got error %v; want none", err)
+	}
+}
+
+// A peer that answers later than the others holds up no majority, and is not dialed again for it.
+func TestSlowPeerInAMajority(t *testing.T) {
+	checkLeaks(t)
+	_, nodes := newPeerNodes(t, "node1", "node2", "node3")
+	close(nodes[1].letGo)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	began := time.Now()
+	for range 10 {
+		if !majority(ctx, []string{"node2", "node3"}, 1, func(ctx context.Context, id string) bool {
+			_, err := nodes[0].call(ctx, id, opHold, nil)
+			return err == nil
+		}) {
+			t.Error("got no majority; want one by node2")
+		}
+	}
+	if took := time.Since(began); took > 5*time.Second {
+		t.Errorf("took %v; want node3 not to be waited for", took)
+	}
+	close(nodes[2].letGo)
+	waitFor(t, "its connections to be idle", func() bool { return nodes[0].idle("node3") == callsPerPeer })
+	checkCall(t, nodes[0], "node3", "after")
+	if got := nodes[2].net.calls.Load(); got != callsPerPeer {
+		t.Errorf("got %d connections to the slow node; want one for each call that there may be, %d", got, callsPerPeer)
 	}
 }
 
@@ -268,20 +299,21 @@ func TestCallEndsWithItsContext(t *testing.T) {
 	checkLeaks(t)
 	_, nodes := newPeerNodes(t, "node1", "node2")
 
-	t.Run("canceled, which the link survives", func(t *testing.T) {
+	t.Run("canceled, which the connection survives", func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		done := nodes[0].hold(t, ctx, nodes[1])
 		cancel()
 		if err := <-done; !errors.Is(err, context.Canceled) || kindOf(err) != "unknown" {
 			t.Errorf("got error %v, which is %s; want %v, unknown", err, kindOf(err), context.Canceled)
 		}
+		nodes[1].letGo <- struct{}{}
+		waitFor(t, "its connection to be idle", func() bool { return nodes[0].idle("node2") == 1 })
 		checkCall(t, nodes[0], "node2", "after")
-		if got := nodes[1].links.Load(); got != 1 {
+		if got := nodes[1].net.calls.Load(); got != 1 {
 			t.Errorf("got %d connections; want 1", got)
 		}
 	})
-	t.Run("past its deadline, and others go on", func(t *testing.T) {
-		other := nodes[0].hold(t, t.Context(), nodes[1])
+	t.Run("past its deadline, which the connection does not survive", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
 		defer cancel()
 		began := time.Now()
@@ -289,16 +321,52 @@ func TestCallEndsWithItsContext(t *testing.T) {
 		if !errors.Is(err, context.DeadlineExceeded) || kindOf(err) != "unknown" || time.Since(began) > 2*time.Second {
 			t.Errorf("got error %v, which is %s, after %v; want %v, unknown", err, kindOf(err), time.Since(began), context.DeadlineExceeded)
 		}
-		// The node may be gone without a word, so later calls try another connection; the other call keeps the old one.
+		nodes[1].letGo <- struct{}{} // too late: its answer must not be taken for that to the next call
 		checkCall(t, nodes[0], "node2", "after")
-		if got := nodes[1].links.Load(); got != 2 {
+		if got := nodes[1].net.calls.Load(); got != 2 {
 			t.Errorf("got %d connections; want 2", got)
 		}
-		close(nodes[1].letGo)
-		if err := <-other; err != nil {
-			t.Errorf("the other call: got error %v; want none", err)
-		}
 	})
+	t.Run("canceled, and then never answered", func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		defer cancel()
+		canceled, leave := context.WithCancel(ctx)
+		done := nodes[0].hold(t, canceled, nodes[1])
+		leave()
+		if err := <-done; kindOf(err) != "unknown" {
+			t.Errorf("got error %v, which is %s; want unknown", err, kindOf(err))
+		}
+		<-ctx.Done()
+		waitFor(t, "the call to be given up", func() bool {
+			nodes[0].mu.Lock()
+			defer nodes[0].mu.Unlock()
+			return nodes[0].peer("node2").underWay == 0
+		})
+	})
+}
+
+// A connection that the peer has closed is known to be lost before the next call is sent on it, so whoever restarts
+// between two calls makes the outcome of none unknown.
+func TestPeerRestartsBetweenCalls(t *testing.T) {
+	checkLeaks(t)
+	all, nodes := newPeerNodes(t, "node1", "node2")
+	addr, called := nodes[1].net.addr(), nodes[1]
+	for range 200 {
+		checkCall(t, nodes[0], "node2", "before")
+		called.close()
+		if err := called.net.Close(); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "the end of the connection to be noticed", func() bool {
+			nodes[0].net.mu.Lock()
+			defer nodes[0].net.mu.Unlock()
+			return len(nodes[0].net.conns) == 0
+		})
+		called = startPeerNode(t, all, all.listen(t, "node2", addr))
+		if got, err := nodes[0].call(t.Context(), "node2", opEcho, []byte("after")); string(got) != "after" {
+			t.Fatalf("got answer %q, error %v, which is %s; want an answer", got, err, kindOf(err))
+		}
+	}
 }
 
 // A node that takes connections and says nothing costs a caller no more time than the caller has.
@@ -350,9 +418,8 @@ func TestCallsBetweenClusters(t *testing.T) {
 		{"of two", "A", "B", false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			caller.net.cluster.Store(tt.mine)
-			called.net.cluster.Store(tt.theirs)
-			caller.redial()
+			caller.net.of.Store(tt.mine)
+			called.net.of.Store(tt.theirs)
 			for op, want := range map[byte]string{opHolding: "held", opGrant: "granted"} {
 				if got, err := caller.call(t.Context(), "node2", op, nil); err != nil || string(got) != want {
 					t.Errorf("call %d: got answer %q, error %v; want %q and none", op, got, err, want)
@@ -371,38 +438,20 @@ func TestCallsBetweenClusters(t *testing.T) {
 	}
 }
 
-// The called node goes by its own cluster at the time of the call, and by the caller's at the time of the dial.
+// Both go by their cluster at the time of the call; a connection that was introduced for another is not used again.
 func TestCalledNodeJoinsAClusterMeanwhile(t *testing.T) {
 	checkLeaks(t)
 	_, nodes := newPeerNodes(t, "node1", "node2")
 	checkCall(t, nodes[0], "node2", "both of none")
-	nodes[1].net.cluster.Store("A")
+	nodes[1].net.of.Store("A")
 	if _, err := nodes[0].call(t.Context(), "node2", opEcho, nil); kindOf(err) != "remote" {
 		t.Errorf("got error %v, which is %s; want remote", err, kindOf(err))
 	}
-	nodes[0].net.cluster.Store("A")
-	nodes[0].redial()
+	nodes[0].net.of.Store("A")
 	checkCall(t, nodes[0], "node2", "both of the same")
-}
-
-func TestRedialLeavesCallsUnderWayAlone(t *testing.T) {
-	checkLeaks(t)
-	_, nodes := newPeerNodes(t, "node1", "node2")
-	done := nodes[0].hold(t, t.Context(), nodes[1])
-	nodes[0].redial()
-	checkCall(t, nodes[0], "node2", "on a new connection")
-	if got := nodes[1].links.Load(); got != 2 {
-		t.Errorf("got %d connections; want 2", got)
+	if idle, served := nodes[0].idle("node2"), nodes[1].net.calls.Load(); idle != 1 || served != 2 {
+		t.Errorf("got %d idle connections of %d; want 1 of 2", idle, served)
 	}
-	close(nodes[1].letGo)
-	if err := <-done; err != nil {
-		t.Errorf("got error %v; want none", err)
-	}
-	waitFor(t, "the old connection to close", func() bool {
-		nodes[1].net.mu.Lock()
-		defer nodes[1].net.mu.Unlock()
-		return len(nodes[1].net.conns) == 1
-	})
 }
 
 func TestCloseEndsTheCallsBeingServed(t *testing.T) {
@@ -428,12 +477,11 @@ func TestCloseEndsTheCallsBeingServed(t *testing.T) {
 }
 
 // frameHead returns the head of a message that announces so many bytes.
-func frameHead(announced uint32, id uint32, op byte) []byte {
-	head := binary.BigEndian.AppendUint32(nil, announced)
-	return append(binary.BigEndian.AppendUint32(head, id), op)
+func frameHead(announced uint32, op byte) []byte {
+	return append(binary.BigEndian.AppendUint32(nil, announced), op)
 }
 
-func TestMessageOfABadLengthEndsTheLink(t *testing.T) {
+func TestMessageOfABadLengthEndsTheConnection(t *testing.T) {
 	checkLeaks(t)
 	_, nodes := newPeerNodes(t, "node1", "node2")
 	for _, tt := range []struct {
@@ -441,10 +489,9 @@ func TestMessageOfABadLengthEndsTheLink(t *testing.T) {
 		announced uint32
 		refused   bool
 	}{
-		{"less than its own head", 4, true},
 		{"nothing", 0, true},
-		{"no payload", 5, false},
-		{"a byte more than there may be", maxCallBytes + 6, true},
+		{"no payload", 1, false},
+		{"a byte more than there may be", maxCallBytes + 2, true},
 		{"the most there can be", 1<<32 - 1, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -454,15 +501,15 @@ func TestMessageOfABadLengthEndsTheLink(t *testing.T) {
 			}
 			defer conn.Close()
 			_ = conn.SetDeadline(time.Now().Add(2 * time.Second))
-			if _, err := conn.Write(frameHead(tt.announced, 1, opFrom)); err != nil {
+			if _, err := conn.Write(frameHead(tt.announced, opFrom)); err != nil {
 				t.Fatal(err)
 			}
-			_, status, payload, err := readFrame(bufio.NewReader(conn))
+			answer, err := readFrame(bufio.NewReader(conn))
 			if tt.refused && (err == nil || errors.Is(err, os.ErrDeadlineExceeded)) {
-				t.Errorf("got answer %d %q, error %v; want the connection closed", status, payload, err)
+				t.Errorf("got answer %v, error %v; want the connection closed", answer, err)
 			}
-			if !tt.refused && (err != nil || string(payload) != "node1") {
-				t.Errorf("got answer %q, error %v; want node1 and none", payload, err)
+			if !tt.refused && (err != nil || string(answer.payload) != "node1") {
+				t.Errorf("got answer %q, error %v; want node1 and none", answer.payload, err)
 			}
 			checkCall(t, nodes[0], "node2", "others go on")
 		})
@@ -476,16 +523,16 @@ func TestMessageTakesMemoryOnlyAsItComes(t *testing.T) {
 		comes     int
 	}{
 		{"too long", 1<<32 - 1, 1 << 10},
-		{"a byte too long", maxCallBytes + 6, 1 << 10},
-		{"as long as allowed, and cut short", maxCallBytes + 5, 1 << 10},
-		{"as long as allowed, and cut short a little later", maxCallBytes + 5, 100 << 10},
+		{"a byte too long", maxCallBytes + 2, 1 << 10},
+		{"as long as allowed, and cut short", maxCallBytes + 1, 1 << 10},
+		{"as long as allowed, and cut short a little later", maxCallBytes + 1, 100 << 10},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			message := bytes.NewReader(append(frameHead(tt.announced, 1, opEcho), make([]byte, tt.comes)...))
+			message := bytes.NewReader(append(frameHead(tt.announced, opEcho), make([]byte, tt.comes)...))
 			r := bufio.NewReader(message)
 			var before, after runtime.MemStats
 			runtime.ReadMemStats(&before)
-			_, _, _, err := readFrame(r)
+			_, err := readFrame(r)
 			runtime.ReadMemStats(&after)
 			if err == nil {
 				t.Error("got no error; want one")
@@ -502,26 +549,40 @@ func TestAnswerThatMakesNoSense(t *testing.T) {
 	checkLeaks(t)
 	all, nets := newTestNet(t, "node1", "node2")
 	answers := make(chan []byte, 1)
-	nets[1].peer = func(conn net.Conn, _ hello) {
-		if _, _, _, err := readFrame(bufio.NewReader(conn)); err == nil {
+	all.start(nets[1])
+	nets[1].servePeers(func(conn accepted) {
+		if _, err := readFrame(bufio.NewReader(conn)); err == nil {
 			_, _ = conn.Write(<-answers)
 			_, _ = io.Copy(io.Discard, conn)
 		}
-	}
-	all.start(nets[1])
+	})
 	caller := startPeerNode(t, all, nets[0])
-	for name, answer := range map[string][]byte{
-		"too long":               frameHead(1<<32-1, 1, 0),
-		"too short":              frameHead(1, 1, 0),
-		"to a call nobody made":  frameHead(5, 77, 0),
-		"cut short, then silent": frameHead(50, 1, 0),
+	good := append(frameHead(2, 0), 'x')
+	for _, tt := range []struct {
+		name   string
+		answer []byte
+		want   string
+	}{
+		{"too long", frameHead(1<<32-1, 0), "unknown"},
+		{"too short", frameHead(0, 0), "unknown"},
+		{"cut short, then silent", frameHead(50, 0), "unknown"},
+		{"twice", append(good, good...), "none"},
+		{"three times", append(append(good, good...), good...), "none"},
 	} {
-		answers <- answer
+		answers <- tt.answer
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
-		if got, err := caller.call(ctx, "node2", opEcho, []byte("x")); kindOf(err) != "unknown" {
-			t.Errorf("%s: got answer %q, error %v, which is %s; want unknown", name, got, err, kindOf(err))
+		if got, err := caller.call(ctx, "node2", opEcho, []byte("x")); kindOf(err) != tt.want {
+			t.Errorf("%s: got answer %q, error %v, which is %s; want %s", tt.name, got, err, kindOf(err), tt.want)
 		}
 		cancel()
+		waitFor(t, "the connection to be given up", func() bool {
+			c, err := caller.take("node2")
+			if err != nil {
+				t.Fatal(err)
+			}
+			caller.giveBack("node2", c)
+			return c == nil
+		})
 	}
 }
 
@@ -563,13 +624,5 @@ func TestMajority(t *testing.T) {
 				}
 			})
 		})
-	}
-}
-
-// A call on a connection that was already lost has reached nobody, and must not be taken for one whose outcome is unknown.
-func TestCallOnALostLinkWasNotMade(t *testing.T) {
-	l := &link{id: "node2", calls: make(map[uint32]chan answer), err: io.EOF}
-	if _, err := l.call(t.Context(), opApply, nil); !errors.As(err, new(*dialError)) {
-		t.Errorf("got %v; want a *dialError", err)
 	}
 }

@@ -296,9 +296,7 @@ func (n *simNode) start(kept *storage, steps *simSteps) {
 	log := hclog.New(&hclog.LoggerOptions{Name: n.id, Output: s.log, Level: hclog.Info, TimeFormat: "04:05.000"})
 	r.store = NewStore(n.cfg, &simMachine{machine, n}, newMetrics(), log)
 	r.kv = &KV{r.store, machine}
-	r.store.listen = func(self, _ string, log hclog.Logger) (*network, error) {
-		return networkOver(r.host, r.host.dial, self, log), nil
-	}
+	r.store.port = r.host
 	r.store.open = func(*Config, hclog.Logger, func(error)) (*storage, error) {
 		if kept != nil {
 			return kept, nil

@@ -92,7 +92,7 @@ func (n *simNet) notify() {
 	n.changed = make(chan struct{})
 }
 
-// simHost is where one incarnation of a node is in the network: a net.Listener, and its connections.
+// simHost is where one incarnation of a node is in the network: its port, and its connections.
 type simHost struct {
 	net      *simNet
 	id       string
@@ -161,8 +161,8 @@ func (h *simHost) Close() error {
 
 func (h *simHost) Addr() net.Addr { return nodeAddr(h.id) }
 
-// dial connects to another node.
-func (h *simHost) dial(ctx context.Context, _, to string) (net.Conn, error) {
+// DialContext connects to another node.
+func (h *simHost) DialContext(ctx context.Context, _, to string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
 	time.Sleep(simDelay())

@@ -48,9 +48,9 @@ type Store struct {
 	metrics  *metrics
 	started  time.Time
 	onChange func(RaftState)
-	open     func(*Config, hclog.Logger, func(error)) (*storage, error)    // openStorage
-	listen   func(self, listen string, log hclog.Logger) (*network, error) // newNetwork
-	certs    *reloaded[*certificates]                                      // nil for no TLS; set before Open
+	open     func(*Config, hclog.Logger, func(error)) (*storage, error) // openStorage
+	port     port                                                       // opened by Open, unless there is one
+	certs    *reloaded[*certificates]                                   // nil for no TLS; set before Open
 
 	replica    *replica
 	storage    *storage
@@ -81,7 +81,7 @@ type Store struct {
 // NewStore returns a Store that Open starts. The Store owns machine from then on: see StateMachine.
 func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *Store {
 	s := &Store{
-		cfg: cfg, log: log, metrics: m, started: time.Now(), open: openStorage, listen: newNetwork,
+		cfg: cfg, log: log, metrics: m, started: time.Now(), open: openStorage,
 		leadership:   newLeadership(RaftState{State: "starting"}),
 		writes:       newWrites(m, log.Named("writes")),
 		running:      make(chan struct{}),
@@ -117,15 +117,13 @@ func (s *Store) fail(err error) {
 // Open listens for peers and opens the storage, then returns while the node finds or forms its cluster.
 func (s *Store) Open() error {
 	var err error
-	if s.network, err = s.listen(s.cfg.NodeID, s.cfg.RaftAddr, s.log.Named("network")); err != nil {
-		return err
-	}
-	s.network.certs, s.network.refuses = s.certs, s.metrics.refused
-	if s.certs != nil {
-		s.certs.onChange(s.network.recheck)
+	if s.port == nil {
+		if s.port, err = listenForPeers(s.cfg.RaftAddr); err != nil {
+			return err
+		}
 	}
 	if s.storage, err = s.open(s.cfg, s.log, s.fail); err != nil {
-		return errors.Join(err, s.network.Close())
+		return errors.Join(err, s.port.Close())
 	}
 	s.storage.rules.applied, s.storage.rules.settle = s.replica.applied.load, s.form.settle
 	if d := s.storage.disk; d != nil {
@@ -133,11 +131,11 @@ func (s *Store) Open() error {
 	}
 	s.exportStorage()
 	s.lossy.Store(s.storage.survivor)
-	s.peers = newPeers(s.network)
-	if err := s.form.open(s.storage, s.peers); err != nil {
-		return errors.Join(err, s.storage.close(), s.network.Close())
+	if err := s.form.open(s.storage); err != nil {
+		return errors.Join(err, s.storage.close(), s.port.Close())
 	}
-	s.peers.handlers = map[byte]handler{
+	s.network = newNetwork(s.cfg.NodeID, s.port, s.certs, s, s.metrics.refusals, s.log.Named("network"))
+	s.peers = newPeers(s.network, map[byte]handler{
 		opApply:     s.writes.handleApply,
 		opReadIndex: s.handleReadIndex,
 		opTerm:      s.handleTerm,
@@ -145,8 +143,8 @@ func (s *Store) Open() error {
 		opHolding:   s.form.handleHolding,
 		opGrant:     s.form.handleGrant,
 		opAdmit:     s.handleAdmit,
-	}
-	s.network.start(s.address, s.form.id, s.welcome, s.peers.serve)
+	})
+	s.form.peers = s.peers
 	s.wg.Go(func() { s.writes.run(s.ctx) })
 	s.wg.Go(func() { s.rounds.run(s.ctx) })
 	s.wg.Go(s.watch)
@@ -164,7 +162,6 @@ func (s *Store) join() error {
 	if err := s.form.find(s.ctx, s.askAdmission); err != nil {
 		return err
 	}
-	s.peers.redial()
 	s.form.waits("the node is reading its snapshot and log")
 	if err := s.startRaft(); err != nil {
 		return err
@@ -759,6 +756,9 @@ func (s *Store) address(id string) (addr string, known bool) {
 	return addr, known
 }
 
+// cluster returns the id of this node's cluster, "" while it has none.
+func (s *Store) cluster() string { return s.form.id() }
+
 // welcome has Raft's messages wait until this node is of the sender's cluster and its Raft runs.
 func (s *Store) welcome(h hello) error {
 	if h.kind != kindRaft {
@@ -775,7 +775,7 @@ func (s *Store) welcome(h hello) error {
 		return errStarting
 	}
 	if mine := s.form.id(); h.cluster != mine {
-		return refuseAs("cluster", "node %q speaks for cluster %q, node %q is of cluster %q", h.sender, h.cluster, s.cfg.NodeID, mine)
+		return fmt.Errorf("node %q speaks for cluster %q, node %q is of cluster %q", h.sender, h.cluster, s.cfg.NodeID, mine)
 	}
 	return nil
 }
