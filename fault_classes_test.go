@@ -145,7 +145,7 @@ func wipeAndCut(f *faulty, random *rand.Rand, leader int) {
 	cutting.Go(func() {
 		for range 2 + chance.IntN(2) {
 			cuts[chance.IntN(len(cuts))](f, chance, leader)
-			f.sleep(chance, 50, 1000)
+			f.sleep(chance, 1, 300)
 		}
 	})
 	f.sleep(random, 1, 1000)
@@ -188,16 +188,21 @@ func leaderInChange(f *faulty, random *rand.Rand, leader int) {
 func forgetful(f *faulty, random *rand.Rand, leader int) {
 	rest, few := random.Perm(len(f.nodes)), len(f.nodes)/2
 	rest = slices.DeleteFunc(rest, func(i int) bool { return i == leader })
-	behind, killed := rest[:few], rest[few:]
-	f.cut(random, 100, 1500, when(func(from, to int) bool {
-		return slices.Contains(behind, from) || slices.Contains(behind, to)
+	behind, wiped := rest[:few], rest[few:]
+	f.wires.set(when(func(from, to int) bool {
+		return slices.Contains(behind, from) != slices.Contains(behind, to)
 	}, linkHold))
-	f.wipe(killed...)
-	for _, i := range killed {
-		f.start(i)
+	f.sleep(random, 100, 1500)
+	f.wipe(wiped...)
+	away := when(func(from, to int) bool { return from == leader || to == leader }, linkCut)
+	if random.IntN(2) == 0 { // they see the leader before it is away
+		f.start(wiped...)
+		f.sleep(random, 50, 600)
+	} else {
+		f.wires.set(away)
+		f.start(wiped...)
 	}
-	f.sleep(random, 50, 600)
-	f.cut(random, 1000, 4000, when(func(from, to int) bool { return from == leader || to == leader }, linkCut))
+	f.cut(random, 1000, 4000, away)
 }
 
 // pause stops a process for a while, with requests under way in it and more to come.

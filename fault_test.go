@@ -283,17 +283,19 @@ func (f *faulty) freshKeys() {
 	}
 }
 
-// start starts a node, which must run until it is told to end.
-func (f *faulty) start(i int) {
-	p, asked := f.nodes[i], new(atomic.Bool)
-	p.start()
-	f.asked[i] = asked
-	ended := p.ended
-	go func() {
-		if <-ended; !asked.Load() {
-			f.violation("%s has ended; nobody told it to", p.name)
-		}
-	}()
+// start starts nodes, which must run until they are told to end.
+func (f *faulty) start(nodes ...int) {
+	for _, i := range nodes {
+		p, asked := f.nodes[i], new(atomic.Bool)
+		p.start()
+		f.asked[i] = asked
+		ended := p.ended
+		go func() {
+			if <-ended; !asked.Load() {
+				f.violation("%s has ended; nobody told it to", p.name)
+			}
+		}()
+	}
 }
 
 // lose takes note that nodes are about to lose their state. It first waits until so many of those that lost theirs before
