@@ -32,7 +32,7 @@ func faultClasses() []faultClass {
 		{name: "kill-all", process: true, applies: onDisk, inject: killAll},
 		{name: "quick-restart", process: true, inject: quickRestart},
 		{name: "wipe", process: true, applies: onDisk, inject: wipe},
-		{name: "wipe-two", process: true, applies: func(_ string, nodes int) bool { return nodes >= 5 }, inject: wipeTwo},
+		{name: "wipe-two", process: true, applies: ofFive, inject: wipeTwo},
 		{name: "wipe-cut", process: true, alone: true, inject: wipeAndCut},
 		{name: "forgetful", process: true, alone: true, inject: forgetful},
 		{name: "paused-replacement", process: true, inject: pausedReplacement},
@@ -87,6 +87,9 @@ func snapshotStorm(_ *testing.T, p *proc) {
 // onDisk is where there is something to wipe that outlives a kill.
 func onDisk(store string, _ int) bool { return store == storeBolt }
 
+// ofFive is where two nodes are a minority.
+func ofFive(_ string, nodes int) bool { return nodes >= 5 }
+
 func (f *faulty) follower(random *rand.Rand, leader int) int {
 	return (leader + 1 + random.IntN(len(f.nodes)-1)) % len(f.nodes)
 }
@@ -127,12 +130,12 @@ func wipe(f *faulty, random *rand.Rand, _ int) {
 	}
 }
 
-// wipeTwo wipes one node while another is being replaced, and a third as soon as one of them is ready.
+// wipeTwo wipes one node while another is being replaced, and the next as soon as one of them is ready.
 func wipeTwo(f *faulty, random *rand.Rand, _ int) {
-	for _, i := range random.Perm(len(f.nodes))[:2+random.IntN(2)] {
+	for _, i := range random.Perm(len(f.nodes))[:2+random.IntN(len(f.nodes)-1)] {
 		f.wipe(i)
 		f.start(i)
-		f.sleep(random, 1, 1500)
+		f.sleep(random, 1, 500)
 	}
 }
 
@@ -183,8 +186,8 @@ func leaderInChange(f *faulty, random *rand.Rand, leader int) {
 	}
 }
 
-// forgetful lets a majority acknowledge writes that the others do not get; then all of it but the leader lose their state,
-// come back, and are left alone with the others. They must not elect one of those.
+// forgetful lets a majority acknowledge writes that the others do not get; then all of it but the leader lose their
+// state, come back, and are left alone with the others. They must not elect one of those.
 func forgetful(f *faulty, random *rand.Rand, leader int) {
 	rest, few := random.Perm(len(f.nodes)), len(f.nodes)/2
 	rest = slices.DeleteFunc(rest, func(i int) bool { return i == leader })

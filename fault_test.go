@@ -26,8 +26,8 @@ import (
 // the history of what they did is judged. A seed decides which faults come; when they strike is up to the machine.
 // go test -v -run Fault -fault.seed=N -fault.time=60s replays one; _scripts/faults.sh runs many.
 //
-// A majority always keeps its state, for nothing is promised without it. A node is without state from the moment that it
-// is wiped, or with memory ends in whatever way, until it is ready again; see lose.
+// A majority always keeps its state, for nothing is promised without it. A node is without state from the moment that
+// it is wiped, or with memory ends in whatever way, until it is ready again; see lose.
 
 var (
 	faultSeed  = flag.Uint64("fault.seed", 1, "seed of the faults")
@@ -298,8 +298,8 @@ func (f *faulty) start(nodes ...int) {
 	}
 }
 
-// lose takes note that nodes are about to lose their state. It first waits until so many of those that lost theirs before
-// are ready again that a majority keeps its own. If they are not in time, the class ends there.
+// lose takes note that nodes are about to lose their state. It first waits until so many of those that lost theirs
+// before are ready again that a majority keeps its own. If they are not in time, the class ends there.
 func (f *faulty) lose(nodes ...int) {
 	kept := f.await("nodes without state to be ready", f.now(), readyLimit, func() bool {
 		without := len(nodes)

@@ -11,7 +11,8 @@ seconds=${1:-600} seed=${2:-1}
 flags=("${@:3}")
 out=$(mktemp -d)
 go test -c -o "$out/test" .
-classes=${CLASSES:-$({ "$out/test" -test.run 'TestFaults$' -fault.class=none || true; } | sed -n 's/.* is none of: //p')}
+all=$({ "$out/test" -test.run 'TestFaults$' -fault.class=none || true; } | sed -n 's/.* is none of: //p')
+classes=${CLASSES:-$all}
 count=$(wc -w <<<"$classes")
 seeds=$((seconds / count / 40)) # a run should not be much shorter than 40 s, of which some are spent before and after
 seeds=$((seeds > 0 ? seeds : 1))
@@ -45,8 +46,8 @@ function row() {
   if (class == "kill-leader" && n && percentile(99) > 3000) late = 1
 }
 BEGIN {
-  printf "%-18s %5s %7s %9s %11s %12s %9s %9s %9s\n", "class", "runs", "faults", "checked", "violations", "recovery p50",
-    "p99", "max", "ready max"
+  printf "%-18s %5s %7s %9s %11s %12s %9s %9s %9s\n", "class", "runs", "faults", "checked", "violations",
+    "recovery p50", "p99", "max", "ready max"
 }
 $1 != class { if (class) row(); class = $1; runs = faults = ops = violations = ready = n = 0 }
 $2 == "sum" {
