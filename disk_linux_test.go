@@ -435,7 +435,7 @@ func hangDisk(f *faulty, random *rand.Rand, leader int) {
 func flipBits(f *faulty, random *rand.Rand, _ int) {
 	node := random.IntN(len(f.nodes))
 	p := f.nodes[node]
-	f.kill(node)
+	f.end(os.Kill, node)
 	files := []string{filepath.Join(p.env["STATE_DIR"], dbName)}
 	if found, err := filepath.Glob(filepath.Join(p.env["STATE_DIR"], snapshotsDir, "*[0-9]", "*")); err == nil {
 		files = append(files, found...)
@@ -458,8 +458,7 @@ func flipBits(f *faulty, random *rand.Rand, _ int) {
 		f.asked[node].Store(false)
 		return
 	}
-	if err := os.RemoveAll(p.env["STATE_DIR"]); err != nil {
-		f.t.Error(err)
-	}
+	f.lose(node)
+	f.remove(node)
 	f.start(node)
 }

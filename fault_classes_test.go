@@ -2,6 +2,7 @@ package main
 
 import (
 	"math/rand/v2"
+	"os"
 	"slices"
 	"sync"
 	"syscall"
@@ -28,11 +29,14 @@ func faultClasses() []faultClass {
 			f.measure(f.now())
 			f.crash(random, leader)
 		}},
-		{name: "kill-all", process: true, applies: func(store string, _ int) bool { return store == storeBolt }, inject: killAll},
-		{name: "restart-each", process: true, inject: restartEach},
-		{name: "restart-two", process: true, applies: func(_ string, nodes int) bool { return nodes >= 5 }, inject: restartTwo},
+		{name: "kill-all", process: true, applies: onDisk, inject: killAll},
+		{name: "quick-restart", process: true, inject: quickRestart},
+		{name: "wipe", process: true, applies: onDisk, inject: wipe},
+		{name: "wipe-two", process: true, applies: ofFive, inject: wipeTwo},
+		{name: "wipe-cut", process: true, alone: true, inject: wipeAndCut},
 		{name: "forgetful", process: true, alone: true, inject: forgetful},
-		{name: "terminate-each", process: true, inject: terminateEach},
+		{name: "paused-replacement", process: true, inject: pausedReplacement},
+		{name: "leader-in-change", process: true, inject: leaderInChange},
 		{name: "pause-leader", process: true, inject: func(f *faulty, random *rand.Rand, leader int) { f.pause(random, leader) }},
 		{name: "pause-follower", process: true, inject: func(f *faulty, random *rand.Rand, leader int) {
 			f.pause(random, f.follower(random, leader))
@@ -80,71 +84,128 @@ func snapshotStorm(_ *testing.T, p *proc) {
 	p.env["SNAPSHOT_THRESHOLD"], p.env["SNAPSHOT_INTERVAL"], p.env["TRAILING_LOGS"] = "50", "50ms", "10"
 }
 
+// onDisk is where there is something to wipe that outlives a kill.
+func onDisk(store string, _ int) bool { return store == storeBolt }
+
+// ofFive is where two nodes are a minority.
+func ofFive(_ string, nodes int) bool { return nodes >= 5 }
+
 func (f *faulty) follower(random *rand.Rand, leader int) int {
 	return (leader + 1 + random.IntN(len(f.nodes)-1)) % len(f.nodes)
 }
 
 // crash kills a node, and starts it again at once or somewhat later.
 func (f *faulty) crash(random *rand.Rand, node int) {
-	f.kill(node)
+	f.end(os.Kill, node)
 	f.sleep(random, 1, 2500)
 	f.start(node)
 }
 
 func killAll(f *faulty, random *rand.Rand, _ int) {
 	nodes := random.Perm(len(f.nodes))
-	f.kill(nodes...)
+	f.end(os.Kill, nodes...)
 	for _, i := range nodes {
 		f.sleep(random, 1, 200)
 		f.start(i)
 	}
 }
 
-// restartEach kills one node after another. With memory a majority keeps its state, as long as each is waited for.
-func restartEach(f *faulty, random *rand.Rand, _ int) {
+// quickRestart restarts one node after another, each as soon as the one before is ready. Some are asked to end, as in a
+// rolling restart, and some are killed.
+func quickRestart(f *faulty, random *rand.Rand, _ int) {
 	for _, i := range random.Perm(len(f.nodes)) {
-		f.kill(i)
+		f.end([]os.Signal{os.Kill, syscall.SIGTERM}[random.IntN(2)], i)
 		f.start(i)
 		f.awaitReady(f.now(), i)
 	}
 }
 
-func restartTwo(f *faulty, random *rand.Rand, _ int) {
-	nodes := random.Perm(len(f.nodes))
-	for ; len(nodes) >= 2; nodes = nodes[2:] {
-		f.kill(nodes[:2]...)
-		f.sleep(random, 1, 500)
-		f.start(nodes[0])
-		f.start(nodes[1])
-		f.awaitReady(f.now(), nodes[:2]...)
+// wipe wipes one node after another, each when the one before has been replaced.
+func wipe(f *faulty, random *rand.Rand, _ int) {
+	for _, i := range random.Perm(len(f.nodes))[:1+random.IntN(len(f.nodes))] {
+		f.wipe(i)
+		f.sleep(random, 1, 1000)
+		f.start(i)
+		f.awaitReady(f.now(), i)
 	}
 }
 
-// forgetful lets a majority acknowledge writes that the others do not get; then all of it but the leader are killed, come
-// back, and are left alone with the others. With memory they must not elect one of those.
+// wipeTwo wipes one node while another is being replaced, and the next as soon as one of them is ready.
+func wipeTwo(f *faulty, random *rand.Rand, _ int) {
+	for _, i := range random.Perm(len(f.nodes))[:2+random.IntN(len(f.nodes)-1)] {
+		f.wipe(i)
+		f.start(i)
+		f.sleep(random, 1, 500)
+	}
+}
+
+// wipeAndCut wipes nodes while links are cut, come back, and are cut again.
+func wipeAndCut(f *faulty, random *rand.Rand, leader int) {
+	cuts := []func(*faulty, *rand.Rand, int){partition, oneWay, bridge, heldAnswers, flapping}
+	var cutting sync.WaitGroup
+	defer cutting.Wait()
+	chance := rand.New(rand.NewPCG(random.Uint64(), 0))
+	cutting.Go(func() {
+		for range 2 + chance.IntN(2) {
+			cuts[chance.IntN(len(cuts))](f, chance, leader)
+			f.sleep(chance, 1, 300)
+		}
+	})
+	f.sleep(random, 1, 1000)
+	wipe(f, random, leader)
+}
+
+// pausedReplacement pauses a node and wipes another; or it wipes a node, and pauses it in the midst of its replacement.
+func pausedReplacement(f *faulty, random *rand.Rand, _ int) {
+	nodes := random.Perm(len(f.nodes))
+	if wiped := nodes[0]; random.IntN(2) == 0 {
+		f.wipe(wiped)
+		f.start(wiped)
+		f.sleep(random, 1, 1000)
+		f.pause(random, wiped)
+		return
+	}
+	paused, wiped := nodes[0], nodes[1]
+	f.nodes[paused].signal(syscall.SIGSTOP)
+	f.wipe(wiped)
+	f.start(wiped)
+	f.sleep(random, 1000, 6000) // of five the others can replace it meanwhile; of three one is too few
+	f.nodes[paused].signal(syscall.SIGCONT)
+}
+
+// leaderInChange wipes a follower, and kills or pauses the leader while it replaces that.
+func leaderInChange(f *faulty, random *rand.Rand, leader int) {
+	wiped := f.follower(random, leader)
+	f.wipe(wiped)
+	f.start(wiped)
+	f.sleep(random, 1, 2000)
+	if keeps := f.store == storeBolt || f.minority() >= 2; keeps && random.IntN(2) == 0 {
+		f.crash(random, leader)
+	} else {
+		f.pause(random, leader)
+	}
+}
+
+// forgetful lets a majority acknowledge writes that the others do not get; then all of it but the leader lose their
+// state, come back, and are left alone with the others. They must not elect one of those.
 func forgetful(f *faulty, random *rand.Rand, leader int) {
 	rest, few := random.Perm(len(f.nodes)), len(f.nodes)/2
 	rest = slices.DeleteFunc(rest, func(i int) bool { return i == leader })
-	behind, killed := rest[:few], rest[few:]
-	f.cut(random, 100, 1500, when(func(from, to int) bool {
-		return slices.Contains(behind, from) || slices.Contains(behind, to)
+	behind, wiped := rest[:few], rest[few:]
+	f.wires.set(when(func(from, to int) bool {
+		return slices.Contains(behind, from) != slices.Contains(behind, to)
 	}, linkHold))
-	f.kill(killed...)
-	for _, i := range killed {
-		f.start(i)
+	f.sleep(random, 100, 1500)
+	f.wipe(wiped...)
+	away := when(func(from, to int) bool { return from == leader || to == leader }, linkCut)
+	if random.IntN(2) == 0 { // they see the leader before it is away
+		f.start(wiped...)
+		f.sleep(random, 50, 600)
+	} else {
+		f.wires.set(away)
+		f.start(wiped...)
 	}
-	f.sleep(random, 50, 600)
-	f.cut(random, 1000, 4000, when(func(from, to int) bool { return from == leader || to == leader }, linkCut))
-}
-
-// terminateEach is a rolling restart, as operators do it.
-func terminateEach(f *faulty, random *rand.Rand, _ int) {
-	for _, i := range random.Perm(len(f.nodes)) {
-		f.asked[i].Store(true)
-		f.nodes[i].end(syscall.SIGTERM, exitOK)
-		f.start(i)
-		f.awaitReady(f.now(), i)
-	}
+	f.cut(random, 1000, 4000, away)
 }
 
 // pause stops a process for a while, with requests under way in it and more to come.

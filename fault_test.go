@@ -11,11 +11,13 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -23,6 +25,9 @@ import (
 // The fault suite: clients write and read through all nodes of a cluster of real processes while faults are injected, and
 // the history of what they did is judged. A seed decides which faults come; when they strike is up to the machine.
 // go test -v -run Fault -fault.seed=N -fault.time=60s replays one; _scripts/faults.sh runs many.
+//
+// A majority always keeps its state, for nothing is promised without it. A node is without state from the moment that
+// it is wiped, or with memory ends in whatever way, until it is ready again; see lose.
 
 var (
 	faultSeed  = flag.Uint64("fault.seed", 1, "seed of the faults")
@@ -32,6 +37,9 @@ var (
 	faultProxy = flag.Bool("fault.proxy", false, "cut links by proxies even where network namespaces may be made")
 	faultClock = flag.Bool("fault.clock", false, "set this machine's clock, too, for moments; it needs root")
 )
+
+// readyLimit is how long nodes may take to be ready, on a busy machine, once nothing is in their way.
+const readyLimit = 30 * time.Second
 
 func TestFaults(t *testing.T) {
 	t.Parallel()
@@ -112,6 +120,10 @@ type faulty struct {
 	web   *http.Client
 	teams []*team
 
+	// Used by the only class at a time that stops processes, and between faults:
+	lost   []bool // by node: it is without state
+	rounds int
+
 	measures  sync.WaitGroup
 	mu        sync.Mutex // guards what follows
 	recovered []time.Duration
@@ -120,7 +132,8 @@ type faulty struct {
 
 func newFaulty(t *testing.T, prepare func(*testing.T, *proc), store string, n int) *faulty {
 	t.Helper()
-	f := &faulty{t: t, history: newHistory(t.Errorf), store: store, asked: make([]*atomic.Bool, n)}
+	f := &faulty{t: t, history: newHistory(t.Errorf), store: store}
+	f.asked, f.lost = make([]*atomic.Bool, n), make([]bool, n)
 	for i := range n {
 		p := newProc(t, map[string]string{
 			"NODE_ID": fmt.Sprintf("node%d", i+1), "KV_STORE": store,
@@ -220,6 +233,9 @@ func (f *faulty) round(random *rand.Rand, classes []faultClass) int {
 		faults.Go(func() { class.inject(f, random, leader) })
 	}
 	faults.Wait()
+	if f.violations.Load() > 0 {
+		return len(classes) // the faults may have been broken off
+	}
 	healed := f.now()
 	f.freshKeys()
 	f.measures.Wait()
@@ -231,7 +247,30 @@ func (f *faulty) round(random *rand.Rand, classes []faultClass) int {
 		f.violation("a write was acknowledged %v after healing; want 10s at most", took)
 	}
 	f.awaitReady(healed)
+	f.agree(healed)
 	return len(classes)
+}
+
+// agree checks that every node answers a linearizable read with what has just been written.
+func (f *faulty) agree(since time.Duration) {
+	f.rounds++
+	key := fmt.Sprintf("round-%d", f.rounds) // a fresh one: an earlier try may still be under way
+	want := fmt.Sprintf(`{%q:%d}`, key, f.rounds)
+	f.await("a write when all are ready", since, readyLimit, func() bool {
+		a, err := f.ask(f.rounds%len(f.nodes), http.MethodPut, "/key/"+key, strconv.Itoa(f.rounds))
+		return err == nil && a.status == http.StatusOK
+	})
+	for i, p := range f.nodes {
+		var a answerTo
+		answered := f.await("a linearizable read through "+p.name, since, readyLimit, func() bool {
+			var err error
+			a, err = f.ask(i, http.MethodGet, "/key/"+key, "")
+			return err == nil && a.status == http.StatusOK
+		})
+		if answered && a.body != want {
+			f.violation("got %s through %s after healing; want %s", a.body, p.name, want)
+		}
+	}
 }
 
 func (f *faulty) sleep(random *rand.Rand, least, most int) {
@@ -244,27 +283,73 @@ func (f *faulty) freshKeys() {
 	}
 }
 
-// start starts a node, which must run until it is told to end.
-func (f *faulty) start(i int) {
-	p, asked := f.nodes[i], new(atomic.Bool)
-	p.start()
-	f.asked[i] = asked
-	ended := p.ended
-	go func() {
-		if <-ended; !asked.Load() {
-			f.violation("%s has ended; nobody told it to", p.name)
-		}
-	}()
+// start starts nodes, which must run until they are told to end.
+func (f *faulty) start(nodes ...int) {
+	for _, i := range nodes {
+		p, asked := f.nodes[i], new(atomic.Bool)
+		p.start()
+		f.asked[i] = asked
+		ended := p.ended
+		go func() {
+			if <-ended; !asked.Load() {
+				f.violation("%s has ended; nobody told it to", p.name)
+			}
+		}()
+	}
 }
 
-// kill ends nodes without a warning.
-func (f *faulty) kill(nodes ...int) {
-	for _, i := range nodes {
-		f.asked[i].Store(true)
-		f.nodes[i].signal(os.Kill)
+// lose takes note that nodes are about to lose their state. It first waits until so many of those that lost theirs
+// before are ready again that a majority keeps its own. If they are not in time, the class ends there.
+func (f *faulty) lose(nodes ...int) {
+	kept := f.await("nodes without state to be ready", f.now(), readyLimit, func() bool {
+		without := len(nodes)
+		for i, lost := range f.lost {
+			if lost && !slices.Contains(nodes, i) {
+				if f.lost[i] = !f.isReady(i); f.lost[i] {
+					without++
+				}
+			}
+		}
+		return without <= f.minority()
+	})
+	if !kept {
+		runtime.Goexit()
 	}
 	for _, i := range nodes {
-		f.nodes[i].exits(-1, stopLimit)
+		f.lost[i] = true
+	}
+}
+
+// minority is how many nodes may be without state, or away, at a time.
+func (f *faulty) minority() int { return (len(f.nodes) - 1) / 2 }
+
+// end ends nodes by a signal: SIGKILL, or SIGTERM, by which they must end as they should.
+func (f *faulty) end(sig os.Signal, nodes ...int) {
+	if f.store == storeMemory {
+		f.lose(nodes...)
+	}
+	for _, i := range nodes {
+		f.asked[i].Store(true)
+		f.nodes[i].signal(sig)
+	}
+	for _, i := range nodes {
+		f.nodes[i].exits(map[os.Signal]int{os.Kill: -1, syscall.SIGTERM: exitOK}[sig], stopLimit)
+	}
+}
+
+// wipe kills nodes and removes all that they have stored.
+func (f *faulty) wipe(nodes ...int) {
+	f.lose(nodes...)
+	f.end(os.Kill, nodes...)
+	f.remove(nodes...)
+}
+
+// remove removes what nodes have stored, which do not run.
+func (f *faulty) remove(nodes ...int) {
+	for _, i := range nodes {
+		if err := os.RemoveAll(f.nodes[i].env["STATE_DIR"]); err != nil {
+			f.t.Error(err)
+		}
 	}
 }
 
@@ -279,15 +364,16 @@ func (f *faulty) ask(i int, method, path, body string) (answerTo, error) {
 	return roundTrip(f.web, req)
 }
 
-// await waits until condition holds, no longer than limit after since.
-func (f *faulty) await(what string, since, limit time.Duration, condition func() bool) {
+// await waits until condition holds, no longer than limit after since, and returns whether it does.
+func (f *faulty) await(what string, since, limit time.Duration, condition func() bool) bool {
 	for !condition() {
 		if f.now()-since > limit {
 			f.violation("waited in vain for %s", what)
-			return
+			return false
 		}
 		time.Sleep(5 * time.Millisecond)
 	}
+	return true
 }
 
 type faultyStatus struct {
@@ -334,16 +420,20 @@ func (f *faulty) measure(since time.Duration) {
 	})
 }
 
-// awaitReady waits until all nodes are ready, or those that are named. A busy machine may take longer than it should.
+func (f *faulty) isReady(i int) bool {
+	a, err := f.ask(i, http.MethodGet, "/readyz", "")
+	return err == nil && a.status == http.StatusOK
+}
+
+// awaitReady waits until all nodes are ready, or those that are named.
 func (f *faulty) awaitReady(since time.Duration, nodes ...int) {
 	for i, p := range f.nodes {
 		if len(nodes) > 0 && !slices.Contains(nodes, i) {
 			continue
 		}
-		f.await(p.name+" to be ready", since, 20*time.Second, func() bool {
-			a, err := f.ask(i, http.MethodGet, "/readyz", "")
-			return err == nil && a.status == http.StatusOK
-		})
+		if f.await(p.name+" to be ready", since, readyLimit, func() bool { return f.isReady(i) }) {
+			f.lost[i] = false
+		}
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
