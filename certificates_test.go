@@ -180,7 +180,8 @@ func TestOnlyPeersGetIn(t *testing.T) {
 		return func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{usage} }
 	}
 	expired := func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Hour) }
-	hello1 := hello{kind: kindRaft, sender: "node1", target: "node2", cluster: "CLUSTER"}
+	hello1 := hello{kind: kindRaft, sender: "node1#1", target: "node2#1", cluster: "CLUSTER"}
+	asks := hello{kind: kindAsk, sender: "node1", target: "node2"}
 	for _, tt := range []struct {
 		name string
 		tls  *tls.Config // nil for none
@@ -189,6 +190,7 @@ func TestOnlyPeersGetIn(t *testing.T) {
 	}{
 		{"a peer", ca.client(ca.node("node1")), hello1, ""},
 		{"a peer's calls", ca.client(ca.node("node1")), testHello, ""},
+		{"a peer's questions", ca.client(ca.node("node1")), asks, ""},
 		{"no tls", nil, hello1, "TLS handshake"},
 		{"no certificate", ca.client(nil), hello1, "didn't provide a certificate"},
 		{"another authority", ca.client(other.node("node1")), hello1, "unknown authority"},
@@ -196,19 +198,21 @@ func TestOnlyPeersGetIn(t *testing.T) {
 		{"a server's certificate", ca.client(ca.issue(only(x509.ExtKeyUsageServerAuth), "node1")), hello1, "incompatible key usage"},
 		{"a client's certificate of the same authority", ca.client(ca.issue(only(x509.ExtKeyUsageClientAuth), "someone")), hello1, "someone"},
 		{"another peer's certificate", ca.client(ca.node("node3")), hello1, `not of node \"node1\"`},
+		{"another peer's certificate, to ask", ca.client(ca.node("node3")), asks, `not of node \"node1\"`},
 		{"another peer's certificate with the host of all", ca.client(ca.node("node3", "127.0.0.1")), hello1, "node3"},
+		{"a certificate of the server's name", ca.client(ca.node("node1#1")), hello1, `not of node \"node1\"`},
 		{"a peer's certificate with its host alone", ca.client(ca.node("127.0.0.1")), hello1, ""},
 		{"a wildcard", ca.client(ca.node("*", "*.0.0.1")), hello1, `not of node \"node1\"`},
-		{"a stranger", ca.client(ca.node("node9")), hello{kindRaft, "node9", "node2", "CLUSTER"}, "node9"},
-		{"ourselves", ca.client(ca.node("node2")), hello{kindRaft, "node2", "node2", "CLUSTER"}, "node2"},
-		{"another cluster", ca.client(ca.node("node1")), hello{kindRaft, "node1", "node2", "OTHER"}, "cluster OTHER"},
-		{"another node is meant", ca.client(ca.node("node1")), hello{kindRaft, "node1", "node3", "CLUSTER"}, "this is node"},
+		{"a stranger", ca.client(ca.node("node9")), hello{kindRaft, "node9#1", "node2#1", "CLUSTER"}, "node9"},
+		{"ourselves", ca.client(ca.node("node2")), hello{kindRaft, "node2#1", "node2#1", "CLUSTER"}, "node2"},
+		{"another cluster", ca.client(ca.node("node1")), hello{kindRaft, "node1#1", "node2#1", "OTHER"}, `of cluster \"OTHER\"`},
+		{"another node is meant", ca.client(ca.node("node1")), hello{kindRaft, "node1#1", "node3#1", "CLUSTER"}, "this is node"},
+		{"a lost server is meant", ca.client(ca.node("node1")), hello{kindRaft, "node1#1", "node2#0", "CLUSTER"}, "is server"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			checkLeaks(t)
 			all, nodes := newTestNet(t, "node1", "node2", "node3")
 			server := nodes[1]
-			server.of.Store("CLUSTER")
 			server.secureWith(t, ca.node("node2"))
 			all.startEcho(server)
 			accepted := make(chan net.Conn, 1)
@@ -228,7 +232,7 @@ func TestOnlyPeersGetIn(t *testing.T) {
 				if err != nil {
 					t.Fatalf("got error %v; want none", err)
 				}
-				if tt.says.kind == kindPeer {
+				if tt.says.kind != kindRaft {
 					checkEchoOn(t, conn)
 				} else {
 					_ = (<-accepted).Close()
@@ -236,7 +240,7 @@ func TestOnlyPeersGetIn(t *testing.T) {
 				return
 			}
 			if err == nil {
-				t.Error("got a welcome; want none")
+				t.Fatal("got a welcome; want none")
 			}
 			_, _ = conn.Write([]byte("what follows"))
 			waitClosed(t, conn)
@@ -277,20 +281,24 @@ func TestImpostorHearsNothing(t *testing.T) {
 			all.set("node2", "localhost:"+strings.Split(l.Addr().String(), ":")[1])
 			heard := make(chan []byte, 1)
 			go func() {
-				conn, err := l.Accept()
-				if err != nil {
-					return
+				for {
+					conn, err := l.Accept()
+					if err != nil {
+						return
+					}
+					said, _ := io.ReadAll(conn)
+					_ = conn.Close()
+					heard <- said
 				}
-				defer conn.Close()
-				said, _ := io.ReadAll(conn)
-				heard <- said
 			}()
-			if conn, err := nodes[0].dial(t.Context(), "node2", kindRaft); err == nil {
-				_ = conn.Close()
-				t.Error("got a connection; want none")
-			}
-			if said := <-heard; len(said) > 0 {
-				t.Errorf("the impostor heard %q; want nothing", said)
+			for to, kind := range map[string]byte{"node2#1": kindRaft, "node2": kindAsk} {
+				if conn, err := nodes[0].dial(t.Context(), to, kind); err == nil {
+					_ = conn.Close()
+					t.Errorf("kind %c: got a connection; want none", kind)
+				}
+				if said := <-heard; len(said) > 0 {
+					t.Errorf("kind %c: the impostor heard %q; want nothing", kind, said)
+				}
 			}
 		})
 	}
@@ -303,7 +311,7 @@ func TestTLSOnOneSideOnly(t *testing.T) {
 	nodes[0].secureWith(t, newTestCA(t).node("node1"))
 	all.startEcho(nodes...)
 	for i, j := range []int{1, 0} {
-		if conn, err := nodes[i].dial(t.Context(), nodes[j].id, kindRaft); err == nil {
+		if conn, err := nodes[i].dial(t.Context(), nodes[j].server, kindRaft); err == nil {
 			_ = conn.Close()
 			t.Errorf("got a connection from %s to %s; want none", nodes[i].id, nodes[j].id)
 		}
@@ -332,7 +340,7 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 		node.secureWith(t, envs[i])
 	}
 	all.startEcho(nodes...)
-	old, err := nodes[0].dial(t.Context(), "node2", kindPeer)
+	old, err := nodes[0].dial(t.Context(), "node2#1", kindCall)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -374,7 +382,7 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 	next.renew(envs[1], func(*x509.Certificate) {}, "node2")
 	nodes[1].certs.reload()
 	waitClosed(t, old)
-	if conn, err := nodes[0].dial(t.Context(), "node2", kindPeer); err == nil {
+	if conn, err := nodes[0].dial(t.Context(), "node2#1", kindCall); err == nil {
 		_ = conn.Close()
 		t.Error("got a connection with a certificate of the old authority; want none")
 	}
@@ -468,7 +476,7 @@ func TestAuthorityChangesDuringAHandshake(t *testing.T) {
 		client.ServerName = "node2"
 		_ = tls.Client(far, client).HandshakeContext(t.Context())
 	}()
-	conn, err := nodes[1].track(near)
+	conn, err := nodes[1].track(near, "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -53,63 +53,70 @@ func TestAnyNodeTakesAnyRequest(t *testing.T) {
 
 // A leader that is cut off does not know for a while that another was elected. It must not answer from what it has
 // meanwhile missed, not even when late answers to what it asked before the election reach it: they deceive
-// raft.VerifyLeader.
+// raft.VerifyLeader. An attempt counts when they have deceived it while the read was under way.
 func TestDeposedLeaderAnswersNoRead(t *testing.T) {
 	t.Parallel()
-	for name, mode := range map[string]linkMode{"nothing reaches it": linkCut, "late answers reach it": linkHoldAnswers} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			c := newTestCluster(t, 3, storeMemory)
-			const attempts = 3
-			deceived := 0 // attempts in which the old leader still took itself for the leader
-			for i := range attempts {
-				old := c.leader()
-				others := c.followers(old)
-				before, after := fmt.Sprintf(`"before %d"`, i), fmt.Sprintf(`"after %d"`, i)
-				c.nodes[old].put(t, "k", before)
-				for _, other := range others {
-					c.links[[2]int{old, other}].set(mode)
-					c.links[[2]int{other, old}].set(linkCut)
-				}
-				if mode == linkHoldAnswers {
-					for _, other := range others { // there shall be answers from before the election
-						l := c.links[[2]int{old, other}]
-						waitFor(t, "an answer to be held", func() bool { l.mu.Lock(); defer l.mu.Unlock(); return l.held > 0 })
-					}
-				}
-				// Elected at once, not only when the old leader has given up.
-				c.nodes[others[0]].transport.campaign(nil)
-				c.leader(others...)
-				if _, err := c.nodes[others[0]].kv.Set(t.Context(), []Pair{{"k", after}}, Condition{}); err != nil {
-					t.Fatal(err)
-				}
-				if c.nodes[old].raft.Load().State() == raft.Leader {
-					deceived++
-				}
-				begun := c.nodes[old].roundsBegun.Load()
-				answered := make(chan string, 1)
-				ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
-				go func() {
-					item, _ := c.nodes[old].kv.Get(ctx, "k", Linearizable)
-					answered <- item.Value
-				}()
-				waitFor(t, "the read to have begun", func() bool {
-					return c.nodes[old].roundsBegun.Load() > begun || len(answered) > 0
-				})
-				for _, other := range others {
-					c.links[[2]int{old, other}].set(linkOpen)
-				}
-				if value := <-answered; value == before {
-					t.Errorf("a linearizable read gave a value that had been overwritten before it began")
-				}
-				cancel()
-				c.cut(old, linkOpen)
-			}
-			if deceived == 0 {
-				t.Error("the old leader had always noticed already, so nothing was tested")
-			}
-		})
+	c := newTestCluster(t, 3, storeMemory)
+	const enough, most = 2, 20
+	deceived := 0
+	for i := range most {
+		if readFromDeposedLeader(t, c, i) {
+			deceived++
+		}
+		if deceived == enough {
+			return
+		}
 	}
+	t.Errorf("late answers have deceived Raft in %d of %d attempts; want %d, else nothing was tested", deceived, most, enough)
+}
+
+// readFromDeposedLeader has another leader elected and write what the old one does not get, then reads from the old one.
+// It returns true if late answers that came during the read had raft.VerifyLeader confirm the old one.
+func readFromDeposedLeader(t *testing.T, c *testCluster, i int) (deceived bool) {
+	t.Helper()
+	leader := c.leader()
+	old, others := c.nodes[leader], c.followers(leader)
+	defer c.cut(leader, linkOpen)
+	before, after := fmt.Sprintf(`"before %d"`, i), fmt.Sprintf(`"after %d"`, i)
+	old.put(t, "k", before)
+	var early []int // by the index in others: how many of the answers held are from before the election
+	for _, other := range others {
+		c.links[[2]int{leader, other}].set(linkHoldRaft)
+		c.links[[2]int{other, leader}].set(linkCut)
+	}
+	for _, other := range others {
+		l := c.links[[2]int{leader, other}]
+		waitFor(t, "an answer to be held", func() bool { return l.heldAnswers() > 0 })
+		early = append(early, l.heldAnswers())
+	}
+	next := c.nodes[others[0]]
+	next.transport.campaign(nil) // elected at once, not only when the old leader has given up
+	c.leader(others...)
+	if _, err := next.kv.Set(t.Context(), []Pair{{"k", after}}, Condition{}); err != nil {
+		t.Fatal(err)
+	}
+	begun := old.roundsBegun.Load()
+	answered := make(chan string, 1)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+	defer cancel()
+	go func() {
+		item, _ := old.kv.Get(ctx, "k", Linearizable)
+		answered <- item.Value
+	}()
+	waitFor(t, "the read to have begun", func() bool { return old.roundsBegun.Load() > begun || len(answered) > 0 })
+	asked := time.Now() // then the read asks Raft whatever it asks
+	waitFor(t, "the read to have asked", func() bool { return time.Since(asked) > leaseTimeout/5 })
+	verified := make(chan error, 1)
+	verify := old.raft.Load().VerifyLeader() // after the read
+	go func() { verified <- verify.Error() }()
+	waitFor(t, "that to be asked", func() bool { return time.Since(asked) > leaseTimeout*3/10 })
+	for i, other := range others {
+		c.links[[2]int{leader, other}].letThrough(early[i])
+	}
+	if value := <-answered; value == before {
+		t.Errorf("a linearizable read gave a value that had been overwritten before it began")
+	}
+	return <-verified == nil
 }
 
 func TestReadThroughFollowerOfIdleClusterIsQuick(t *testing.T) {
@@ -124,8 +131,8 @@ func TestReadThroughFollowerOfIdleClusterIsQuick(t *testing.T) {
 		if got, want := reader.get(t, "k"), fmt.Sprintf(`{"k":%d}`, i); got != want {
 			t.Fatalf("got %s; want %s", got, want)
 		}
-		// Without being told at once a follower would hear of it from spread after 50 to 100 ms.
-		if time.Since(began) > 40*time.Millisecond {
+		// Without being told at once a follower would hear of it after commitTimeout, at the earliest.
+		if time.Since(began) > commitTimeout*4/10 {
 			slow++
 		}
 	}
@@ -149,20 +156,12 @@ func TestFollowersOfIdleClusterHearOfCommits(t *testing.T) {
 				return err == nil && item.Value == fmt.Sprint(i)
 			})
 		}
-		if time.Since(began) > commitTimeout*9/10 { // Raft itself tells them after that, at the earliest
+		if time.Since(began) > 2*commitTimeout { // Raft tells them after one to two of these
 			slow++
 		}
 	}
 	if slow > rounds/2 {
-		t.Errorf("%d of %d writes took as long as if the followers had not been told", slow, rounds)
-	}
-	for _, f := range c.followers(leader) { // who have nothing to say, though they have executed as much
-		c.nodes[f].tellOthers()
-	}
-	for _, node := range c.nodes {
-		if _, got := node.raft.Load().LeaderWithID(); string(got) != c.nodes[leader].cfg.NodeID {
-			t.Errorf("got %q for the leader after a follower told what is committed; want %q", got, c.nodes[leader].cfg.NodeID)
-		}
+		t.Errorf("%d of %d writes took the followers longer than %v to hear of", slow, rounds, 2*commitTimeout)
 	}
 }
 
@@ -288,12 +287,11 @@ func TestUnreachableFollowerIsTriedUntilItIsBack(t *testing.T) {
 	node := c.nodes[leader]
 	away := c.followers(leader)[0]
 	c.cut(away, linkCut)
-	id, term := raft.ServerID(c.nodes[away].cfg.NodeID), node.State().Term
+	id, term := raft.ServerID(c.nodes[away].membership.server()), node.State().Term
 	send := func(term uint64) chan error {
 		done := make(chan error, 1)
 		request := &raft.AppendEntriesRequest{
-			RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: []byte(node.cfg.NodeID), Addr: []byte(node.cfg.NodeID)},
-			Term:      term, PrevLogEntry: 1, PrevLogTerm: 1,
+			RPCHeader: header(node), Term: term, PrevLogEntry: 1, PrevLogTerm: 1,
 		}
 		go func() {
 			done <- node.transport.AppendEntries(id, raft.ServerAddress(id), request, new(raft.AppendEntriesResponse))

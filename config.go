@@ -397,6 +397,10 @@ func (l *loader) identify(sys system) {
 		l.fail("%s is not in PEERS, which has %q: set NODE_ID to one of these, or add this node to PEERS on every node", named, ids)
 		return
 	}
+	if c.KVStore == storeMemory && len(c.Peers) == 2 {
+		c.Warnings = append(c.Warnings, `KV_STORE="memory" and PEERS has two nodes: neither can outlive the other's restart, since one `+
+			"of two is no majority: name three nodes in PEERS on every node, or set KV_STORE to boltdb")
+	}
 	host, port, _ := net.SplitHostPort(c.RaftAdvertise) // of no account when that entry is bad: then nobody sees the warnings
 	for _, v := range []struct{ name, text, wins string }{
 		{"RAFT_ADVERTISE_ADDR", l.advertiseHost, host}, {"RAFT_ADVERTISE_PORT", l.advertisePort, port},

@@ -409,6 +409,14 @@ func TestLoadConfigWarnings(t *testing.T) {
 	}
 }
 
+func TestTwoNodesInMemoryAreWarnedOf(t *testing.T) {
+	for peers, want := range map[string]int{"node1@a:1": 0, "node1@a:1,node2@b:2": 1, "node1@a:1,node2@b:2,node3@c:3": 0} {
+		if got := mustLoadConfig(t, testEnv{"KV_STORE": storeMemory, "PEERS": peers}).Warnings; len(got) != want {
+			t.Errorf("PEERS=%s: got %q; want %d warnings", peers, got, want)
+		}
+	}
+}
+
 func TestParseConsistency(t *testing.T) {
 	for _, want := range []Consistency{Linearizable, Stale} {
 		if got, err := parseConsistency(string(want)); err != nil || got != want {

@@ -14,8 +14,7 @@ var (
 	ErrNotInTime      = errors.New("the command did not get its turn in time")
 	ErrUnknownOutcome = errors.New("the command may or may not have been executed")
 	ErrNotConfirmed   = errors.New("no majority confirmed the leader in time")
-	ErrStarting       = errors.New("this node has not heard of a leader since it started")
-	ErrOutranked      = errors.New("this node's cluster is no more: a majority of the nodes has formed another one")
+	ErrStarting       = errors.New("this node has not caught up with a leader since it started")
 )
 
 // requestTimeout bounds a command or a read, from beginning to end, on whichever nodes it visits; a command that comes with

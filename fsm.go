@@ -163,14 +163,6 @@ func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
 	return binary.BigEndian.AppendUint64(nil, uint64(m.lastTag)), nil
 }
 
-// Reformed puts the tags to come above those of the writes that were lost, also if at is behind the clock with which the tags
-// began. The step is of a second: were all lost again, the next cluster must begin above these.
-func (m *kvMachine) Reformed(at time.Time) {
-	m.lastTag = max(m.lastTag+reformedTags, Tag(at.UnixMicro()))
-}
-
-const reformedTags = 1 << 20
-
 // The format of a snapshot: the last tag given out and the number of keys, as 8 bytes each; then for every key, in byte
 // order, key and value behind their lengths, and the tag, all numbers as uvarints.
 

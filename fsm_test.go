@@ -652,21 +652,3 @@ func (s *countingSink) Write(p []byte) (int, error) {
 func (s *countingSink) ID() string    { return "test" }
 func (s *countingSink) Close() error  { return nil }
 func (s *countingSink) Cancel() error { return nil }
-
-// The writes that a survivor has not had were given tags, too.
-func TestTagsAfterAMajorityWasLost(t *testing.T) {
-	set := command{op: opSet, pairs: []Pair{{"k", "1"}}}.encode()
-	now := time.Now()
-	for name, began := range map[string]time.Time{"the clock is ahead": now.Add(-time.Hour), "the clock is behind": now.Add(time.Hour)} {
-		survivor, lost := newMachine(), newMachine()
-		for _, m := range []*kvMachine{survivor, lost} {
-			_, _ = m.Apply(set, began)
-		}
-		_, _ = lost.Apply(set, began)
-		survivor.Reformed(now)
-		_, _ = survivor.Apply(set, now)
-		if survivor.lastTag <= lost.lastTag {
-			t.Errorf("%s: got tag %d; want one above %d", name, survivor.lastTag, lost.lastTag)
-		}
-	}
-}

@@ -222,20 +222,6 @@ func FuzzSealed(f *testing.F) {
 	})
 }
 
-func FuzzStanding(f *testing.F) {
-	for _, s := range []standing{{standMember, 0, "c"}, {standFounder, 1, "c"}, {standGated, 1 << 60, "cluster"}} {
-		f.Add(s.encode())
-	}
-	f.Add([]byte{})
-	f.Add([]byte("~12345678"))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		s, err := decodeStanding(b)
-		if err == nil && len(b) > 0 && (s.cluster == "" || !bytes.Equal(s.encode(), b)) {
-			t.Errorf("got %+v out of %q", s, b)
-		}
-	})
-}
-
 // loadText loads the configuration that lines of NAME=value make up. Files that are named are not for fuzzing.
 func loadText(text string) (*Config, error) {
 	env := make(map[string]string)

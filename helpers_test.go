@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 )
 
 // waitFor waits until condition holds, and fails the test if it does not within 15 s.
@@ -279,6 +280,12 @@ func mustConfig(t testing.TB, env map[string]string) *Config {
 	return cfg
 }
 
+// header is what a message of Raft's from a node begins with.
+func header(n *testNode) raft.RPCHeader {
+	server := []byte(n.membership.server())
+	return raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: server, Addr: server}
+}
+
 type linkMode int
 
 const (
@@ -286,6 +293,7 @@ const (
 	linkCut                  // refuses connections and resets those there are
 	linkHold                 // passes the bytes on only once it is open again, like a network that delays
 	linkHoldAnswers          // likewise, but only what comes back from the target
+	linkHoldRaft             // likewise, but only answers to Raft's messages; letThrough passes them on one by one
 )
 
 // link2 is one direction of calls between two nodes: a TCP proxy to addr.
@@ -298,7 +306,8 @@ type link2 struct {
 	mu     sync.Mutex // guards what follows
 	change *sync.Cond
 	mode   linkMode
-	held   int // how often bytes have been held
+	held   int // how often Raft's answers have been held since mode was set
+	passed int // how many of them were let through
 	closed bool
 	conns  map[net.Conn]struct{}
 }
@@ -328,12 +337,27 @@ func (l *link2) close() {
 func (l *link2) set(mode linkMode) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.mode, l.held = mode, 0
+	l.mode, l.held, l.passed = mode, 0, 0
 	if mode == linkCut {
 		for conn := range l.conns {
 			_ = conn.Close()
 		}
 	}
+	l.change.Broadcast()
+}
+
+// heldAnswers returns how many answers linkHoldRaft has held.
+func (l *link2) heldAnswers() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.held
+}
+
+// letThrough passes on the first n answers that linkHoldRaft has held, and goes on holding the others.
+func (l *link2) letThrough(n int) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.passed = n
 	l.change.Broadcast()
 }
 
@@ -345,17 +369,18 @@ func (l *link2) accept(wg *sync.WaitGroup) {
 		}
 		wg.Go(func() {
 			defer near.Close()
-			if !l.pass(near, linkHold) {
+			if !l.pass(near, false, false) {
 				return
 			}
 			far, err := new(net.Dialer).DialContext(context.Background(), "tcp", l.target)
-			if err != nil || !l.pass(far, linkHold) {
+			if err != nil || !l.pass(far, false, false) {
 				return
 			}
 			defer far.Close()
 			var both sync.WaitGroup
-			both.Go(func() { l.copy(far, near, linkHold) })
-			both.Go(func() { l.copy(near, far, linkHoldAnswers) })
+			var isRaft atomic.Bool // so says the hello, which comes first
+			both.Go(func() { l.copy(far, near, false, &isRaft) })
+			both.Go(func() { l.copy(near, far, true, &isRaft) })
 			both.Wait()
 			l.mu.Lock()
 			delete(l.conns, near)
@@ -365,28 +390,39 @@ func (l *link2) accept(wg *sync.WaitGroup) {
 	}
 }
 
-// pass takes note of a connection and waits while the link is held, or is in the given mode. It returns false when the
-// link is cut.
-func (l *link2) pass(conn net.Conn, hold linkMode) bool {
+// pass takes note of a connection and waits while the link holds what comes on it. It returns false when the link is cut.
+func (l *link2) pass(conn net.Conn, answers, isRaft bool) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.conns[conn] = struct{}{}
-	if l.mode == linkHold || l.mode == hold {
-		l.held++
+	number := 0 // among the answers held
+	holds := func() bool {
+		switch {
+		case l.mode == linkHoldRaft && answers && isRaft && number == 0:
+			l.held++
+			number = l.held
+		case l.mode != linkHoldRaft:
+			number = 0
+		}
+		return l.mode == linkHold || l.mode == linkHoldAnswers && answers || number > l.passed
 	}
-	for (l.mode == linkHold || l.mode == hold) && !l.closed {
+	for !l.closed && holds() {
 		l.change.Wait()
 	}
 	return l.mode != linkCut && !l.closed
 }
 
-func (l *link2) copy(to, from net.Conn, hold linkMode) {
+// copy passes on what comes on one connection, the answers or what they answer, to another.
+func (l *link2) copy(to, from net.Conn, answers bool, isRaft *atomic.Bool) {
 	defer to.Close()
 	defer from.Close()
 	buf := make([]byte, 64<<10)
-	for {
+	for first := true; ; first = false {
 		n, err := from.Read(buf)
-		if n > 0 && l.pass(from, hold) {
+		if first && !answers && n > len(helloMagic) {
+			isRaft.Store(buf[len(helloMagic)] == kindRaft)
+		}
+		if n > 0 && l.pass(from, answers, isRaft.Load()) {
 			if _, err := to.Write(buf[:n]); err != nil {
 				return
 			}

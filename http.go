@@ -55,11 +55,11 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	markStale(w, a.kv.store, consistency)
 	item, err := a.kv.Get(r.Context(), key, consistency)
 	if err != nil {
 		return err
 	}
-	markStale(w, a.kv.store, consistency)
 	value := item.Value
 	if item.Tag == 0 {
 		value = "null"
@@ -152,6 +152,7 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 			return badRequest("limit: %q is not a number from 1 to %d", asked, maxPage)
 		}
 	}
+	markStale(w, a.kv.store, consistency)
 	body, last, more := []byte{'{'}, "", false
 	err = a.kv.List(r.Context(), query.Get("prefix"), query.Get("after"), consistency, func(key string, item Item) bool {
 		if more = limit == 0 || len(body) > maxPageBytes; more {
@@ -168,7 +169,6 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	markStale(w, a.kv.store, consistency)
 	if more {
 		query.Set("after", last)
 		w.Header().Set("Link", `</key?`+query.Encode()+`>; rel="next"`)

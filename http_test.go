@@ -660,7 +660,7 @@ func TestWithoutLeader(t *testing.T) {
 func TestErrorsHaveTheirStatus(t *testing.T) {
 	statuses := map[error]int{
 		conditionFailed(fmt.Errorf("%w", ErrCondition)): 412, ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503,
-		ErrNotConfirmed: 503, ErrStarting: 503, ErrOutranked: 503, badRequest("what?"): 400, errors.New("node7 is broken"): 500,
+		ErrNotConfirmed: 503, ErrStarting: 503, badRequest("what?"): 400, errors.New("node7 is broken"): 500,
 	}
 	for _, row := range statusOf {
 		if _, tested := statuses[row.err]; !tested {
@@ -719,8 +719,10 @@ func TestStatusAndHealth(t *testing.T) {
 	}
 	expected := map[string]any{
 		"id": "node1", "state": "leader", "leader": "node1", "last_contact_ms": 0.0, "kv_store": "memory", "keys": 2.0,
-		"peers":       []any{map[string]any{"id": "node1", "address": n.cfg.Peers[0].Addr, "voter": true}},
-		"peers_drift": false, "writes_may_be_lost": false,
+		"peers": []any{map[string]any{
+			"id": "node1", "address": n.cfg.Peers[0].Addr, "voter": true, "reachable": true, "applied_index": float64(index),
+		}},
+		"peers_drift": false,
 	}
 	maps.DeleteFunc(got, func(name string, _ any) bool { _, known := expected[name]; return !known }) // more may be there
 	if diff := cmp.Diff(expected, got); diff != "" {

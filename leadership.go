@@ -16,8 +16,10 @@ const (
 // RaftState is where this node stands, as far as it knows.
 type RaftState struct {
 	State  string // "forming", "starting", "follower", "candidate", "leader" or "shutdown"
-	Leader string // the leader's id, "" when there is none
+	Leader string // the leader's node id, "" when there is none
 	Term   uint64
+
+	server string // the leader
 }
 
 // leadership is the newest RaftState, for all who wait for another one.
@@ -73,10 +75,10 @@ func (l *leadership) try(ctx context.Context, f func() error) error {
 
 // during returns a context for a call to the leader. It ends leaderGrace after this node hears that another leads: what
 // hangs in a leader that has stopped answering must not hold up what the next one could do.
-func (l *leadership) during(ctx context.Context, leader string, timeout time.Duration) (context.Context, context.CancelFunc) {
+func (l *leadership) during(ctx context.Context, server string, timeout time.Duration) (context.Context, context.CancelFunc) {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	go func() {
-		for m := l.now.Load(); m.Leader == leader; m = l.now.Load() {
+		for m := l.now.Load(); m.server == server; m = l.now.Load() {
 			select {
 			case <-m.over:
 			case <-ctx.Done():

@@ -34,44 +34,13 @@ type StateMachine interface {
 	Len() int
 }
 
-// Reformed is what a StateMachine may also be. Reformed is called when a cluster goes on from what a survivor has, after
-// a majority has lost its state: later commands may have been executed, and their results been seen, before at.
-type Reformed interface{ Reformed(at time.Time) }
-
-// survivor is the replica of a node whose log becomes the beginning of another cluster's: raft.RecoverCluster executes all
-// of it and then takes the snapshot. What the node had not executed before may never have been committed; others may have
-// executed something else in its place, whose results have been seen, and lost it.
-type survivor struct {
-	*replica
-	executed uint64 // index of the last entry that the node had executed before
-	reformed bool
-}
-
-func (s *survivor) reform() {
-	if m, ok := s.machine.(Reformed); ok && !s.reformed {
-		m.Reformed(time.Now())
-	}
-	s.reformed = true
-}
-
-func (s *survivor) Apply(entry *raft.Log) any {
-	if entry.Index > s.executed {
-		s.reform()
-	}
-	return s.replica.Apply(entry)
-}
-
-func (s *survivor) Snapshot() (raft.FSMSnapshot, error) {
-	s.reform()
-	return s.replica.Snapshot()
-}
-
 // replica is this node's copy of the state machine, as the raft package drives it (it is a raft.FSM).
 type replica struct {
 	mu      sync.RWMutex // guards machine: Apply and install write, Read reads
 	machine StateMachine
 	metrics *metrics
-	applied progress // index of the last entry whose commands machine has executed
+	applied progress // index of the last command or configuration that has been executed here
+	config  progress // index of the last configuration among them since the start
 	// fail stops the process with a reason and does not return while it stops.
 	fail func(error)
 }
@@ -111,6 +80,12 @@ func (r *replica) Apply(entry *raft.Log) any {
 	r.metrics.apply.Observe(time.Since(began).Seconds())
 	r.metrics.batch.Observe(float64(len(commands)))
 	return results
+}
+
+// StoreConfiguration takes note of a committed configuration: raft itself does not tell which index the newest one has.
+func (r *replica) StoreConfiguration(index uint64, _ raft.Configuration) {
+	r.config.advance(index)
+	r.applied.advance(index)
 }
 
 // Snapshot captures the state for raft's log compaction.

@@ -68,11 +68,7 @@ func run(args []string, getenv func(string) string, sig signals, stdout, stderr 
 	if action == "healthcheck" {
 		err = checkHealth(cfg)
 	} else {
-		log := newLogger(cfg, stderr)
-		again := new(startOver)
-		for err = serve(cfg, sig, log, nil); errors.As(err, &again); {
-			err = serve(cfg, sig, log, again.storage)
-		}
+		err = serve(cfg, sig, newLogger(cfg, stderr))
 	}
 	if err != nil {
 		fmt.Fprintln(stderr, "raftstarter:", err)
@@ -102,12 +98,18 @@ func parseArgs(args []string) (action string, err error) {
 func newLogger(cfg *Config, w io.Writer) hclog.Logger {
 	log := hclog.New(&hclog.LoggerOptions{
 		Name: "raftstarter", Output: w, Level: hclog.LevelFromString(cfg.LogLevel), JSONFormat: cfg.LogFormat == "json",
+		Exclude: isRoutine,
 	})
 	log.Info("configuration", cfg.logPairs()...)
 	for _, warning := range cfg.Warnings {
 		log.Warn(warning)
 	}
 	return log
+}
+
+// isRoutine says whether a line is of Raft finding out how much of the log a follower has: it warns of that at each start.
+func isRoutine(_ hclog.Level, msg string, _ ...any) bool {
+	return msg == "failed to get previous log" || msg == "appendEntries rejected, sending older logs"
 }
 
 // warnOfOpenPorts says what is open to whom, unless it is open to nobody but this machine.
@@ -133,8 +135,8 @@ func warnOfOpenPorts(cfg *Config, log hclog.Logger) {
 	}
 }
 
-// serve runs the node until a signal or an error ends it. If kept is not nil, it is the storage that the node goes on with.
-func serve(cfg *Config, sig signals, log hclog.Logger, kept *storage) error {
+// serve runs the node until a signal or an error ends it.
+func serve(cfg *Config, sig signals, log hclog.Logger) error {
 	m := newMetrics()
 	if err := m.collectRaft(); err != nil {
 		return err
@@ -151,9 +153,6 @@ func serve(cfg *Config, sig signals, log hclog.Logger, kept *storage) error {
 	machine := newMachine()
 	store := NewStore(cfg, machine, m, log)
 	store.certs = certs
-	if kept != nil {
-		store.open = func(*Config, hclog.Logger, func(error)) (*storage, error) { return kept, nil }
-	}
 	store.OnChange(func(s RaftState) { // here a service of your own can react to being the leader, or no longer
 		log.Info("new raft state", "state", s.State, "leader", s.Leader, "term", s.Term)
 	})
@@ -171,8 +170,12 @@ func serve(cfg *Config, sig signals, log hclog.Logger, kept *storage) error {
 	opened, open := make(chan error, 1), false // a large or locked database takes its time
 	go func() { opened <- store.Open() }()
 
+	current := store.Current()
 	for {
 		select {
+		case <-current:
+			current = nil
+			log.Info("ready: " + localURL(cfg))
 		case err := <-opened:
 			if err != nil {
 				return err
@@ -190,10 +193,6 @@ func serve(cfg *Config, sig signals, log hclog.Logger, kept *storage) error {
 			certs.reload()
 			tokens.reload()
 		case err := <-store.Failed():
-			if errors.As(err, new(*startOver)) {
-				store.Abandon() // its port is listened on again in a moment
-				return errors.Join(err, shutdown(handler, web, time.Second, sig))
-			}
 			_ = listener.Close()
 			if open {
 				store.Abandon() // the process itself may hang in the kernel until the disk answers
@@ -241,26 +240,32 @@ func shutdown(s *server, web *http.Server, timeout time.Duration, sig signals) e
 	return nil
 }
 
-// checkHealth asks the node that runs with the same environment whether it is alive.
-func checkHealth(cfg *Config) error {
-	host, port, err := net.SplitHostPort(cfg.HTTPAddr)
-	if err != nil {
-		return err
-	}
+// localURL returns the URL at which this machine reaches the HTTP port.
+func localURL(cfg *Config) string {
+	host, port, _ := net.SplitHostPort(cfg.HTTPAddr) // which loadConfig has made
 	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
 		host = "localhost"
 	}
+	scheme := "http"
+	if cfg.TLSCertFile != "" {
+		scheme = "https"
+	}
+	return scheme + "://" + net.JoinHostPort(host, port)
+}
+
+// checkHealth asks the node that runs with the same environment whether it is alive.
+func checkHealth(cfg *Config) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()
-	client, scheme := &http.Client{}, "http"
+	client := &http.Client{}
 	if cfg.TLSCertFile != "" {
 		certs, err := readCertificates(cfg, readSecret)
 		if err != nil {
 			return err
 		}
-		client.Transport, scheme = &http.Transport{TLSClientConfig: certs.toOurselves()}, "https"
+		client.Transport = &http.Transport{TLSClientConfig: certs.toOurselves()}
 	}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, scheme+"://"+net.JoinHostPort(host, port)+"/livez", http.NoBody)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, localURL(cfg)+"/livez", http.NoBody)
 	if err != nil {
 		return err
 	}

@@ -1,8 +1,6 @@
 package main
 
 import (
-	"context"
-	"errors"
 	"io"
 	"strings"
 	"testing"
@@ -24,7 +22,7 @@ func sendEntries(t *testing.T, leader, follower *testNode, term, commit uint64, 
 		entry.Index, entry.Term = last+1+uint64(i), term
 	}
 	var resp raft.AppendEntriesResponse
-	id := follower.cfg.NodeID
+	id := follower.membership.server()
 	err = leader.transport.NetworkTransport.AppendEntries(raft.ServerID(id), raft.ServerAddress(id), &raft.AppendEntriesRequest{
 		RPCHeader: header(leader), Term: term, PrevLogEntry: last, PrevLogTerm: lastTerm, LeaderCommitIndex: commit, Entries: entries,
 	}, &resp)
@@ -74,7 +72,7 @@ func TestHeldSnapshotSetsNothingBack(t *testing.T) {
 	}
 	leader.set(t, "2")
 	awaitEqualLogs(t, c.nodes...)
-	id := follower.cfg.NodeID
+	id := follower.membership.server()
 	var resp raft.InstallSnapshotResponse
 	err = leader.transport.InstallSnapshot(raft.ServerID(id), raft.ServerAddress(id), &raft.InstallSnapshotRequest{
 		RPCHeader: header(leader), SnapshotVersion: meta.Version, Term: leader.State().Term, LastLogIndex: meta.Index, LastLogTerm: meta.Term,
@@ -109,7 +107,8 @@ func TestSnapshotIsJudgedWhenItIsRead(t *testing.T) {
 
 // What a snapshot of this node covers reaches Raft neither as entries nor as a question about them.
 func TestMessagesAboutWhatASnapshotCovers(t *testing.T) {
-	tr := &transport{transportHooks: transportHooks{newest: func() uint64 { return 10 }}}
+	tr := &transport{storage: &storage{rules: &entries{}}}
+	tr.storage.rules.covered.advance(10)
 	for _, tt := range []struct {
 		name              string
 		prev, n           uint64
@@ -186,70 +185,4 @@ func TestFollowerOfAFallenLeaderCatchesUp(t *testing.T) {
 	c.leader(l, g)
 	c.cut(f, linkOpen)
 	awaitEqualLogs(t, c.nodes...)
-}
-
-// A follower whose leader has been silent for a while votes for a candidate that has as much as itself.
-func TestVotesAgainstASilentLeader(t *testing.T) {
-	c := newTestCluster(t, 3, storeMemory)
-	l := c.leader()
-	candidate, voter := c.nodes[c.followers(l)[0]], c.nodes[c.followers(l)[1]]
-	awaitEqualLogs(t, c.nodes...)
-	index, logTerm, err := candidate.storage.lastEntry()
-	if err != nil {
-		t.Fatal(err)
-	}
-	ask := func(index uint64) (preVote, vote bool, silent time.Duration) {
-		t.Helper()
-		id, term := voter.cfg.NodeID, voter.State().Term
-		var pre raft.RequestPreVoteResponse
-		var real raft.RequestVoteResponse
-		err1 := candidate.transport.NetworkTransport.RequestPreVote(raft.ServerID(id), raft.ServerAddress(id), &raft.RequestPreVoteRequest{
-			RPCHeader: header(candidate), Term: term + 1, LastLogIndex: index, LastLogTerm: logTerm,
-		}, &pre)
-		err2 := candidate.transport.NetworkTransport.RequestVote(raft.ServerID(id), raft.ServerAddress(id), &raft.RequestVoteRequest{
-			RPCHeader: header(candidate), Term: term + 1, LastLogIndex: index, LastLogTerm: logTerm,
-		}, &real)
-		if err := errors.Join(err1, err2); err != nil {
-			t.Fatal(err)
-		}
-		return pre.Granted, real.Granted, time.Since(voter.raft.Load().LastContact())
-	}
-	if pre, vote, _ := ask(index); pre || vote {
-		t.Errorf("got pre-vote %v, vote %v while there is a leader; want none", pre, vote)
-	}
-	c.cut(l, linkCut)
-	waitFor(t, "the leader to be silent for a while", voter.doubtful)
-	if pre, vote, silent := ask(index - 1); pre || vote {
-		t.Errorf("got pre-vote %v, vote %v after %v for a candidate that has less; want none", pre, vote, silent)
-	}
-	// Its term is now that of the candidate, but it still follows; if not, it has timed out, and then votes anyway.
-	if pre, vote, silent := ask(index); !pre || !vote {
-		t.Errorf("got pre-vote %v, vote %v after a silence of %v; want both", pre, vote, silent)
-	}
-}
-
-// Two of three nodes restart, one as soon as the leader brings the other up.
-func TestTwoNodesRestartOneAfterTheOther(t *testing.T) {
-	t.Parallel()
-	c := newTestCluster(t, 3, storeMemory)
-	l := c.leader()
-	first, second := c.followers(l)[0], c.followers(l)[1]
-	c.nodes[l].set(t, "1")
-	c.stop(first)
-	c.links[[2]int{l, first}].set(linkHold) // no entry reaches it yet
-	c.start(first)
-	waitFor(t, "the leader to admit the node", c.nodes[first].form.gated)
-	c.cut(second, linkCut) // it hands nothing over
-	c.stop(second)
-	c.cut(second, linkOpen)
-	c.links[[2]int{l, first}].set(linkOpen)
-	c.start(second)
-	for i, node := range c.nodes {
-		waitFor(t, node.cfg.NodeID+" to be ready", func() bool { return node.Ready() == nil })
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
-		defer cancel()
-		if item, err := node.kv.Get(ctx, "k", Linearizable); err != nil || item.Value != "1" {
-			t.Errorf("got %q, error %v through node%d; want 1", item.Value, err, i+1)
-		}
-	}
 }

@@ -197,13 +197,12 @@ func TestMetricsOfTheCluster(t *testing.T) {
 			leads = 1
 		}
 		node.wantMetrics(t, map[string]float64{
-			"is_leader": leads, "has_leader": 1, "ready": 1, "voters": 3, "peers_drift": 0, "writes_may_be_lost": 0,
-			"term": float64(status.Term), `standing{standing="none"}`: 0, `standing{standing="gated"}`: 0,
-			`build_info{version="` + version + `"}`: 1,
+			"is_leader": leads, "has_leader": 1, "ready": 1, "voters": 3, "peers_drift": 0,
+			"term": float64(status.Term), `build_info{version="` + version + `"}`: 1,
 		})
 	}
 	follower.wantMetrics(t, map[string]float64{
-		"commit_index": float64(status.CommitIndex), "applied_index": float64(status.AppliedIndex), `standing{standing="member"}`: 1,
+		"commit_index": float64(status.CommitIndex), "applied_index": float64(status.AppliedIndex),
 	})
 
 	for i, node := range c.nodes {
@@ -212,13 +211,7 @@ func TestMetricsOfTheCluster(t *testing.T) {
 		}
 	}
 	waitFor(t, "the leader to be missed", func() bool { return follower.Leader() == "" })
-	follower.wantMetrics(t, map[string]float64{"is_leader": 0, "has_leader": 0, "ready": 0, "voters": 3, `standing{standing="member"}`: 1})
-	follower.lossy.Store(true)
-	follower.wantMetrics(t, map[string]float64{"writes_may_be_lost": 1})
-	follower.form.mu.Lock()
-	follower.form.standing.kind = standGated
-	follower.form.mu.Unlock()
-	follower.wantMetrics(t, map[string]float64{`standing{standing="member"}`: 0, `standing{standing="gated"}`: 1})
+	follower.wantMetrics(t, map[string]float64{"is_leader": 0, "has_leader": 0, "ready": 0, "voters": 3})
 }
 
 func TestMetricsOfWritesThatWait(t *testing.T) {

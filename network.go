@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -25,25 +26,28 @@ const (
 	warnInterval   = 10 * time.Second // between warnings of connections that were refused
 )
 
-// errStarting refuses Raft's messages while this node's Raft is not running.
-var errStarting = errors.New("this node is starting; try again")
+// errNoRaft refuses Raft's messages and calls while this node runs no Raft.
+var errNoRaft = errors.New("this node runs no Raft now; try again")
 
-// Every connection to the Raft port begins with a hello, which says what it carries, who speaks, whom it is meant for
-// and, once the cluster has formed, which cluster the speaker is of. Format: helloMagic, whose last byte is the version;
-// the kind; sender, target and cluster id, each behind a byte of length. The answer is a byte of length and that many
-// bytes of reason, none for welcome.
-const helloMagic = "RSTRAFT\x01"
+// Every connection to the Raft port begins with a hello, which says what it carries, who speaks, whom it is meant for and
+// which cluster the speaker is of. Format: helloMagic, whose last byte is the version; the kind; sender, target and cluster
+// id, each behind a byte of length. The answer is a byte of length and that many bytes of reason, none for welcome.
+const helloMagic = "RSTRAFT\x02"
 
-// A connection carries Raft's own messages or the calls of peers.go.
+// What a connection carries. Raft's messages and calls pass only between servers of one cluster; nodes of any cluster, or of
+// none, may ask one another who they are.
 const (
-	kindRaft byte = 'R'
-	kindPeer byte = 'P'
+	kindRaft byte = 'R' // Raft's own messages
+	kindCall byte = 'C' // the calls of peers.go, all but opWho
+	kindAsk  byte = 'A' // opWho
 )
+
+const maxName = 128 // bytes of a server's name or a cluster's id
 
 type hello struct {
 	kind           byte
-	sender, target string // node ids
-	cluster        string // "" for none
+	sender, target string // names of servers; for kindAsk ids of nodes
+	cluster        string // of the sender; "" for kindAsk
 }
 
 func (h hello) encode() []byte {
@@ -106,20 +110,20 @@ func listenForPeers(addr string) (port, error) {
 	return &tcpPort{l, net.Dialer{Timeout: dialTimeout}}, nil
 }
 
-// directory is what network must know of the nodes. Its methods are called by many goroutines.
+// directory is what network must know of this node and the others. Its methods are called by many goroutines.
 type directory interface {
+	// self returns which server this node is, and of which cluster: "" for none.
+	self() (server, cluster string)
 	// address says where a node listens, as host:port, and whether it is known at all.
-	address(id string) (addr string, known bool)
-	// cluster returns the id of the cluster this node is of, "" while it is of none.
-	cluster() string
-	// welcome has the last word on a hello that is meant for us and comes from a peer; an error refuses it.
+	address(node string) (addr string, known bool)
+	// welcome has the last word on a hello that is meant for this node and comes from a peer; an error refuses it.
 	welcome(h hello) error
 }
 
 // network owns the Raft port and every connection between this node and its peers. It is the raft.StreamLayer of
-// Raft's transport, in which a node's "address" is its id: where that id is now, the directory says at each dial.
+// Raft's transport, in which a server's "address" is its name: where its node is now, the directory says at each dial.
 type network struct {
-	self      string
+	node      string
 	port      port
 	listener  *doorman // the port's, as long as it has room
 	certs     *reloaded[*certificates]
@@ -146,12 +150,12 @@ type accepted struct {
 
 // newNetwork takes connections at p, which it owns from then on, until Close. certs secure every connection; nil for
 // none. Connections that are refused are counted by refusals.
-func newNetwork(self string, p port, certs *reloaded[*certificates], d directory, refusals prometheus.Counter,
+func newNetwork(node string, p port, certs *reloaded[*certificates], d directory, refusals prometheus.Counter,
 	log hclog.Logger,
 ) *network {
 	most := min(maxRaftConns, maxFiles()/8)
 	n := &network{
-		self: self, port: p, certs: certs, directory: d, refusals: refusals, log: log,
+		node: node, port: p, certs: certs, directory: d, refusals: refusals, log: log,
 		listener:  newDoorman(p, most, most*3/4, refusals.Inc),
 		raftConns: make(chan accepted),
 		peerConns: make(chan accepted),
@@ -183,7 +187,7 @@ func (n *network) run() {
 
 // receive hears the hello of an accepted connection and hands the connection to whom it is for.
 func (n *network) receive(raw net.Conn) {
-	conn, err := n.track(raw)
+	conn, err := n.track(raw, "")
 	if err != nil {
 		return
 	}
@@ -195,7 +199,7 @@ func (n *network) receive(raw net.Conn) {
 	}
 	raw.(*guest).served()
 	takers := n.raftConns
-	if h.kind == kindPeer {
+	if h.kind != kindRaft {
 		takers = n.peerConns
 	}
 	select {
@@ -235,29 +239,33 @@ func (n *network) greet(conn net.Conn) (net.Conn, hello, error) {
 	return conn, h, errors.Join(refused, conn.SetDeadline(time.Time{}))
 }
 
-// judge says why a hello is refused, if it is. Raft's messages carry neither target nor cluster, so a node of another
-// cluster, or one at an address that used to be ours, must be kept out here. Nodes of two clusters may still ask one
-// another what they hold (see peers.handle). Under TLS the sender must be the node that its certificate names: whoever
-// else has one of the same authority is no peer.
+// judge says why a hello is refused, if it is. Raft's messages carry neither target nor cluster, so what comes from a server
+// of another cluster, what is meant for a state that this node has lost, and what is meant for whoever used to be at this
+// address must be kept out here. Under TLS the sender must be the node that its certificate names: whoever else has one of
+// the same authority is no peer.
 func (n *network) judge(h hello, cert *x509.Certificate) error {
-	if h.kind != kindRaft && h.kind != kindPeer {
+	server, cluster := n.directory.self()
+	switch {
+	case h.kind != kindRaft && h.kind != kindCall && h.kind != kindAsk:
 		return fmt.Errorf("connection kind %q is not known", h.kind)
+	case nodeOf(h.target) != n.node:
+		return fmt.Errorf("this is node %q, not %q: does an address in PEERS belong to another node?", n.node, nodeOf(h.target))
+	case h.kind != kindAsk && h.target != server:
+		return fmt.Errorf("node %q is server %q now, not %q", n.node, server, h.target)
 	}
-	if h.target != n.self {
-		return fmt.Errorf("this is node %q, not %q: does an address in PEERS belong to another node?", n.self, h.target)
-	}
-	addr, known := n.directory.address(h.sender)
-	if !known || h.sender == n.self {
-		return fmt.Errorf("node %q is neither in the PEERS of node %q nor in its stored membership", h.sender, n.self)
+	sender := nodeOf(h.sender)
+	addr, known := n.directory.address(sender)
+	if !known || sender == n.node {
+		return fmt.Errorf("node %q is neither in the PEERS of node %q nor in its stored membership", sender, n.node)
 	}
 	if cert != nil {
 		host, _, _ := net.SplitHostPort(addr)
-		if err := names(cert, h.sender, host, n.knows); err != nil {
+		if err := names(cert, sender, host, n.knows); err != nil {
 			return err
 		}
 	}
-	if mine := n.directory.cluster(); h.kind == kindRaft && mine != "" && h.cluster != "" && mine != h.cluster {
-		return fmt.Errorf("node %q is of cluster %s, node %q of cluster %s", h.sender, h.cluster, n.self, mine)
+	if h.kind != kindAsk && (cluster == "" || h.cluster != cluster) {
+		return fmt.Errorf("server %q is of cluster %q, server %q of cluster %q", h.sender, h.cluster, server, cluster)
 	}
 	return n.directory.welcome(h)
 }
@@ -278,7 +286,7 @@ func (n *network) refuse(remote string, h hello, err error) {
 		n.refusals.Inc()
 	}
 	level, unwarned := hclog.Debug, 0
-	if !gone && !errors.Is(err, errStarting) {
+	if !gone && !errors.Is(err, errNoRaft) {
 		n.mu.Lock()
 		if time.Since(n.warned) >= warnInterval {
 			level, unwarned = hclog.Warn, n.unwarned
@@ -301,9 +309,14 @@ type dialError struct {
 func (e *dialError) Error() string { return fmt.Sprintf("connect to node %q: %v", e.id, e.err) }
 func (e *dialError) Unwrap() error { return e.err }
 
-// dial connects to a node by its id. Its name is looked up each time, so a node may move. Errors are *dialError.
+// dial connects to a server by its name, or for kindAsk to a node by its id. Its host is looked up each time, so a node may
+// move. Errors are *dialError.
 func (n *network) dial(ctx context.Context, id string, kind byte) (net.Conn, error) {
-	conn, err := n.connect(ctx, hello{kind: kind, sender: n.self, target: id, cluster: n.directory.cluster()})
+	h := hello{kind: kind, sender: n.node, target: id}
+	if kind != kindAsk {
+		h.sender, h.cluster = n.directory.self()
+	}
+	conn, err := n.connect(ctx, h)
 	if err != nil {
 		return nil, &dialError{id, err}
 	}
@@ -311,7 +324,7 @@ func (n *network) dial(ctx context.Context, id string, kind byte) (net.Conn, err
 }
 
 func (n *network) connect(ctx context.Context, h hello) (net.Conn, error) {
-	addr, known := n.directory.address(h.target)
+	addr, known := n.directory.address(nodeOf(h.target))
 	if !known {
 		return nil, errors.New("its address is not known")
 	}
@@ -319,13 +332,13 @@ func (n *network) connect(ctx context.Context, h hello) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	conn, err := n.track(raw)
+	conn, err := n.track(raw, h.target)
 	if err != nil {
 		return nil, err
 	}
 	if n.certs != nil {
 		host, _, _ := net.SplitHostPort(addr)
-		inner := tls.Client(conn, n.certs.get().toPeer(h.target, host, n.knows))
+		inner := tls.Client(conn, n.certs.get().toPeer(nodeOf(h.target), host, n.knows))
 		hurried, cancel := context.WithTimeout(ctx, helloTimeout)
 		defer cancel()
 		if err := inner.HandshakeContext(hurried); err != nil {
@@ -395,8 +408,9 @@ func (n *network) recheck(certs *certificates) {
 // tracked is a connection that network closes when it closes.
 type tracked struct {
 	net.Conn
-	n     *network
-	chain []*x509.Certificate // that the other end has shown under TLS, its own first
+	n      *network
+	target string              // the server, or node, that this one has called; "" for a connection that it has accepted
+	chain  []*x509.Certificate // that the other end has shown under TLS, its own first
 }
 
 // Read hides the error of a connection that network has closed: its end was wanted.
@@ -427,8 +441,8 @@ func (n *network) goUnlessClosed(f func()) {
 }
 
 // track takes conn over, and closes it if network is closing.
-func (n *network) track(conn net.Conn) (net.Conn, error) {
-	t := &tracked{Conn: conn, n: n}
+func (n *network) track(conn net.Conn, target string) (net.Conn, error) {
+	t := &tracked{Conn: conn, n: n, target: target}
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	select {
@@ -439,6 +453,23 @@ func (n *network) track(conn net.Conn) (net.Conn, error) {
 	}
 	n.conns[t] = struct{}{}
 	return t, nil
+}
+
+// closeOthers closes the connections that this node has made to servers that are neither among the members nor the leader:
+// Raft's transport would keep those to a server that is gone.
+func (n *network) closeOthers(members []member, leader string) {
+	n.mu.Lock()
+	var others []*tracked
+	for conn := range n.conns {
+		isServer := nodeOf(conn.target) != conn.target
+		if isServer && conn.target != leader && !slices.ContainsFunc(members, func(m member) bool { return m.Server == conn.target }) {
+			others = append(others, conn)
+		}
+	}
+	n.mu.Unlock()
+	for _, conn := range others {
+		_ = conn.Close()
+	}
 }
 
 // Close stops listening, closes every connection and waits for what served them.
@@ -480,17 +511,20 @@ func (n *network) Accept() (net.Conn, error) {
 	}
 }
 
-// Addr returns this node's id.
-func (n *network) Addr() net.Addr { return nodeAddr(n.self) }
+// Addr returns this server's name.
+func (n *network) Addr() net.Addr {
+	server, _ := n.directory.self()
+	return nodeAddr(server)
+}
 
-// Dial connects to the node whose id is given.
+// Dial connects to the server whose name is given.
 func (n *network) Dial(id raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	return n.dial(ctx, string(id), kindRaft)
 }
 
-// nodeAddr is a node's id where net and raft want an address.
+// nodeAddr is a node's id or a server's name where net and raft want an address.
 type nodeAddr string
 
 func (nodeAddr) Network() string  { return "node" }

@@ -66,61 +66,62 @@ lines:
 
 // testNet is some networks on this machine that know of one another.
 type testNet struct {
-	mu    sync.Mutex // guards what follows
-	addrs map[string]string
+	mu    sync.Mutex        // guards what follows
+	addrs map[string]string // by node
 }
 
-func (n *testNet) set(id, addr string) {
+func (n *testNet) set(node, addr string) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	n.addrs[id] = addr
+	n.addrs[node] = addr
 }
 
-func (n *testNet) address(id string) (string, bool) {
+func (n *testNet) address(node string) (string, bool) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	addr, known := n.addrs[id]
+	addr, known := n.addrs[node]
 	return addr, known
 }
 
 // testNetNode is a network, once it is started, and the directory that a test gives it.
 type testNetNode struct {
 	*network
-	id        string
+	id        string // of the node
+	server    string
 	port      port
 	lines     *logLines
 	log       hclog.Logger
 	certs     *reloaded[*certificates] // as is what follows, to be set before start
 	all       *testNet
-	of        atomic.Value // a string: the cluster
+	cluster   string
 	unwelcome error        // what welcome returns
-	calls     atomic.Int32 // connections of kindPeer that were welcome
+	calls     atomic.Int32 // connections of kindCall that were welcome
 }
 
-func (n *testNetNode) address(id string) (string, bool) { return n.all.address(id) }
-func (n *testNetNode) cluster() string                  { return n.of.Load().(string) }
+func (n *testNetNode) self() (server, cluster string)     { return n.server, n.cluster }
+func (n *testNetNode) address(node string) (string, bool) { return n.all.address(node) }
 
 func (n *testNetNode) welcome(h hello) error {
-	if n.unwelcome == nil && h.kind == kindPeer {
+	if n.unwelcome == nil && h.kind == kindCall {
 		n.calls.Add(1)
 	}
 	return n.unwelcome
 }
 
-// newTestNet returns networks with the given ids, to be started, and closes them when the test ends.
-func newTestNet(t *testing.T, ids ...string) (all *testNet, nodes []*testNetNode) {
+// newTestNet returns networks of the nodes with the given ids, to be started, and closes them when the test ends. Their
+// servers, node1#1 and so on, are of one cluster.
+func newTestNet(t testing.TB, ids ...string) (all *testNet, nodes []*testNetNode) {
 	t.Helper()
 	all = &testNet{addrs: make(map[string]string)}
 	for _, id := range ids {
-		nodes = append(nodes, all.listen(t, id, "127.0.0.1:0"))
+		nodes = append(nodes, all.listen(t, id+"#1", "127.0.0.1:0"))
 	}
 	return all, nodes
 }
 
-func (n *testNet) listen(t *testing.T, id, addr string) *testNetNode {
+func (n *testNet) listen(t testing.TB, server, addr string) *testNetNode {
 	t.Helper()
-	node := &testNetNode{id: id, all: n, lines: new(logLines)}
-	node.of.Store("")
+	node := &testNetNode{id: nodeOf(server), server: server, cluster: "CLUSTER", all: n, lines: new(logLines)}
 	node.log = hclog.New(&hclog.LoggerOptions{Output: node.lines, Level: hclog.Debug})
 	var err error
 	if node.port, err = listenForPeers(addr); err != nil {
@@ -130,10 +131,10 @@ func (n *testNet) listen(t *testing.T, id, addr string) *testNetNode {
 		if node.network == nil {
 			_ = node.port.Close()
 		} else if err := node.Close(); err != nil {
-			t.Errorf("close network %s: %v", id, err)
+			t.Errorf("close network %s: %v", server, err)
 		}
 	})
-	n.set(id, node.addr())
+	n.set(node.id, node.addr())
 	return node
 }
 
@@ -144,7 +145,7 @@ func (n *testNet) start(nodes ...*testNetNode) {
 	}
 }
 
-// startEcho starts networks that answer on connections of kindPeer with what they read.
+// startEcho starts networks that answer on connections of kindCall and kindAsk with what they read.
 func (n *testNet) startEcho(nodes ...*testNetNode) {
 	n.start(nodes...)
 	for _, node := range nodes {
@@ -152,7 +153,7 @@ func (n *testNet) startEcho(nodes ...*testNetNode) {
 	}
 }
 
-// servePeers has f serve each connection of kindPeer, until the network closes.
+// servePeers has f serve each connection of kindCall and kindAsk, until the network closes.
 func (n *testNetNode) servePeers(f func(accepted)) {
 	n.goUnlessClosed(func() {
 		for {
@@ -222,12 +223,12 @@ func waitClosed(t *testing.T, conn net.Conn) []byte {
 	return said
 }
 
-// checkEcho makes sure that to serves a connection of kindPeer from from.
+// checkEcho makes sure that to serves a connection of kindCall from from.
 func checkEcho(t *testing.T, from, to *testNetNode) {
 	t.Helper()
-	conn, err := from.dial(t.Context(), to.id, kindPeer)
+	conn, err := from.dial(t.Context(), to.server, kindCall)
 	if err != nil {
-		t.Errorf("dial from %s to %s: %v", from.id, to.id, err)
+		t.Errorf("dial from %s to %s: %v", from.server, to.server, err)
 		return
 	}
 	defer conn.Close()
@@ -246,7 +247,7 @@ func checkEchoOn(t *testing.T, conn net.Conn) {
 	}
 }
 
-var testHello = hello{kind: kindPeer, sender: "node1", target: "node2", cluster: "CLUSTER"}
+var testHello = hello{kind: kindCall, sender: "node1#1", target: "node2#1", cluster: "CLUSTER"}
 
 func TestHelloRoundTrip(t *testing.T) {
 	long := strings.Repeat("n", 255)
@@ -254,9 +255,9 @@ func TestHelloRoundTrip(t *testing.T) {
 		name  string
 		hello hello
 	}{
-		{"of a peer", testHello},
+		{"of a call", testHello},
+		{"of a question", hello{kind: kindAsk, sender: "node1", target: "node2"}},
 		{"of raft", hello{kind: kindRaft, sender: "a", target: "b", cluster: "c"}},
-		{"without a cluster", hello{kind: kindRaft, sender: "a", target: "b"}},
 		{"with nothing", hello{kind: kindRaft}},
 		{"with the longest names", hello{kind: kindRaft, sender: long, target: long, cluster: long}},
 		{"with names that are not text", hello{kind: 0, sender: "\x00\xff", target: "\x01", cluster: "\n"}},
@@ -287,7 +288,7 @@ func TestReadHelloOfOtherBytes(t *testing.T) {
 	for name, r := range map[string]io.Reader{
 		"http":              strings.NewReader("GET /key/a HTTP/1.1\r\nHost: localhost\r\n\r\n"),
 		"tls":               bytes.NewReader(append([]byte{0x16, 0x03, 0x01, 0x02, 0x00, 0x01, 0x00, 0x01, 0xfc}, make([]byte, 512)...)),
-		"another version":   strings.NewReader("RSTRAFT\x02" + string(good[8:])),
+		"another version":   strings.NewReader("RSTRAFT\x01" + string(good[8:])),
 		"endless":           endless,
 		"zeros":             bytes.NewReader(make([]byte, 1000)),
 		"another program's": strings.NewReader("RSTSNAP\x01" + string(good[8:])),
@@ -304,30 +305,50 @@ func TestReadHelloOfOtherBytes(t *testing.T) {
 func TestJudge(t *testing.T) {
 	unwelcome := errors.New("unwelcome")
 	long := strings.Repeat("x", 200)
-	tests := []struct {
+	const lost = `node "node2" is server "node2#1" now, not "node2#0"`
+	type judgement struct {
 		name    string
 		hello   hello
-		cluster string // of the judge, node2
+		cluster string // of the judge, node2#1
 		welcome error
 		want    string // in the refusal, "" for none
-	}{
-		{"a peer of the same cluster", testHello, "CLUSTER", nil, ""},
-		{"raft of the same cluster", hello{kindRaft, "node1", "node2", "CLUSTER"}, "CLUSTER", nil, ""},
-		{"another peer", hello{kindRaft, "node3", "node2", "CLUSTER"}, "CLUSTER", nil, ""},
-		{"neither is of a cluster", hello{kindPeer, "node1", "node2", ""}, "", nil, ""},
-		{"the sender is of none yet", hello{kindPeer, "node1", "node2", ""}, "CLUSTER", nil, ""},
-		{"the judge is of none yet", testHello, "", nil, ""},
-		{"a peer of another cluster", testHello, "OTHER", nil, ""},
-		{"raft of another cluster", hello{kindRaft, "node1", "node2", "CLUSTER"}, "OTHER", nil, `node "node1" is of cluster CLUSTER, node "node2" of cluster OTHER`},
-		{"another node is meant", hello{kindPeer, "node1", "node3", "CLUSTER"}, "CLUSTER", nil, `this is node "node2", not "node3"`},
-		{"nobody is meant", hello{kindPeer, "node1", "", "CLUSTER"}, "CLUSTER", nil, `this is node "node2", not ""`},
-		{"a stranger", hello{kindPeer, "node9", "node2", "CLUSTER"}, "CLUSTER", nil, `node "node9" is neither in the PEERS`},
-		{"a stranger without a name", hello{kindPeer, "", "node2", "CLUSTER"}, "CLUSTER", nil, `node "" is neither in the PEERS`},
-		{"the judge itself", hello{kindPeer, "node2", "node2", "CLUSTER"}, "CLUSTER", nil, `node "node2" is neither in the PEERS`},
-		{"an unknown kind", hello{'X', "node1", "node2", "CLUSTER"}, "CLUSTER", nil, "connection kind 'X' is not known"},
-		{"kind 0", hello{0, "node1", "node2", "CLUSTER"}, "CLUSTER", nil, "connection kind"},
+	}
+	tests := []judgement{
+		{"a call", testHello, "CLUSTER", nil, ""},
+		{"raft", hello{kindRaft, "node1#1", "node2#1", "CLUSTER"}, "CLUSTER", nil, ""},
+		{"another peer", hello{kindRaft, "node3#7", "node2#1", "CLUSTER"}, "CLUSTER", nil, ""},
+		{"a question", hello{kindAsk, "node1", "node2", ""}, "CLUSTER", nil, ""},
+		{"a question to a server of no cluster", hello{kindAsk, "node1", "node2", ""}, "", nil, ""},
+		{"a question out of another cluster", hello{kindAsk, "node1", "node2", "OTHER"}, "CLUSTER", nil, ""},
+
+		{"a call to a lost server", hello{kindCall, "node1#1", "node2#0", "CLUSTER"}, "CLUSTER", nil, lost},
+		{"raft for a lost server", hello{kindRaft, "node1#1", "node2#0", "CLUSTER"}, "CLUSTER", nil, lost},
+		{"raft for a lost server, of no cluster now", hello{kindRaft, "node1#1", "node2#0", "CLUSTER"}, "", nil, lost},
+		{"a call to a node", hello{kindCall, "node1#1", "node2", "CLUSTER"}, "CLUSTER", nil, `node "node2" is server "node2#1" now, not "node2"`},
+		{"another node is meant", hello{kindCall, "node1#1", "node3#1", "CLUSTER"}, "CLUSTER", nil, `this is node "node2", not "node3"`},
+		{"another node is asked", hello{kindAsk, "node1", "node3", ""}, "CLUSTER", nil, `this is node "node2", not "node3"`},
+		{"nobody is meant", hello{kindCall, "node1#1", "", "CLUSTER"}, "CLUSTER", nil, `this is node "node2", not ""`},
+		{"a stranger", hello{kindCall, "node9#1", "node2#1", "CLUSTER"}, "CLUSTER", nil, `node "node9" is neither in the PEERS`},
+		{"a stranger's question", hello{kindAsk, "node9", "node2", ""}, "CLUSTER", nil, `node "node9" is neither in the PEERS`},
+		{"a stranger without a name", hello{kindCall, "", "node2#1", "CLUSTER"}, "CLUSTER", nil, `node "" is neither in the PEERS`},
+		{"the judge itself", hello{kindCall, "node2#1", "node2#1", "CLUSTER"}, "CLUSTER", nil, `node "node2" is neither in the PEERS`},
+		{"another state of the judge", hello{kindCall, "node2#0", "node2#1", "CLUSTER"}, "CLUSTER", nil, `node "node2" is neither in the PEERS`},
+		{"an unknown kind", hello{'X', "node1#1", "node2#1", "CLUSTER"}, "CLUSTER", nil, "connection kind 'X' is not known"},
+		{"kind 0", hello{0, "node1#1", "node2#1", "CLUSTER"}, "CLUSTER", nil, "connection kind"},
 		{"not welcome", testHello, "CLUSTER", unwelcome, "unwelcome"},
-		{"a reason longer than the answer may be", hello{kindPeer, long, long, "CLUSTER"}, "CLUSTER", nil, "this is node"},
+		{"a question that is not welcome", hello{kindAsk, "node1", "node2", ""}, "CLUSTER", unwelcome, "unwelcome"},
+		{"a reason longer than the answer may be", hello{kindCall, long, long, "CLUSTER"}, "CLUSTER", nil, "this is node"},
+	}
+	for _, kind := range []byte{kindRaft, kindCall} {
+		for _, clusters := range [][2]string{{"CLUSTER", "OTHER"}, {"CLUSTER", ""}, {"", "CLUSTER"}, {"", ""}} {
+			says, is := clusters[0], clusters[1]
+			tests = append(tests, judgement{
+				fmt.Sprintf("kind %c of cluster %q at one of %q", kind, says, is),
+				hello{kind, "node1#1", "node2#1", says},
+				is, nil,
+				fmt.Sprintf(`server "node1#1" is of cluster %q, server "node2#1" of cluster %q`, says, is),
+			})
+		}
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -335,7 +356,7 @@ func TestJudge(t *testing.T) {
 			all, nodes := newTestNet(t, "node1", "node2", "node3")
 			judge := nodes[1]
 			judge.unwelcome = tt.welcome
-			judge.of.Store(tt.cluster)
+			judge.cluster = tt.cluster
 			all.startEcho(judge)
 			err := judge.judge(tt.hello, nil)
 			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
@@ -356,7 +377,6 @@ func TestJudge(t *testing.T) {
 func TestNetworkCarriesConnections(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
-	nodes[0].of.Store("CLUSTER")
 	type served struct {
 		hello hello
 		said  string
@@ -368,21 +388,24 @@ func TestNetworkCarriesConnections(t *testing.T) {
 		peers <- served{conn.hello, string(said)}
 	})
 
-	conn, err := nodes[0].dial(t.Context(), "node2", kindPeer)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := conn.Write([]byte("to a peer")); err != nil {
-		t.Fatal(err)
-	}
-	if err := conn.Close(); err != nil {
-		t.Fatal(err)
-	}
-	if got, want := <-peers, (served{testHello, "to a peer"}); got != want {
-		t.Errorf("got %+v; want %+v", got, want)
+	for to, says := range map[string]hello{"node2#1": testHello, "node2": {kind: kindAsk, sender: "node1", target: "node2"}} {
+		conn, err := nodes[0].dial(t.Context(), to, says.kind)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := conn.Write([]byte("to a peer")); err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.Close(); err != nil {
+			t.Fatal(err)
+		}
+		if got, want := <-peers, (served{says, "to a peer"}); got != want {
+			t.Errorf("got %+v; want %+v", got, want)
+		}
 	}
 
-	if conn, err = nodes[0].Dial("node2", time.Second); err != nil {
+	conn, err := nodes[0].Dial("node2#1", time.Second)
+	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
@@ -396,8 +419,8 @@ func TestNetworkCarriesConnections(t *testing.T) {
 	if _, err := io.ReadFull(accepted, got); err != nil || string(got) != "to raft" {
 		t.Errorf("got %q, error %v; want to raft and none", got, err)
 	}
-	if got := nodes[1].Addr(); got.String() != "node2" || got.Network() != "node" {
-		t.Errorf("got address %v of %v; want the node's id", got, got.Network())
+	if got := nodes[1].Addr(); got.String() != "node2#1" || got.Network() != "node" {
+		t.Errorf("got address %v of %v; want the server's name", got, got.Network())
 	}
 }
 
@@ -453,9 +476,8 @@ func TestConnectionThatDoesNotSayWhoItIs(t *testing.T) {
 // greet takes the same time for one that says hello but does not hear the answer.
 func TestConnectionThatDoesNotHearTheAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		directory := &testNetNode{all: &testNet{addrs: map[string]string{"node1": ""}}}
-		directory.of.Store("")
-		n := &network{self: "node2", directory: directory}
+		directory := &testNetNode{server: "node2#1", cluster: "CLUSTER", all: &testNet{addrs: map[string]string{"node1": ""}}}
+		n := &network{node: "node2", directory: directory}
 		near, far := net.Pipe() // without a buffer, so the answer is not written before it is read
 		defer near.Close()
 		defer far.Close()
@@ -475,7 +497,7 @@ func TestNetworkGoesOnServingAfterGarbage(t *testing.T) {
 	for name, garbage := range map[string][]byte{
 		"http":           []byte("GET /key/a HTTP/1.1\r\nHost: localhost\r\n\r\n"),
 		"zeros":          make([]byte, 1<<20),
-		"another kind":   hello{kind: 'X', sender: "node1", target: "node2"}.encode(),
+		"another kind":   hello{kind: 'X', sender: "node1#1", target: "node2#1"}.encode(),
 		"half a hello":   testHello.encode()[:12],
 		"many megabytes": bytes.Repeat([]byte{0xff}, 8<<20),
 	} {
@@ -488,7 +510,7 @@ func TestNetworkGoesOnServingAfterGarbage(t *testing.T) {
 		checkEcho(t, nodes[0], nodes[1])
 	}
 	// What comes after a good hello goes to whoever serves it, so that may be anything.
-	conn, err := nodes[0].dial(t.Context(), "node2", kindPeer)
+	conn, err := nodes[0].dial(t.Context(), "node2#1", kindCall)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -500,7 +522,7 @@ func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
 	all.startEcho(nodes...)
-	established, err := nodes[0].dial(t.Context(), "node2", kindPeer)
+	established, err := nodes[0].dial(t.Context(), "node2#1", kindCall)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -535,11 +557,11 @@ func TestRefusalsAreLoggedNowAndThen(t *testing.T) {
 		refused, all := 0, 0
 		for time.Since(began) < time.Minute {
 			for _, err := range []error{
-				worth, io.EOF, fmt.Errorf("TLS: %w", io.ErrUnexpectedEOF), os.ErrDeadlineExceeded, syscall.ECONNRESET, errStarting,
+				worth, io.EOF, fmt.Errorf("TLS: %w", io.ErrUnexpectedEOF), os.ErrDeadlineExceeded, syscall.ECONNRESET, errNoRaft,
 			} {
 				n.refuse("10.0.0.1:1", testHello, err)
 				all++
-				if errors.Is(err, worth) || errors.Is(err, errStarting) {
+				if errors.Is(err, worth) || errors.Is(err, errNoRaft) {
 					refused++
 				}
 			}
@@ -561,13 +583,13 @@ func TestRefusalsAreLoggedNowAndThen(t *testing.T) {
 func TestRefusalsAreCounted(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2", "node3")
-	nodes[1].of.Store("B")
 	all.startEcho(nodes...)
 	server := nodes[1]
 	for name, h := range map[string]hello{
-		"another cluster":       {kindRaft, "node1", "node2", "A"},
-		"another node is meant": {kindRaft, "node3", "node1", ""},
-		"a stranger":            {kindRaft, "node8", "node2", ""},
+		"another cluster":       {kindRaft, "node1#1", "node2#1", "OTHER"},
+		"a lost server":         {kindRaft, "node1#1", "node2#0", "CLUSTER"},
+		"another node is meant": {kindRaft, "node3#1", "node1#1", "CLUSTER"},
+		"a stranger":            {kindAsk, "node8", "node2", ""},
 	} {
 		if err := introduce(t.Context(), dialRaw(t, server), h); err == nil {
 			t.Errorf("%s: got no refusal; want one", name)
@@ -582,9 +604,9 @@ func TestRefusalsAreCounted(t *testing.T) {
 	}
 	waitFor(t, "it to be taken", func() bool { return server.unheard() == 1 })
 	_ = conn.Close()
-	waitFor(t, "all to be logged", func() bool { return server.lines.count("refused a connection") == 5 })
-	if got := server.refused(); got != 4 {
-		t.Errorf("got %d counted; want all but the one that went away, 4", got)
+	waitFor(t, "all to be logged", func() bool { return server.lines.count("refused a connection") == 6 })
+	if got := server.refused(); got != 5 {
+		t.Errorf("got %d counted; want all but the one that went away, 5", got)
 	}
 	waitFor(t, "all to be gone", func() bool {
 		server.mu.Lock()
@@ -596,7 +618,7 @@ func TestRefusalsAreCounted(t *testing.T) {
 func TestDialErrors(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
-	nodes[1].unwelcome = errStarting
+	nodes[1].unwelcome = errNoRaft
 	all.startEcho(nodes...)
 	all.set("nobody listens", freeAddr(t))
 	all.set("has another id", nodes[1].addr())
@@ -632,14 +654,15 @@ func TestDialErrors(t *testing.T) {
 		ctx            context.Context
 		within         time.Duration
 	}{
-		{"an id that is not known", "node9", "address is not known", t.Context(), 0},
-		{"nobody listens", "nobody listens", "refused", t.Context(), 0},
-		{"an address that is none", "no address", "missing port", t.Context(), 0},
-		{"another node is there", "has another id", `this is node "node2"`, t.Context(), 0},
-		{"the node refuses", "node2", errStarting.Error(), t.Context(), 0},
-		{"the node hangs up", "hangs up", "", t.Context(), 0},
-		{"the context has ended", "node2", "cancel", ended, 0},
-		{"the context ends while it waits for an answer", "is silent", "timeout", t.Context(), 50 * time.Millisecond},
+		{"an id that is not known", "node9#1", "address is not known", t.Context(), 0},
+		{"nobody listens", "nobody listens#1", "refused", t.Context(), 0},
+		{"an address that is none", "no address#1", "missing port", t.Context(), 0},
+		{"another node is there", "has another id#1", `this is node "node2"`, t.Context(), 0},
+		{"another server lives there", "node2#0", `node "node2" is server "node2#1" now`, t.Context(), 0},
+		{"the node refuses", "node2#1", errNoRaft.Error(), t.Context(), 0},
+		{"the node hangs up", "hangs up#1", "", t.Context(), 0},
+		{"the context has ended", "node2#1", "cancel", ended, 0},
+		{"the context ends while it waits for an answer", "is silent#1", "timeout", t.Context(), 50 * time.Millisecond},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			ctx := tt.ctx
@@ -676,8 +699,8 @@ func TestCloseEndsEverything(t *testing.T) {
 	silent := dialRaw(t, server)
 	waitFor(t, "the silent connection to be taken", func() bool { return server.unheard() == 1 })
 	conns := map[string]net.Conn{"silent": silent}
-	for name, kind := range map[string]byte{"served by peers": kindPeer, "not yet taken by raft": kindRaft, "of raft": kindRaft} {
-		conn, err := nodes[0].dial(t.Context(), "node2", kind)
+	for name, kind := range map[string]byte{"served by peers": kindCall, "not yet taken by raft": kindRaft, "of raft": kindRaft} {
+		conn, err := nodes[0].dial(t.Context(), "node2#1", kind)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -687,7 +710,7 @@ func TestCloseEndsEverything(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	own, err := server.dial(t.Context(), "node1", kindPeer)
+	own, err := server.dial(t.Context(), "node1#1", kindCall)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -719,10 +742,10 @@ func TestCloseEndsEverything(t *testing.T) {
 		t.Errorf("accept: got error %v; want %v", err, net.ErrClosed)
 	}
 	unmade := new(dialError)
-	if _, err := server.dial(t.Context(), "node1", kindPeer); !errors.As(err, &unmade) || !errors.Is(err, net.ErrClosed) {
+	if _, err := server.dial(t.Context(), "node1#1", kindCall); !errors.As(err, &unmade) || !errors.Is(err, net.ErrClosed) {
 		t.Errorf("dial: got error %v; want a *dialError with %v", err, net.ErrClosed)
 	}
-	if _, err := nodes[0].dial(t.Context(), "node2", kindPeer); !errors.As(err, &unmade) {
+	if _, err := nodes[0].dial(t.Context(), "node2#1", kindCall); !errors.As(err, &unmade) {
 		t.Errorf("dial to it: got error %v; want a *dialError", err)
 	}
 	if err := server.Close(); err != nil {

@@ -18,10 +18,7 @@ const (
 	opApply     byte = iota + 1 // execute these commands, if you are the leader
 	opReadIndex                 // which index must I have applied to read linearizably, if you are the leader?
 	opTerm                      // is this your current term?
-	opVoted                     // is your vote in this term for me?
-	opHolding                   // of which cluster are you, and how much of it do you hold?
-	opGrant                     // may I form a cluster with you?
-	opAdmit                     // I have no state: what must I have to vote, if you are the leader?
+	opWho                       // who are you?
 )
 
 const (
@@ -78,8 +75,9 @@ func newPeers(n *network, handlers map[byte]handler) *peers {
 // close ends all calls. Those that are being served are answered with an error.
 func (p *peers) close() { p.cancel() }
 
-// call asks a node and returns its answer. An error that is a *dialError or wraps errRemote says that the call was not
-// made or was answered with that error; after any other the call may or may not have had its effect.
+// call asks a server by its name, or with opWho a node by its id, and returns the answer. An error that is a *dialError or
+// wraps errRemote says that the call was not made or was answered with that error; after any other the call may or may not
+// have had its effect.
 //
 // When ctx is canceled before there is an answer, the call goes on without its caller until ctx's deadline, or for
 // requestTimeout if it has none, and its connection is kept: a node that is slower than others is not dialed again each
@@ -149,7 +147,6 @@ func (p *peers) peer(id string) *peer {
 // that failed the next is made only when redialInterval is over, so a node that is down costs little. Errors are
 // *dialError.
 func (p *peers) take(id string) (c *callConn, err error) {
-	cluster := p.network.directory.cluster()
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	n := p.peer(id)
@@ -159,7 +156,7 @@ func (p *peers) take(id string) (c *callConn, err error) {
 	for c == nil && len(n.idle) > 0 {
 		last := len(n.idle) - 1
 		c, n.idle = n.idle[last], n.idle[:last]
-		if !c.usable(cluster) {
+		if !c.usable() {
 			_ = c.Close()
 			c = nil
 		}
@@ -184,8 +181,11 @@ func (p *peers) giveBack(id string, c *callConn) {
 
 // dial makes a connection to a node. Errors are *dialError.
 func (p *peers) dial(ctx context.Context, id string) (*callConn, error) {
-	cluster := p.network.directory.cluster() // if another is said in the hello, a later one, c is used only once
-	conn, err := p.network.dial(ctx, id, kindPeer)
+	kind := kindCall
+	if nodeOf(id) == id { // no server's name
+		kind = kindAsk
+	}
+	conn, err := p.network.dial(ctx, id, kind)
 	p.mu.Lock()
 	n := p.peer(id)
 	n.dialErr, n.dialed = err, time.Now()
@@ -193,7 +193,7 @@ func (p *peers) dial(ctx context.Context, id string) (*callConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &callConn{Conn: conn, cluster: cluster, frames: make(chan frame, 1)}
+	c := &callConn{Conn: conn, frames: make(chan frame, 1)}
 	go c.receive() // until the connection closes
 	return c, nil
 }
@@ -201,9 +201,8 @@ func (p *peers) dial(ctx context.Context, id string) (*callConn, error) {
 // callConn is a connection on which this node calls another.
 type callConn struct {
 	net.Conn
-	cluster string     // the one that this node was of when it introduced itself
-	frames  chan frame // what the other end says; closed when it says no more
-	err     error      // why it says no more; set before frames is closed
+	frames chan frame // what the other end says; closed when it says no more
+	err    error      // why it says no more; set before frames is closed
 }
 
 // frame is a call or an answer on the wire.
@@ -231,14 +230,13 @@ func (c *callConn) receive() {
 	_ = c.Close()
 }
 
-// usable says whether a call can be sent on c: nothing has come since the last answer, nor has this node become one of
-// another cluster than it said.
-func (c *callConn) usable(cluster string) bool {
+// usable says whether a call can be sent on c: nothing has come since the last answer.
+func (c *callConn) usable() bool {
 	select {
 	case <-c.frames:
 		return false
 	default:
-		return c.cluster == cluster
+		return true
 	}
 }
 
@@ -303,8 +301,8 @@ func (p *peers) serve(conn accepted) {
 // handle answers one call.
 func (p *peers) handle(h hello, called frame) frame {
 	op := called.op
-	if op != opHolding && op != opGrant && op != opAdmit && h.cluster != p.network.directory.cluster() {
-		return frame{1, []byte("this call is only for nodes of the same cluster")}
+	if (op == opWho) != (h.kind == kindAsk) {
+		return frame{1, []byte("this call is not for a connection of this kind")}
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, requestTimeout)
 	defer cancel()

@@ -51,10 +51,11 @@ func startPeerNode(t *testing.T, all *testNet, n *testNetNode) *peerNode {
 	all.start(n)
 	node := &peerNode{net: n, letGo: make(chan struct{})}
 	node.peers = newPeers(n.network, map[byte]handler{
-		opEcho:    func(_ context.Context, _ string, request []byte) ([]byte, error) { return request, nil },
-		opFrom:    func(_ context.Context, from string, _ []byte) ([]byte, error) { return []byte(from), nil },
-		opHolding: func(context.Context, string, []byte) ([]byte, error) { return []byte("held"), nil },
-		opGrant:   func(context.Context, string, []byte) ([]byte, error) { return []byte("granted"), nil },
+		opEcho: func(_ context.Context, _ string, request []byte) ([]byte, error) { return request, nil },
+		opFrom: func(_ context.Context, from string, _ []byte) ([]byte, error) { return []byte(from), nil },
+		opWho: func(_ context.Context, from string, _ []byte) ([]byte, error) {
+			return fmt.Appendf(nil, "%s to %s", n.server, from), nil
+		},
 		opError: func(_ context.Context, _ string, request []byte) ([]byte, error) {
 			return nil, errors.New(string(request))
 		},
@@ -79,7 +80,7 @@ func (n *peerNode) hold(t *testing.T, ctx context.Context, to *peerNode) <-chan 
 	done := make(chan error, 1)
 	before := to.held.Load()
 	go func() {
-		_, err := n.call(ctx, to.net.id, opHold, nil)
+		_, err := n.call(ctx, to.net.server, opHold, nil)
 		done <- err
 	}()
 	waitFor(t, "the call to be served", func() bool { return to.held.Load() > before })
@@ -90,6 +91,13 @@ func checkCall(t *testing.T, from *peerNode, to, payload string) {
 	t.Helper()
 	if got, err := from.call(t.Context(), to, opEcho, []byte(payload)); err != nil || string(got) != payload {
 		t.Errorf("got answer %.50q, error %v; want %.50q and none", got, err, payload)
+	}
+}
+
+func checkAsk(t *testing.T, from *peerNode, node, want string) {
+	t.Helper()
+	if got, err := from.call(t.Context(), node, opWho, nil); err != nil || string(got) != want {
+		t.Errorf("got answer %q, error %v; want %q and none", got, err, want)
 	}
 }
 
@@ -117,16 +125,16 @@ func TestCallsAndAnswers(t *testing.T) {
 		request, want string
 		errorKind     string
 	}{
-		{"an answer", "node2", opEcho, "hello", "hello", "none"},
-		{"an empty answer", "node2", opEcho, "", "", "none"},
-		{"an answer of bytes that are not text", "node2", opEcho, "\x00\xff\n", "\x00\xff\n", "none"},
-		{"an answer of several reads", "node2", opEcho, strings.Repeat("y", 200_000), strings.Repeat("y", 200_000), "none"},
-		{"the largest answer", "node3", opEcho, largest, largest, "none"},
-		{"who asked", "node3", opFrom, "", "node1", "none"},
-		{"an error", "node2", opError, "no such thing", `peer "node2": no such thing`, "remote"},
-		{"an error without a text", "node2", opError, "", `peer "node2": `, "remote"},
-		{"an unknown call", "node2", 250, "hello", `peer "node2": call 250 is not known`, "remote"},
-		{"an unknown node", "node9", opEcho, "hello", "its address is not known", "not made"},
+		{"an answer", "node2#1", opEcho, "hello", "hello", "none"},
+		{"an empty answer", "node2#1", opEcho, "", "", "none"},
+		{"an answer of bytes that are not text", "node2#1", opEcho, "\x00\xff\n", "\x00\xff\n", "none"},
+		{"an answer of several reads", "node2#1", opEcho, strings.Repeat("y", 200_000), strings.Repeat("y", 200_000), "none"},
+		{"the largest answer", "node3#1", opEcho, largest, largest, "none"},
+		{"who asked", "node3#1", opFrom, "", "node1#1", "none"},
+		{"an error", "node2#1", opError, "no such thing", `peer "node2#1": no such thing`, "remote"},
+		{"an error without a text", "node2#1", opError, "", `peer "node2#1": `, "remote"},
+		{"an unknown call", "node2#1", 250, "hello", `peer "node2#1": call 250 is not known`, "remote"},
+		{"an unknown node", "node9#1", opEcho, "hello", "its address is not known", "not made"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			answer, err := nodes[0].call(t.Context(), tt.to, tt.op, []byte(tt.request))
@@ -161,8 +169,8 @@ func TestConcurrentCalls(t *testing.T) {
 	for i := range callsPerPeer {
 		calls.Go(func() {
 			for j := range 100 {
-				checkCall(t, nodes[0], "node2", strings.Repeat(fmt.Sprintf("%d/%d ", i, j), 10*j))
-				checkCall(t, nodes[1], "node1", fmt.Sprint(i))
+				checkCall(t, nodes[0], "node2#1", strings.Repeat(fmt.Sprintf("%d/%d ", i, j), 10*j))
+				checkCall(t, nodes[1], "node1#1", fmt.Sprint(i))
 			}
 		})
 	}
@@ -180,18 +188,18 @@ func TestMoreCallsAtOnceThanThereMayBe(t *testing.T) {
 		held = append(held, nodes[0].hold(t, t.Context(), nodes[1]))
 	}
 	began := time.Now()
-	_, err := nodes[0].call(t.Context(), "node2", opEcho, nil)
+	_, err := nodes[0].call(t.Context(), "node2#1", opEcho, nil)
 	if kindOf(err) != "not made" || !strings.Contains(err.Error(), "under way") || time.Since(began) > time.Second {
 		t.Errorf("got error %v, which is %s, after %v; want not made, at once", err, kindOf(err), time.Since(began))
 	}
-	checkCall(t, nodes[1], "node1", "the other way")
+	checkCall(t, nodes[1], "node1#1", "the other way")
 	close(nodes[1].letGo)
 	for _, done := range held {
 		if err := <-done; err != nil {
 			t.Errorf("got error %v; want none", err)
 		}
 	}
-	checkCall(t, nodes[0], "node2", "after")
+	checkCall(t, nodes[0], "node2#1", "after")
 	if got := nodes[1].net.calls.Load(); got != callsPerPeer {
 		t.Errorf("got %d connections; want %d", got, callsPerPeer)
 	}
@@ -202,7 +210,7 @@ func TestSlowCallHoldsUpNoOther(t *testing.T) {
 	checkLeaks(t)
 	_, nodes := newPeerNodes(t, "node1", "node2")
 	slow := nodes[0].hold(t, t.Context(), nodes[1])
-	checkCall(t, nodes[0], "node2", "quick")
+	checkCall(t, nodes[0], "node2#1", "quick")
 	close(nodes[1].letGo)
 	if err := <-slow; err != nil {
 		t.Errorf("got error %v; want none", err)
@@ -218,7 +226,7 @@ func TestSlowPeerInAMajority(t *testing.T) {
 	defer cancel()
 	began := time.Now()
 	for range 10 {
-		if !majority(ctx, []string{"node2", "node3"}, 1, func(ctx context.Context, id string) bool {
+		if !majority(ctx, []string{"node2#1", "node3#1"}, 1, func(ctx context.Context, id string) bool {
 			_, err := nodes[0].call(ctx, id, opHold, nil)
 			return err == nil
 		}) {
@@ -229,8 +237,8 @@ func TestSlowPeerInAMajority(t *testing.T) {
 		t.Errorf("took %v; want node3 not to be waited for", took)
 	}
 	close(nodes[2].letGo)
-	waitFor(t, "its connections to be idle", func() bool { return nodes[0].idle("node3") == callsPerPeer })
-	checkCall(t, nodes[0], "node3", "after")
+	waitFor(t, "its connections to be idle", func() bool { return nodes[0].idle("node3#1") == callsPerPeer })
+	checkCall(t, nodes[0], "node3#1", "after")
 	if got := nodes[2].net.calls.Load(); got != callsPerPeer {
 		t.Errorf("got %d connections to the slow node; want one for each call that there may be, %d", got, callsPerPeer)
 	}
@@ -245,7 +253,7 @@ func TestPeerDiesInMidCall(t *testing.T) {
 		t.Errorf("got error %v, which is %s; want unknown", err, kindOf(err))
 	}
 	waitFor(t, "calls to work again", func() bool {
-		_, err := nodes[0].call(t.Context(), "node2", opEcho, nil)
+		_, err := nodes[0].call(t.Context(), "node2#1", opEcho, nil)
 		return err == nil
 	})
 }
@@ -253,14 +261,14 @@ func TestPeerDiesInMidCall(t *testing.T) {
 func TestDeadPeerComesBack(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newPeerNodes(t, "node1", "node2")
-	checkCall(t, nodes[0], "node2", "before")
+	checkCall(t, nodes[0], "node2#1", "before")
 	addr := nodes[1].net.addr()
 	nodes[1].close()
 	if err := nodes[1].net.Close(); err != nil {
 		t.Fatal(err)
 	}
 	waitFor(t, "calls not to be made", func() bool {
-		_, err := nodes[0].call(t.Context(), "node2", opEcho, nil)
+		_, err := nodes[0].call(t.Context(), "node2#1", opEcho, nil)
 		if err == nil {
 			t.Fatal("got an answer of a dead peer")
 		}
@@ -268,13 +276,13 @@ func TestDeadPeerComesBack(t *testing.T) {
 	})
 	// It is known to be down, so until the next dial is due the answer costs nothing.
 	for range 100 {
-		if _, err := nodes[0].call(t.Context(), "node2", opEcho, nil); kindOf(err) != "not made" {
+		if _, err := nodes[0].call(t.Context(), "node2#1", opEcho, nil); kindOf(err) != "not made" {
 			t.Fatalf("got error %v, which is %s; want not made", err, kindOf(err))
 		}
 	}
-	startPeerNode(t, all, all.listen(t, "node2", addr))
+	startPeerNode(t, all, all.listen(t, "node2#1", addr))
 	waitFor(t, "calls to work again", func() bool {
-		_, err := nodes[0].call(t.Context(), "node2", opEcho, nil)
+		_, err := nodes[0].call(t.Context(), "node2#1", opEcho, nil)
 		return err == nil
 	})
 }
@@ -283,14 +291,14 @@ func TestDeadPeerComesBack(t *testing.T) {
 func TestPeerMoves(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newPeerNodes(t, "node1", "node2")
-	checkCall(t, nodes[0], "node2", "before")
+	checkCall(t, nodes[0], "node2#1", "before")
 	nodes[1].close()
 	if err := nodes[1].net.Close(); err != nil {
 		t.Fatal(err)
 	}
-	startPeerNode(t, all, all.listen(t, "node2", "127.0.0.1:0"))
+	startPeerNode(t, all, all.listen(t, "node2#1", "127.0.0.1:0"))
 	waitFor(t, "calls to work again", func() bool {
-		_, err := nodes[0].call(t.Context(), "node2", opEcho, nil)
+		_, err := nodes[0].call(t.Context(), "node2#1", opEcho, nil)
 		return err == nil
 	})
 }
@@ -307,8 +315,8 @@ func TestCallEndsWithItsContext(t *testing.T) {
 			t.Errorf("got error %v, which is %s; want %v, unknown", err, kindOf(err), context.Canceled)
 		}
 		nodes[1].letGo <- struct{}{}
-		waitFor(t, "its connection to be idle", func() bool { return nodes[0].idle("node2") == 1 })
-		checkCall(t, nodes[0], "node2", "after")
+		waitFor(t, "its connection to be idle", func() bool { return nodes[0].idle("node2#1") == 1 })
+		checkCall(t, nodes[0], "node2#1", "after")
 		if got := nodes[1].net.calls.Load(); got != 1 {
 			t.Errorf("got %d connections; want 1", got)
 		}
@@ -317,12 +325,12 @@ func TestCallEndsWithItsContext(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
 		defer cancel()
 		began := time.Now()
-		_, err := nodes[0].call(ctx, "node2", opHold, nil)
+		_, err := nodes[0].call(ctx, "node2#1", opHold, nil)
 		if !errors.Is(err, context.DeadlineExceeded) || kindOf(err) != "unknown" || time.Since(began) > 2*time.Second {
 			t.Errorf("got error %v, which is %s, after %v; want %v, unknown", err, kindOf(err), time.Since(began), context.DeadlineExceeded)
 		}
 		nodes[1].letGo <- struct{}{} // too late: its answer must not be taken for that to the next call
-		checkCall(t, nodes[0], "node2", "after")
+		checkCall(t, nodes[0], "node2#1", "after")
 		if got := nodes[1].net.calls.Load(); got != 2 {
 			t.Errorf("got %d connections; want 2", got)
 		}
@@ -340,7 +348,7 @@ func TestCallEndsWithItsContext(t *testing.T) {
 		waitFor(t, "the call to be given up", func() bool {
 			nodes[0].mu.Lock()
 			defer nodes[0].mu.Unlock()
-			return nodes[0].peer("node2").underWay == 0
+			return nodes[0].peer("node2#1").underWay == 0
 		})
 	})
 }
@@ -352,7 +360,7 @@ func TestPeerRestartsBetweenCalls(t *testing.T) {
 	all, nodes := newPeerNodes(t, "node1", "node2")
 	addr, called := nodes[1].net.addr(), nodes[1]
 	for range 200 {
-		checkCall(t, nodes[0], "node2", "before")
+		checkCall(t, nodes[0], "node2#1", "before")
 		called.close()
 		if err := called.net.Close(); err != nil {
 			t.Fatal(err)
@@ -362,8 +370,8 @@ func TestPeerRestartsBetweenCalls(t *testing.T) {
 			defer nodes[0].net.mu.Unlock()
 			return len(nodes[0].net.conns) == 0
 		})
-		called = startPeerNode(t, all, all.listen(t, "node2", addr))
-		if got, err := nodes[0].call(t.Context(), "node2", opEcho, []byte("after")); string(got) != "after" {
+		called = startPeerNode(t, all, all.listen(t, "node2#1", addr))
+		if got, err := nodes[0].call(t.Context(), "node2#1", opEcho, []byte("after")); string(got) != "after" {
 			t.Fatalf("got answer %q, error %v, which is %s; want an answer", got, err, kindOf(err))
 		}
 	}
@@ -384,7 +392,7 @@ func TestCallEndsWithItsContextWhileItDials(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
 		began := time.Now()
 		go func() {
-			_, err := nodes[0].call(ctx, "silent", opEcho, nil)
+			_, err := nodes[0].call(ctx, "silent#1", opEcho, nil)
 			done <- kindOf(err)
 		}()
 		<-ctx.Done()
@@ -401,57 +409,76 @@ func TestCallEndsWithItsContextWhileItDials(t *testing.T) {
 	}
 }
 
-// A node of no cluster asks what others hold and whether it may form one; all else is only for those of the same.
+// Calls pass only between servers of one cluster. Nodes ask one another who they are in any case.
 func TestCallsBetweenClusters(t *testing.T) {
-	checkLeaks(t)
-	_, nodes := newPeerNodes(t, "node1", "node2")
-	caller, called := nodes[0], nodes[1]
 	for _, tt := range []struct {
 		name         string
 		mine, theirs string
-		all          bool
+		want         string // the kind of a call's error
 	}{
-		{"both of none", "", "", true},
-		{"only the called one is of one", "", "A", false},
-		{"both of the same", "A", "A", true},
-		{"only the caller is of one", "A", "", false},
-		{"of two", "A", "B", false},
+		{"both of the same", "A", "A", "none"},
+		{"both of none", "", "", "not made"},
+		{"only the called one is of one", "", "A", "not made"},
+		{"only the caller is of one", "A", "", "not made"},
+		{"of two", "A", "B", "not made"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			caller.net.of.Store(tt.mine)
-			called.net.of.Store(tt.theirs)
-			for op, want := range map[byte]string{opHolding: "held", opGrant: "granted"} {
-				if got, err := caller.call(t.Context(), "node2", op, nil); err != nil || string(got) != want {
-					t.Errorf("call %d: got answer %q, error %v; want %q and none", op, got, err, want)
+			checkLeaks(t)
+			all, nets := newTestNet(t, "node1", "node2")
+			nets[0].cluster, nets[1].cluster = tt.mine, tt.theirs
+			caller := startPeerNode(t, all, nets[0])
+			startPeerNode(t, all, nets[1])
+			for range 2 {
+				if _, err := caller.call(t.Context(), "node2#1", opEcho, nil); kindOf(err) != tt.want {
+					t.Errorf("got error %v, which is %s; want %s", err, kindOf(err), tt.want)
 				}
-			}
-			want := "none"
-			if !tt.all {
-				want = "remote"
-			}
-			for _, op := range []byte{opEcho, opFrom} {
-				if _, err := caller.call(t.Context(), "node2", op, nil); kindOf(err) != want {
-					t.Errorf("call %d: got error %v, which is %s; want %s", op, err, kindOf(err), want)
-				}
+				checkAsk(t, caller, "node2", "node2#1 to node1")
 			}
 		})
 	}
 }
 
-// Both go by their cluster at the time of the call; a connection that was introduced for another is not used again.
-func TestCalledNodeJoinsAClusterMeanwhile(t *testing.T) {
+// On a connection for questions the other node may be of any cluster, so no call is served there.
+func TestCallsOnConnectionsOfTheOtherKind(t *testing.T) {
 	checkLeaks(t)
 	_, nodes := newPeerNodes(t, "node1", "node2")
-	checkCall(t, nodes[0], "node2", "both of none")
-	nodes[1].net.of.Store("A")
-	if _, err := nodes[0].call(t.Context(), "node2", opEcho, nil); kindOf(err) != "remote" {
-		t.Errorf("got error %v, which is %s; want remote", err, kindOf(err))
+	for name, tt := range map[string]struct {
+		to string
+		op byte
+	}{
+		"a question to a server": {"node2#1", opWho},
+		"a call to a node":       {"node2", opEcho},
+		"an unknown call":        {"node2", 250},
+	} {
+		_, err := nodes[0].call(t.Context(), tt.to, tt.op, nil)
+		if kindOf(err) != "remote" || !strings.Contains(err.Error(), "not for a connection of this kind") {
+			t.Errorf("%s: got error %v, which is %s; want it refused", name, err, kindOf(err))
+		}
 	}
-	nodes[0].net.of.Store("A")
-	checkCall(t, nodes[0], "node2", "both of the same")
-	if idle, served := nodes[0].idle("node2"), nodes[1].net.calls.Load(); idle != 1 || served != 2 {
-		t.Errorf("got %d idle connections of %d; want 1 of 2", idle, served)
+	checkCall(t, nodes[0], "node2#1", "a call to a server")
+	checkAsk(t, nodes[0], "node2", "node2#1 to node1")
+}
+
+// A node that has lost its state is another server: calls to the one that is lost fail and say who lives there now.
+func TestPeerComesBackAsAnotherServer(t *testing.T) {
+	checkLeaks(t)
+	all, nodes := newPeerNodes(t, "node1", "node2")
+	checkCall(t, nodes[0], "node2#1", "before")
+	addr := nodes[1].net.addr()
+	nodes[1].close()
+	if err := nodes[1].net.Close(); err != nil {
+		t.Fatal(err)
 	}
+	startPeerNode(t, all, all.listen(t, "node2#2", addr))
+	checkCall(t, nodes[0], "node2#2", "after")
+	waitFor(t, "the server to be known to be lost", func() bool {
+		_, err := nodes[0].call(t.Context(), "node2#1", opEcho, nil)
+		if err == nil {
+			t.Fatal("got an answer of a lost server")
+		}
+		return kindOf(err) == "not made" && strings.Contains(err.Error(), `node "node2" is server "node2#2" now, not "node2#1"`)
+	})
+	checkAsk(t, nodes[0], "node2", "node2#2 to node1")
 }
 
 func TestCloseEndsTheCallsBeingServed(t *testing.T) {
@@ -495,7 +522,7 @@ func TestMessageOfABadLengthEndsTheConnection(t *testing.T) {
 		{"the most there can be", 1<<32 - 1, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			conn, err := nodes[0].network.dial(t.Context(), "node2", kindPeer)
+			conn, err := nodes[0].network.dial(t.Context(), "node2#1", kindCall)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -508,10 +535,10 @@ func TestMessageOfABadLengthEndsTheConnection(t *testing.T) {
 			if tt.refused && (err == nil || errors.Is(err, os.ErrDeadlineExceeded)) {
 				t.Errorf("got answer %v, error %v; want the connection closed", answer, err)
 			}
-			if !tt.refused && (err != nil || string(answer.payload) != "node1") {
+			if !tt.refused && (err != nil || string(answer.payload) != "node1#1") {
 				t.Errorf("got answer %q, error %v; want node1 and none", answer.payload, err)
 			}
-			checkCall(t, nodes[0], "node2", "others go on")
+			checkCall(t, nodes[0], "node2#1", "others go on")
 		})
 	}
 }
@@ -571,16 +598,16 @@ func TestAnswerThatMakesNoSense(t *testing.T) {
 	} {
 		answers <- tt.answer
 		ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
-		if got, err := caller.call(ctx, "node2", opEcho, []byte("x")); kindOf(err) != tt.want {
+		if got, err := caller.call(ctx, "node2#1", opEcho, []byte("x")); kindOf(err) != tt.want {
 			t.Errorf("%s: got answer %q, error %v, which is %s; want %s", tt.name, got, err, kindOf(err), tt.want)
 		}
 		cancel()
 		waitFor(t, "the connection to be given up", func() bool {
-			c, err := caller.take("node2")
+			c, err := caller.take("node2#1")
 			if err != nil {
 				t.Fatal(err)
 			}
-			caller.giveBack("node2", c)
+			caller.giveBack("node2#1", c)
 			return c == nil
 		})
 	}

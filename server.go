@@ -382,9 +382,9 @@ func consistency(cfg *Config, query url.Values) (Consistency, error) {
 	return asked, nil
 }
 
-// markStale says of the answer to a read that it may be from an old snapshot, if it may.
+// markStale says of the answer to a read that it may be from an old snapshot, if it may. It is called before the read.
 func markStale(w http.ResponseWriter, store *Store, read Consistency) {
-	if read == Stale && !store.Contacted() {
+	if read == Stale && !store.CaughtUp() {
 		w.Header().Set("Raft-Stale", "since-start")
 	}
 }
@@ -424,7 +424,6 @@ var statusOf = []struct {
 	{ErrNotInTime, http.StatusServiceUnavailable},
 	{ErrNotConfirmed, http.StatusServiceUnavailable},
 	{ErrStarting, http.StatusServiceUnavailable},
-	{ErrOutranked, http.StatusServiceUnavailable},
 }
 
 // problem is an error's body: application/problem+json (RFC 9457).
@@ -464,8 +463,8 @@ func (s *server) writeError(w http.ResponseWriter, r *http.Request, err error) {
 	var body bytes.Buffer
 	enc := json.NewEncoder(&body)
 	enc.SetEscapeHTML(false)
-	_ = enc.Encode(p)                               // it holds only strings and a number
-	for _, name := range []string{"Etag", "Link"} { // of an answer that is not given now
+	_ = enc.Encode(p)                                             // it holds only strings and a number
+	for _, name := range []string{"Etag", "Link", "Raft-Stale"} { // of an answer that is not given now
 		w.Header().Del(name)
 	}
 	w.Header().Set("Content-Type", "application/problem+json")

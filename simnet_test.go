@@ -31,7 +31,7 @@ type linkState struct {
 
 // simMessage is what one call of Write sends.
 type simMessage struct {
-	kind    byte   // of the connection: kindRaft or kindPeer
+	kind    byte   // of the connection: kindRaft, kindCall or kindAsk
 	data    []byte // nil for the connection's end
 	request []byte // for an answer, what the other end has sent last; else nil
 	at      time.Time
@@ -48,6 +48,10 @@ const (
 func anything(simMessage) bool    { return true }
 func raftOnly(m simMessage) bool  { return m.kind == kindRaft }
 func votesOnly(m simMessage) bool { return m.isRequest(rpcRequestVote) }
+func answers(m simMessage) bool   { return m.kind == kindRaft && m.request != nil }
+
+// requests are those of Raft's messages that say something, be it to whoever hears it: a vote is asked for, or entries come.
+func requests(m simMessage) bool { return m.isRequest(rpcRequestVote) || m.isRequest(rpcAppendEntries) }
 
 func (m simMessage) isRequest(rpc byte) bool {
 	return m.kind == kindRaft && m.request == nil && len(m.data) > 0 && m.data[0] == rpc
@@ -102,8 +106,8 @@ type simHost struct {
 	conns    map[*simConn]struct{} // this host's ends
 }
 
-// listen begins a new incarnation. Connections to the one before break now if they have not already; only votes that are
-// being held back on them go to the new one.
+// listen begins a new incarnation. Connections to the one before break now if they have not already; only requests that
+// are being held back on them go to the new one, behind the hello with which their connection began.
 func (n *simNet) listen(id string) *simHost {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -133,7 +137,7 @@ func (h *simHost) kill(silently bool, next *simHost) {
 	for c := range h.conns {
 		c.err = net.ErrClosed
 		c.poke()
-		if !c.inherit(next) && !silently && (next != nil || !c.holdsVote()) {
+		if !c.inherit(next) && !silently && (next != nil || !c.holdsRequest()) {
 			c.peer.receive(simMessage{kind: c.kind})
 			delete(h.conns, c)
 		}
@@ -212,7 +216,7 @@ type simConn struct {
 	wake   chan struct{}
 	err    error // why this end can do nothing more
 	until  time.Time
-	skip   int // bytes of what this end writes that its peer has read already
+	mute   bool // what this end writes next goes nowhere
 }
 
 // accept gives a dialed end its other end, at target.
@@ -222,19 +226,20 @@ func (c *simConn) accept(target *simHost, in []simMessage) {
 	target.accepted <- c.peer
 }
 
-func (c *simConn) holdsVote() bool {
+func (c *simConn) holdsRequest() bool {
 	hold := c.host.net.links[simLink{c.peer.host.id, c.host.id}].hold
-	return !c.dialed && c.peer.err == nil && len(c.in) > 0 && votesOnly(c.in[0]) && hold != nil && hold(c.in[0])
+	return !c.dialed && c.peer.err == nil && len(c.in) > 0 && requests(c.in[0]) && hold != nil && hold(c.in[0])
 }
 
-// inherit has the next incarnation get the vote that is held back on this connection. No TCP connection does that; a
-// network that copies messages may.
+// inherit has the next incarnation get the request that is held back on this connection. No TCP connection does that; a
+// network that copies messages may. The hello says for which server the request is, so where the state was lost between
+// the two, the connection must be refused.
 func (c *simConn) inherit(next *simHost) bool {
-	if next == nil || !c.holdsVote() {
+	if next == nil || !c.holdsRequest() {
 		return false
 	}
 	c.peer.accept(next, append([]simMessage{{kind: c.kind, data: c.hello}}, c.in...))
-	c.peer.peer.hello, c.peer.peer.skip = c.hello, 1 // the dialer has read the answer to its hello
+	c.peer.peer.hello, c.peer.peer.mute = c.hello, true // the dialer has heard an answer to its hello already
 	return true
 }
 
@@ -329,11 +334,10 @@ func (c *simConn) Write(p []byte) (int, error) {
 		m.request = c.peer.sent
 	}
 	m.kind, c.sent = c.kind, m.data
-	skipped := min(c.skip, len(p))
-	c.skip -= skipped
-	if m.data = m.data[skipped:]; len(m.data) > 0 {
+	if !c.mute {
 		c.peer.receive(m)
 	}
+	c.mute = false
 	return len(p), nil
 }
 

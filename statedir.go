@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"syscall"
 
 	"github.com/hashicorp/go-hclog"
@@ -14,7 +13,6 @@ import (
 
 // What is in STATE_DIR.
 const (
-	nodeIDName   = "node-id" // says whose state it is. Format: the node's id and a line feed
 	dbName       = "raft.db"
 	snapshotsDir = "snapshots" // raft's file store names it so
 	tmpSuffix    = ".tmp"      // of what is not complete yet
@@ -23,7 +21,7 @@ const (
 // openStateDir makes the state directory if there is none. If there is one it makes sure that nobody else can have put
 // there what this node would believe: the default is in /tmp, where everybody can be first. What is refused is left as
 // it was. uid is this user's.
-func openStateDir(dir, nodeID string, uid int, log hclog.Logger) error {
+func openStateDir(dir string, uid int, log hclog.Logger) error {
 	// What this process makes from now on is for its user alone, also where a library asks for more.
 	syscall.Umask(0o077)
 	dir = filepath.Clean(dir) // of a link that ends in a slash Lstat would see what it leads to
@@ -37,9 +35,6 @@ func openStateDir(dir, nodeID string, uid int, log hclog.Logger) error {
 		return fmt.Errorf("STATE_DIR %q: %w; set STATE_DIR to a directory that this user can write", dir, err)
 	}
 	info, err := checkStateDir(dir, uid)
-	if err == nil {
-		_, err = checkNodeID(dir, nodeID)
-	}
 	if err != nil {
 		return fmt.Errorf("STATE_DIR %q: %w; nothing was changed", dir, err)
 	}
@@ -74,42 +69,3 @@ func checkStateDir(dir string, uid int) (fs.FileInfo, error) {
 
 // ownerOf returns the id of the user whose file it is.
 func ownerOf(info fs.FileInfo) int { return int(info.Sys().(*syscall.Stat_t).Uid) }
-
-// checkNodeID says whether the directory says whose state it holds, with an error if that is another node's.
-func checkNodeID(dir, nodeID string) (known bool, err error) {
-	path := filepath.Join(dir, nodeIDName)
-	content, err := os.ReadFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return false, nil
-	}
-	if id := strings.TrimSpace(string(content)); err == nil && id != nodeID {
-		err = fmt.Errorf("it holds the state of node %q, and this is node %q: set STATE_DIR to this node's own directory, or, "+
-			"if it is a copy that this node is to go on with, remove %s", id, nodeID, path)
-	}
-	return true, err
-}
-
-// claimStateDir has the directory say that it holds this node's state, if it does not say whose that is: it is new, a
-// copy for this node, or of a version that did not say. It is called with the database locked, so that only one node
-// can.
-func claimStateDir(dir, nodeID string, log hclog.Logger) error {
-	known, err := checkNodeID(dir, nodeID)
-	if known || err != nil {
-		return err
-	}
-	path := filepath.Join(dir, nodeIDName)
-	if err := writeSynced(path+tmpSuffix, []byte(nodeID+"\n")); err != nil {
-		return err
-	}
-	log.Info("the state directory is this node's from now on", "STATE_DIR", dir)
-	return os.Rename(path+tmpSuffix, path)
-}
-
-func writeSynced(path string, b []byte) error {
-	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
-	if err != nil {
-		return err
-	}
-	_, err = file.Write(b)
-	return errors.Join(err, file.Sync(), file.Close())
-}

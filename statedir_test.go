@@ -67,7 +67,7 @@ func plantState(t *testing.T, dir string) {
 	t.Helper()
 	snapshot := filepath.Join(snapshotsDir, "1-2-3")
 	err := os.MkdirAll(filepath.Join(dir, snapshot), 0o700)
-	for _, name := range []string{dbName, nodeIDName, filepath.Join(snapshot, stateName)} {
+	for _, name := range []string{dbName, filepath.Join(snapshot, stateName)} {
 		err = errors.Join(err, os.WriteFile(filepath.Join(dir, name), []byte("node1\n"), 0o600))
 	}
 	if err != nil {
@@ -134,13 +134,6 @@ func TestPlantedStateDirs(t *testing.T) {
 			chmod(t, dir, 0o1777)
 			return me
 		}, "chmod o-w it"},
-		{"another node's state", func(t *testing.T, dir string) int {
-			t.Helper()
-			if err := os.WriteFile(filepath.Join(dir, nodeIDName), []byte("node2\n"), 0o600); err != nil {
-				t.Fatal(err)
-			}
-			return me
-		}, `the state of node "node2", and this is node "node1"`},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()
@@ -150,7 +143,7 @@ func TestPlantedStateDirs(t *testing.T) {
 			uid := tc.plant(t, dir)
 			before := tree(t, above)
 			for _, path := range []string{dir, dir + "/"} {
-				err := openStateDir(path, "node1", uid, hclog.NewNullLogger())
+				err := openStateDir(path, uid, hclog.NewNullLogger())
 				for _, want := range []string{"STATE_DIR", dir, tc.want} {
 					if err == nil || !strings.Contains(err.Error(), want) {
 						t.Errorf("got error %v; want one with %q", err, want)
@@ -188,7 +181,7 @@ func TestStateDirsThatAreTaken(t *testing.T) {
 			chmod(t, dir, tc.mode)
 			before := tree(t, dir)
 			var log bytes.Buffer
-			if err := openStateDir(dir, "node1", os.Geteuid(), hclog.New(&hclog.LoggerOptions{Output: &log})); err != nil {
+			if err := openStateDir(dir, os.Geteuid(), hclog.New(&hclog.LoggerOptions{Output: &log})); err != nil {
 				t.Error(err)
 			}
 			if got := log.String(); !strings.Contains(got, tc.warn) || tc.warn == "" && strings.Contains(got, "chmod") {
@@ -204,7 +197,7 @@ func TestStateDirsThatAreTaken(t *testing.T) {
 		above := filepath.Join(t.TempDir(), "above")
 		plantState(t, filepath.Join(above, "node1"))
 		linkInPlaceOf(t, above)
-		if err := openStateDir(filepath.Join(above, "node1"), "node1", os.Geteuid(), hclog.NewNullLogger()); err != nil {
+		if err := openStateDir(filepath.Join(above, "node1"), os.Geteuid(), hclog.NewNullLogger()); err != nil {
 			t.Error(err)
 		}
 	})
@@ -214,52 +207,6 @@ func TestStateDirsThatAreTaken(t *testing.T) {
 			t.Error(err)
 		}
 	})
-}
-
-func TestStateDirSaysWhoseItIs(t *testing.T) {
-	t.Parallel()
-	dir := filepath.Join(t.TempDir(), "made", "when", "opened")
-	id := filepath.Join(dir, nodeIDName)
-	open := func(nodeID string) error {
-		s, err := openStorage(&Config{KVStore: storeBolt, NodeID: nodeID, StateDir: dir}, hclog.NewNullLogger(), nil)
-		if err != nil {
-			return err
-		}
-		return s.close()
-	}
-	saysIt := func(want string) {
-		t.Helper()
-		if got, err := os.ReadFile(id); err != nil || string(got) != want+"\n" {
-			t.Errorf("got %q, error %v; want %s", got, err, want)
-		}
-	}
-	for range 2 { // the second time it is there
-		if err := open("node1"); err != nil {
-			t.Fatal(err)
-		}
-		saysIt("node1")
-	}
-	if err := open("node2"); err == nil || !strings.Contains(err.Error(), "remove "+id) {
-		t.Errorf("got error %v; want one that says to remove %s", err, id)
-	}
-	saysIt("node1")
-
-	// As the error says; so does one that is from a version without the file, or that a crash has left without it.
-	if err := errors.Join(os.Remove(id), os.WriteFile(id+tmpSuffix, []byte("no"), 0o600)); err != nil {
-		t.Fatal(err)
-	}
-	if err := open("node2"); err != nil {
-		t.Fatal(err)
-	}
-	saysIt("node2")
-	if _, err := os.Lstat(id + tmpSuffix); !errors.Is(err, fs.ErrNotExist) {
-		t.Errorf("got %v for a half-written id; want none left", err)
-	}
-	// Another node had it before this one locked the database.
-	if err := claimStateDir(dir, "node1", hclog.NewNullLogger()); err == nil {
-		t.Error("got no error from claiming another node's directory")
-	}
-	saysIt("node2")
 }
 
 func TestProcessKeepsFilesPrivate(t *testing.T) {
@@ -290,7 +237,7 @@ func TestProcessKeepsFilesPrivate(t *testing.T) {
 		made[entry.Name()] = true
 		return err
 	})
-	for _, name := range []string{dbName, nodeIDName, metaName, stateName} {
+	for _, name := range []string{dbName, metaName, stateName} {
 		if err != nil || !made[name] {
 			t.Errorf("found %v, error %v; want %s among it", made, err, name)
 		}

@@ -36,10 +36,6 @@ type storage struct {
 	rules     *entries           // of logs
 	disk      *guard             // the database that they are in; nil in memory
 	stats     func() bbolt.Stats // of the database; nil in memory
-
-	// survivor says that it was the most complete of what was left when a majority had lost its state.
-	survivor bool
-	executed uint64 // by a survivor, before it went on alone: the index of the last entry
 }
 
 // openStorage opens the node's storage, making it where there is none. From then on any failure of the log or of the
@@ -54,7 +50,7 @@ func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, err
 			close: func() error { return nil },
 		}, err
 	}
-	if err := openStateDir(cfg.StateDir, cfg.NodeID, os.Geteuid(), log); err != nil {
+	if err := openStateDir(cfg.StateDir, os.Geteuid(), log); err != nil {
 		return nil, err
 	}
 	aside, err := setAsideSnapshots(cfg.StateDir)
@@ -87,9 +83,6 @@ func openStores(cfg *Config, log hclog.Logger, dog *watchdog, fail func(error)) 
 			err = errors.Join(err, db.Close())
 		}
 	}()
-	if err := claimStateDir(cfg.StateDir, cfg.NodeID, log); err != nil {
-		return nil, err
-	}
 	files, err := openSnapshots(cfg.StateDir, log.Named("snapshot"), dog, fail)
 	if err != nil {
 		return nil, err
@@ -158,7 +151,8 @@ func damaged(path string, cause any) error {
 // checkFile looks, before anything is written, for the kinds of damage that bbolt or raft-boltdb would mend without a
 // word and lose with it what was acknowledged. It finds nothing wrong with a file that is not there.
 func checkFile(path string) error {
-	if info, err := os.Stat(path); err != nil || !info.Mode().IsRegular() || info.Size() == 0 {
+	info, err := os.Stat(path)
+	if err != nil || !info.Mode().IsRegular() || info.Size() == 0 {
 		return nil // to open it says what is wrong
 	}
 	db, err := bbolt.Open(path, 0o600, &bbolt.Options{ReadOnly: true, Timeout: lockTimeout})
@@ -169,6 +163,9 @@ func checkFile(path string) error {
 		return errors.Join(err, db.Close())
 	}
 	err = db.View(func(tx *bbolt.Tx) error {
+		if info.Size() < tx.Size() {
+			return fmt.Errorf("it has %d bytes, and %d are in use", info.Size(), tx.Size())
+		}
 		// Both buckets are made in the first transaction after bbolt's own. Instead of one whose name is damaged an empty
 		// one would be made.
 		if fresh := tx.ID() < 2; !fresh && (tx.Bucket([]byte("conf")) == nil || tx.Bucket([]byte("logs")) == nil) {
@@ -212,11 +209,8 @@ func checkMeta(path string) error {
 type entries struct {
 	raft.LogStore
 	fail    func(error)
-	covered progress // index up to which the newest snapshot covers it
-
-	// Set before Raft runs:
-	applied func() uint64           // index up to which the state machine has executed the log
-	settle  func(last uint64) error // called before entries up to last are stored
+	covered progress      // index up to which the newest snapshot covers it
+	applied func() uint64 // index up to which the state machine has executed the log; set before Raft runs
 }
 
 // newest returns the index up to which the newest snapshot covers the log.
@@ -245,17 +239,6 @@ func (e *entries) cover(index, term uint64) error {
 		return err
 	}
 	return e.LogStore.DeleteRange(first, min(index, last))
-}
-
-func (e *entries) StoreLog(l *raft.Log) error { return e.StoreLogs([]*raft.Log{l}) }
-
-func (e *entries) StoreLogs(l []*raft.Log) error {
-	if e.settle != nil && len(l) > 0 {
-		if err := e.settle(l[len(l)-1].Index); err != nil {
-			return err
-		}
-	}
-	return e.LogStore.StoreLogs(l)
 }
 
 // DeleteRange deletes the oldest entries, or the end of the log where the leader has other entries.
@@ -339,4 +322,36 @@ func (s *stableStore) vote() ([]byte, error) {
 		return nil, raftboltdb.ErrKeyNotFound
 	}
 	return vote, err
+}
+
+// lastEntry returns the index and term of the newest entry that is stored, or that a stored snapshot covers.
+func (s *storage) lastEntry() (index, term uint64, err error) {
+	snapshots, err := s.snapshots.List()
+	if err != nil {
+		return 0, 0, fmt.Errorf("list snapshots: %w", err)
+	}
+	if len(snapshots) > 0 {
+		index, term = snapshots[0].Index, snapshots[0].Term
+	}
+	last, err := s.logs.LastIndex()
+	if err != nil || last <= index {
+		return index, term, err
+	}
+	var entry raft.Log
+	if err := s.logs.GetLog(last, &entry); err != nil {
+		if errors.Is(err, raft.ErrLogNotFound) { // it has been replaced at this moment
+			return s.lastEntry()
+		}
+		return 0, 0, fmt.Errorf("read log entry %d: %w", last, err)
+	}
+	return last, entry.Term, nil
+}
+
+// configurationIndex returns the index of the newest configuration that a stored snapshot holds.
+func (s *storage) configurationIndex() (uint64, error) {
+	snapshots, err := s.snapshots.List()
+	if err != nil || len(snapshots) == 0 {
+		return 0, err
+	}
+	return snapshots[0].ConfigurationIndex, nil
 }

@@ -599,26 +599,6 @@ func TestCutOfTheLog(t *testing.T) {
 	}
 }
 
-// A founder settles before it stores what could be acknowledged: it never looks fresh again, whatever a crash leaves.
-func TestFounderSettlesBeforeItStores(t *testing.T) {
-	f := newTestFormation(t, "node1", 3)
-	if err := f.become(standing{kind: standFounder, index: 1, cluster: "A"}, ""); err != nil {
-		t.Fatal(err)
-	}
-	f.store.rules.settle = f.settle
-	for i, want := range []byte{standFounder, standMember} {
-		index := uint64(i + 1)
-		if index == 2 {
-			f.store.rules.LogStore = &brokenStore{err: errors.New("a crash")}
-		}
-		_ = f.store.logs.StoreLog(&raft.Log{Index: index, Term: 1})
-		stored, err := f.store.stable.Get(keyCluster)
-		if s, _ := decodeStanding(stored); err != nil || s.kind != want || f.current() != s {
-			t.Errorf("entry %d: got %+v stored, %+v known, error %v; want %q", index, s, f.current(), err, want)
-		}
-	}
-}
-
 func TestNewestSnapshotIsKnown(t *testing.T) {
 	for _, kind := range []string{storeBolt, storeMemory} {
 		dir := t.TempDir()

@@ -5,10 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"math"
 	"math/rand/v2"
-	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -19,10 +16,9 @@ import (
 )
 
 const (
-	staleAfter     = 10 * time.Second // after its start a node answers stale reads even if it has heard of no leader
-	watchInterval  = 50 * time.Millisecond
-	restInterval   = 200 * time.Millisecond // instead, while there is nothing to see
-	hurryTurns     = 10                     // watchIntervals, within which followers notice that their leader is silent
+	staleAfter     = 10 * time.Second // after its start a node answers stale reads even if it has not caught up
+	watchInterval  = 100 * time.Millisecond
+	hurryTurns     = 5                      // watchIntervals, within which followers notice that their leader is silent
 	handoverWait   = 2 * time.Second        // for another node to become leader
 	handoverLinger = 200 * time.Millisecond // for the others to hear of it, while we still answer them
 )
@@ -33,9 +29,8 @@ const (
 const (
 	heartbeatTimeout = 1 * time.Second
 	leaseTimeout     = heartbeatTimeout
-	electionTimeout  = heartbeatTimeout + time.Millisecond   // no shorter than any heartbeat timeout that hurry sets
-	doubtAfter       = heartbeatTimeout - heartbeatTimeout/5 // heartbeats to two nodes are so far apart at most
-	commitTimeout    = 250 * time.Millisecond                // within twice that an idle leader repeats what is committed; see spread
+	electionTimeout  = heartbeatTimeout + time.Millisecond // no shorter than any heartbeat timeout that hurry sets
+	commitTimeout    = 100 * time.Millisecond              // within twice that an idle leader repeats what is committed
 	maxAppendEntries = 64
 )
 
@@ -52,25 +47,26 @@ type Store struct {
 	port     port                                                       // opened by Open, unless there is one
 	certs    *reloaded[*certificates]                                   // nil for no TLS; set before Open
 
+	membership *membership
 	replica    *replica
 	storage    *storage
 	network    *network
 	peers      *peers
-	form       *formation
 	leadership *leadership
 	writes     *writes
 	rounds     *readRounds
 
-	raft         atomic.Pointer[raft.Raft] // nil until the node is of a cluster and has read its snapshot
-	running      chan struct{}             // closed when raft and transport are set
+	raft         atomic.Pointer[raft.Raft] // nil until the server is of a cluster that has begun
 	transport    *transport
 	observations chan raft.Observation // from Raft, lossy
 	lastLeader   string                // that was known. Only for watch
 	ready        atomic.Uint64         // the term in which this node, as leader, has executed all of earlier terms
-	caughtUp     atomic.Bool           // since it started, this node has once had all that was committed
 	handing      atomic.Bool           // leadership is being handed over: no more entries
-	lossy        atomic.Bool           // this node goes on with what it has, after a majority has lost its state
-	halted       atomic.Pointer[error] // why this node serves no more; nil while it does
+	current      chan struct{}         // closed when this node has caught up
+
+	looking sync.Mutex // guards what follows, and is held while the others are asked
+	seen    view
+	seenAt  time.Time
 
 	ctx    context.Context // of every goroutine, ended by Shutdown
 	cancel context.CancelFunc
@@ -84,12 +80,12 @@ func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *
 		cfg: cfg, log: log, metrics: m, started: time.Now(), open: openStorage,
 		leadership:   newLeadership(RaftState{State: "starting"}),
 		writes:       newWrites(m, log.Named("writes")),
-		running:      make(chan struct{}),
 		observations: make(chan raft.Observation, 16),
+		current:      make(chan struct{}),
 		failed:       make(chan error, 1),
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
-	s.form = newFormation(cfg, log.Named("forming"), func() bool { return s.State().State == "leader" })
+	s.membership = newMembership(cfg, log.Named("membership"))
 	s.replica = &replica{machine: machine, metrics: m, fail: s.fail}
 	s.rounds = newReadRounds(m, s.findReadIndex)
 	s.export()
@@ -125,13 +121,12 @@ func (s *Store) Open() error {
 	if s.storage, err = s.open(s.cfg, s.log, s.fail); err != nil {
 		return errors.Join(err, s.port.Close())
 	}
-	s.storage.rules.applied, s.storage.rules.settle = s.replica.applied.load, s.form.settle
+	s.storage.rules.applied = s.replica.applied.load
 	if d := s.storage.disk; d != nil {
 		d.early, d.took = s.commitsWithOthers, s.metrics.stored.Observe
 	}
 	s.exportStorage()
-	s.lossy.Store(s.storage.survivor)
-	if err := s.form.open(s.storage); err != nil {
+	if err := s.membership.open(s.storage); err != nil {
 		return errors.Join(err, s.storage.close(), s.port.Close())
 	}
 	s.network = newNetwork(s.cfg.NodeID, s.port, s.certs, s, s.metrics.refusals, s.log.Named("network"))
@@ -139,16 +134,11 @@ func (s *Store) Open() error {
 		opApply:     s.writes.handleApply,
 		opReadIndex: s.handleReadIndex,
 		opTerm:      s.handleTerm,
-		opVoted:     s.handleVoted,
-		opHolding:   s.form.handleHolding,
-		opGrant:     s.form.handleGrant,
-		opAdmit:     s.handleAdmit,
+		opWho:       s.handleWho,
 	})
-	s.form.peers = s.peers
 	s.wg.Go(func() { s.writes.run(s.ctx) })
 	s.wg.Go(func() { s.rounds.run(s.ctx) })
 	s.wg.Go(s.watch)
-	s.wg.Go(s.spread)
 	s.wg.Go(func() {
 		if err := s.join(); err != nil && s.ctx.Err() == nil {
 			s.end(err)
@@ -157,93 +147,94 @@ func (s *Store) Open() error {
 	return nil
 }
 
-// join makes this node one of a cluster, starts Raft, and waits until the node has caught up.
+// end has the process end for the given reason.
+func (s *Store) end(err error) {
+	select {
+	case s.failed <- err:
+	default: // it does so for another reason
+	}
+}
+
+// join waits until this server is of a cluster that has begun, runs Raft, and returns when it has caught up.
 func (s *Store) join() error {
-	if err := s.form.find(s.ctx, s.askAdmission); err != nil {
+	if err := s.begin(); err != nil {
 		return err
 	}
-	s.form.waits("the node is reading its snapshot and log")
 	if err := s.startRaft(); err != nil {
 		return err
 	}
-	if h, err := s.form.holds(); err == nil && h.Fresh || len(s.members()) == 1 {
-		s.transport.campaign(s.ctx.Done()) // nobody else can be leader yet, so there is nobody to wait for
-	}
+	s.wg.Go(s.tend)
 	if s.drift() {
 		s.log.Warn("PEERS names other nodes than the stored membership, which stays as it is", "peers", s.cfg.Peers,
 			"membership", s.members())
 	}
-	s.wg.Go(s.stay)
-	s.passGate()
-	for !s.caughtUp.Load() && s.ctx.Err() == nil {
-		s.caughtUp.Store(s.Read(s.ctx, Linearizable, func() {}) == nil)
+	for s.membership.at() < stageCurrent && s.ctx.Err() == nil {
+		if s.Read(s.ctx, Linearizable, func() {}) == nil {
+			s.membership.advance(stageCurrent)
+			close(s.current)
+		}
 	}
 	return nil
 }
 
-// startRaft starts Raft from what is stored; a founder's log begins with PEERS, or with all that a survivor has.
+// startRaft starts Raft from what is stored.
 func (s *Store) startRaft() (err error) {
 	defer func() {
 		if cause := recover(); cause != nil { // bbolt and raft panic on damaged data
 			err = fmt.Errorf("start raft from %s: %v; nothing was changed", s.cfg.StateDir, cause)
 		}
 	}()
+	id := s.membership.identity()
 	conf := raft.DefaultConfig()
-	conf.LocalID = raft.ServerID(s.cfg.NodeID)
+	conf.LocalID = raft.ServerID(id.Server)
 	conf.Logger = s.log.Named("raft")
 	conf.HeartbeatTimeout, conf.ElectionTimeout, conf.LeaderLeaseTimeout = heartbeatTimeout, electionTimeout, leaseTimeout
 	conf.MaxAppendEntries, conf.CommitTimeout = maxAppendEntries, commitTimeout
 	conf.SnapshotThreshold = s.cfg.SnapshotThreshold
 	conf.SnapshotInterval = s.cfg.SnapshotInterval
 	conf.TrailingLogs = s.cfg.TrailingLogs
+	conf.ShutdownOnRemove = false
 	conf.NoLegacyTelemetry = true
-	st, t := s.storage, newTransport(s.network, s.log.Named("transport"), transportHooks{
-		leading: s.leadsIn, gated: s.form.gated, needed: func() int { return s.voters() / 2 }, standsBy: s.standsBy,
-		applied: func() uint64 { return s.raft.Load().AppliedIndex() }, newest: s.storage.rules.newest,
-		following: func(term uint64) bool { return s.raft.Load().CurrentTerm() == term },
-		doubtful:  s.doubtful, last: s.storage.lastEntry,
-	})
-	if st.disk != nil {
-		t.stored = st.disk.await
-	}
-	h, err := s.form.holds()
-	switch {
-	case err == nil && st.survivor && h.Fresh:
-		err = raft.RecoverCluster(conf, &survivor{replica: s.replica, executed: st.executed}, st.logs, st.stable, st.snapshots, t, membership(s.cfg.Peers))
-	case err == nil && h.Fresh && h.LastIndex == 0:
-		err = writeFirstEntry(st, s.cfg.Peers)
-	}
+	s.membership.waits("the node is reading its snapshot and log")
+	st := s.storage
+	begins, err := bootstrap(st, id.Bootstrap)
 	if err != nil {
 		return fmt.Errorf("begin the log: %w", err)
 	}
-	r, err := raft.NewRaft(conf, s.replica, st.logs, st.stable, st.snapshots, t)
+	s.transport = newTransport(s.network, st, s, s.log.Named("transport"))
+	r, err := raft.NewRaft(conf, s.replica, st.logs, st.stable, st.snapshots, s.transport)
 	if err != nil {
 		return fmt.Errorf("start raft from %s: %w; nothing was changed", s.cfg.StateDir, err)
 	}
 	r.RegisterObserver(raft.NewObserver(s.observations, false, nil))
-	s.transport = t
-	s.form.waits("no leader is known")
+	s.membership.waits("no leader is known yet")
+	s.membership.advance(stageRunning)
 	s.raft.Store(r)
-	close(s.running)
+	if begins || len(s.members()) == 1 {
+		s.wg.Go(s.campaign) // nobody else can be the leader yet, so there is nobody to wait for
+	}
 	return nil
 }
 
-// writeFirstEntry begins a log with the cluster's membership, as raft.BootstrapCluster does. That one however refuses to
-// go on where a crash between its two writes has left it.
-func writeFirstEntry(st *storage, peers []Peer) error {
-	if err := st.stable.SetUint64(keyCurrentTerm, 1); err != nil {
-		return err
+// bootstrap begins a log with the cluster's first configuration, if it is empty, as raft.BootstrapCluster does. That one
+// however refuses to go on where a crash between its two writes has left it.
+func bootstrap(st *storage, members []member) (begins bool, err error) {
+	last, _, err := st.lastEntry()
+	if err != nil || len(members) == 0 || last > 0 {
+		return false, err
 	}
-	return st.logs.StoreLog(&raft.Log{
-		Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(membership(peers)),
-	})
-}
-
-func membership(peers []Peer) (c raft.Configuration) {
-	for _, p := range peers {
-		c.Servers = append(c.Servers, raft.Server{ID: raft.ServerID(p.ID), Address: raft.ServerAddress(p.Addr)})
+	term, err := st.stable.GetUint64(keyCurrentTerm)
+	if err != nil && !isNotFound(err) {
+		return false, err
 	}
-	return c
+	if err := st.stable.SetUint64(keyCurrentTerm, max(term, 1)); err != nil {
+		return false, err
+	}
+	var c raft.Configuration
+	for _, m := range members {
+		c.Servers = append(c.Servers, raft.Server{ID: raft.ServerID(m.Server), Address: raftAddress(m.Server, m.Address)})
+	}
+	return true, st.logs.StoreLog(&raft.Log{Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(c)})
 }
 
 // leads says whether r is the leader of term.
@@ -256,6 +247,11 @@ func (s *Store) leadsIn(term uint64) bool {
 	r := s.raft.Load()
 	return r != nil && leads(r, term)
 }
+
+// follows says whether this node's term is the given one.
+func (s *Store) follows(term uint64) bool { return s.raft.Load().CurrentTerm() == term }
+
+func (s *Store) appliedIndex() uint64 { return s.raft.Load().AppliedIndex() }
 
 // leadsNow says whether this node is the leader, as far as it knows.
 func (s *Store) leadsNow() bool {
@@ -271,9 +267,6 @@ func (s *Store) commitsWithOthers() bool { return s.leadsNow() && s.voters() > 1
 // with one of the errors in errors.go, at ctx's deadline or after requestTimeout if it has none. The Store owns command
 // from then on.
 func (s *Store) Apply(ctx context.Context, command []byte) (Result, error) {
-	if s.halted.Load() != nil {
-		return Result{}, ErrOutranked
-	}
 	if _, bounded := ctx.Deadline(); !bounded {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, requestTimeout)
@@ -293,11 +286,8 @@ func (s *Store) Apply(ctx context.Context, command []byte) (Result, error) {
 // Read calls f, which reads the state machine, while no command is executed. With Linearizable, f sees every command
 // that was acknowledged, anywhere, before Read was called; with Stale it sees what this node has.
 func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) error {
-	if s.halted.Load() != nil {
-		return ErrOutranked
-	}
 	if consistency == Stale {
-		if !s.Contacted() && time.Since(s.started) < staleAfter {
+		if at := s.membership.at(); at < stageCurrent && time.Since(s.started) < staleAfter {
 			return ErrStarting
 		}
 		s.replica.read(f)
@@ -331,8 +321,8 @@ func (s *Store) propose(commands [][]byte) raft.ApplyFuture {
 // callLeader asks the leader. The error is ErrNoLeader or ErrNotLeader when the call certainly had no effect, else
 // ErrUnknownOutcome.
 func (s *Store) callLeader(op byte, request []byte, timeout time.Duration) ([]byte, error) {
-	leader := s.Leader()
-	if leader == "" || leader == s.cfg.NodeID {
+	leader := s.State().server
+	if leader == "" || leader == s.membership.server() {
 		return nil, ErrNoLeader
 	}
 	ctx, cancel := s.leadership.during(s.ctx, leader, timeout)
@@ -356,8 +346,7 @@ func (s *Store) findReadIndex() (uint64, error) {
 		return 0, ErrNoLeader
 	}
 	if r.State() == raft.Leader {
-		_, index, err := s.confirmLeadership(s.ctx, r, "")
-		return index, err
+		return s.confirmLeadership(s.ctx, r)
 	}
 	answer, err := s.callLeader(opReadIndex, binary.BigEndian.AppendUint64(nil, r.CommitIndex()), confirmTimeout)
 	if err != nil || len(answer) != 8 {
@@ -366,38 +355,44 @@ func (s *Store) findReadIndex() (uint64, error) {
 	return binary.BigEndian.Uint64(answer), nil
 }
 
-// confirmLeadership returns the term in which this node leads and the index of the last entry it has executed, once a
-// majority has said that it still is in that term. The node that is left out is not asked. See "Linearizable reads" in
-// DESIGN.md.
-func (s *Store) confirmLeadership(ctx context.Context, r *raft.Raft, leftOut string) (term, index uint64, err error) {
-	term = r.CurrentTerm()
+// confirmLeadership returns the index of the last entry that this leader has executed, once a majority of the voters has
+// said that it still is in this leader's term. See "Linearizable reads" in DESIGN.md.
+func (s *Store) confirmLeadership(ctx context.Context, r *raft.Raft) (index uint64, err error) {
+	term := r.CurrentTerm()
 	if s.ready.Load() != term || !leads(r, term) {
-		return 0, 0, ErrNotLeader
+		return 0, ErrNotLeader
 	}
 	index = s.replica.applied.load()
+	self := s.membership.server()
+	voters, needed := 0, 0 // needed: of the others, for a majority
 	var others []string
-	for _, m := range s.members() {
-		if m.Suffrage == raft.Voter && string(m.ID) != s.cfg.NodeID && string(m.ID) != leftOut {
-			others = append(others, string(m.ID))
+	for _, m := range s.members() { // once a round: an entry that changes them meanwhile is not in it
+		switch {
+		case m.Voter && m.Server != self:
+			others = append(others, m.Server)
+			voters++
+		case m.Voter:
+			voters++
+			needed-- // it says yes itself
 		}
 	}
+	needed += voters/2 + 1
 	request := binary.BigEndian.AppendUint64(nil, term)
 	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
 	defer cancel()
-	confirmed := majority(ctx, others, s.voters()/2, func(ctx context.Context, id string) bool {
-		return s.peers.agrees(ctx, id, opTerm, request)
+	confirmed := majority(ctx, others, needed, func(ctx context.Context, server string) bool {
+		return s.peers.agrees(ctx, server, opTerm, request)
 	})
 	if !confirmed || !leads(r, term) {
-		return 0, 0, ErrNotLeader
+		return 0, ErrNotLeader
 	}
-	return term, index, nil
+	return index, nil
 }
 
-// handleTerm says whether this node's term is the one asked about. Raft persists a new term before it votes in it, so
-// after a yes a newer leader may be elected with this node's vote, but none was before. A gated node does not know what
-// it has voted for.
+// handleTerm says whether this server's term is the one asked about. Raft persists a new term before it votes in it, so
+// after a yes a newer leader may be elected with this server's vote, but none was before.
 func (s *Store) handleTerm(_ context.Context, _ string, request []byte) ([]byte, error) {
-	if r := s.raft.Load(); r != nil && !s.form.gated() && len(request) == 8 && r.CurrentTerm() == binary.BigEndian.Uint64(request) {
+	if r := s.raft.Load(); r != nil && len(request) == 8 && r.CurrentTerm() == binary.BigEndian.Uint64(request) {
 		return []byte{1}, nil
 	}
 	return []byte{0}, nil
@@ -431,7 +426,7 @@ func (s *Store) tellCommitted(id string, term, index uint64) {
 	if s.storage.logs.GetLog(index, &entry) != nil {
 		return // compacted: the follower is far behind and gets a snapshot
 	}
-	self := []byte(s.cfg.NodeID)
+	self := []byte(s.membership.server())
 	err := s.transport.NetworkTransport.AppendEntries(raft.ServerID(id), raft.ServerAddress(id), &raft.AppendEntriesRequest{
 		RPCHeader:    raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: self, Addr: self},
 		Term:         term,
@@ -442,44 +437,8 @@ func (s *Store) tellCommitted(id string, term, index uint64) {
 	}
 }
 
-// spread has the leader tell the others what is committed when no entry has come for a watchInterval: stale reads through them
-// should not be old for longer. Raft would do it by asking each of them all the time, which is most of an idle node's work.
-func (s *Store) spread() {
-	seen := uint64(0)
-	for s.replica.applied.wait(s.ctx, seen+1) == nil {
-		for now := s.replica.applied.load(); now != seen; now = s.replica.applied.load() {
-			seen = now
-			select {
-			case <-time.After(watchInterval):
-			case <-s.ctx.Done():
-				return
-			}
-		}
-		s.tellOthers()
-	}
-}
-
-// tellOthers tells the others what is committed, if this node leads.
-func (s *Store) tellOthers() {
-	r := s.raft.Load()
-	if r == nil {
-		return
-	}
-	term, applied := r.CurrentTerm(), s.replica.applied.load()
-	if !leads(r, term) {
-		return
-	}
-	var all sync.WaitGroup
-	for _, m := range s.members() {
-		if id := string(m.ID); id != s.cfg.NodeID {
-			all.Go(func() { s.tellCommitted(id, term, applied) })
-		}
-	}
-	all.Wait()
-}
-
 // watch notices every change of state: at once when Raft says so, and else at the next look, since what Raft says may
-// get lost. While all is well it does not look so often: that would be a third of what a follower does at rest.
+// get lost.
 func (s *Store) watch() {
 	timer := time.NewTimer(watchInterval)
 	defer timer.Stop()
@@ -494,23 +453,20 @@ func (s *Store) watch() {
 		case <-s.ctx.Done():
 			return
 		}
-		interval, silence := watchInterval, time.Duration(0)
+		silence := time.Duration(0)
 		if r != nil && r.State() == raft.Follower && s.Leader() != "" {
 			silence = time.Since(r.LastContact())
 		}
 		switch {
 		case silence < heartbeatTimeout:
 			silent, turn = 0, 1+rand.IntN(hurryTurns)
-			if s.Leader() != "" && silence < heartbeatTimeout/4 {
-				interval = restInterval
-			}
 		case silent == turn:
 			s.hurry(r)
 			fallthrough
 		default:
 			silent++
 		}
-		timer.Reset(interval)
+		timer.Reset(watchInterval)
 	}
 }
 
@@ -531,8 +487,8 @@ func (s *Store) look(r *raft.Raft) {
 	now := RaftState{State: "starting"}
 	if r != nil {
 		_, leader := r.LeaderWithID()
-		now = RaftState{State: stateNames[r.State()], Leader: string(leader), Term: r.CurrentTerm()}
-	} else if s.form.id() == "" {
+		now = RaftState{State: stateNames[r.State()], Leader: nodeOf(string(leader)), Term: r.CurrentTerm(), server: string(leader)}
+	} else if s.membership.at() == stageBlank {
 		now.State = "forming"
 	}
 	before, changed := s.leadership.set(now)
@@ -571,211 +527,103 @@ func (s *Store) lead(r *raft.Raft, term uint64) {
 	}
 }
 
-// doubtful says whether this node follows a leader of whom it has heard nothing for doubtAfter.
-func (s *Store) doubtful() bool {
-	r := s.raft.Load()
-	if r == nil || r.State() != raft.Follower {
-		return false
-	}
-	_, leader := r.LeaderWithID()
-	return leader != "" && time.Since(r.LastContact()) > doubtAfter
-}
-
 // State returns where this node stands.
 func (s *Store) State() RaftState { return s.leadership.now.Load().RaftState }
 
 // Leader returns the leader's id, "" when this node knows of none.
 func (s *Store) Leader() string { return s.State().Leader }
 
-// Contacted says whether since it started this node has heard from a leader, or become one. Until then what it holds
+// CaughtUp says whether since its start this node has once had all that a leader had committed. Until then what it holds
 // may be an old snapshot.
-func (s *Store) Contacted() bool {
-	r := s.raft.Load()
-	return r != nil && (s.ready.Load() > 0 || !r.LastContact().IsZero())
-}
+func (s *Store) CaughtUp() bool { return s.membership.at() == stageCurrent }
+
+// Current returns a channel that is closed when, for the first time since its start, this node has had all that a leader
+// had committed.
+func (s *Store) Current() <-chan struct{} { return s.current }
+
+// leadsReady says whether this node leads and has executed all that leaders before it have acknowledged.
+func (s *Store) leadsReady() bool { return s.ready.Load() > 0 && s.leadsIn(s.ready.Load()) }
 
 // Ready returns nil when this node can do its part: it knows the leader, has caught up since it started, and votes.
 func (s *Store) Ready() error {
 	switch {
-	case s.halted.Load() != nil:
-		return *s.halted.Load()
-	case s.raft.Load() == nil || s.Leader() == "" || s.form.gated():
-		return errors.New(s.form.reason())
-	case !s.caughtUp.Load():
+	case s.raft.Load() == nil || s.Leader() == "":
+		return errors.New(s.membership.reason())
+	case !s.CaughtUp():
 		return errors.New("this node has not caught up with the leader since it started")
-	case !s.votes(s.cfg.NodeID):
-		return errors.New("this node is not a voting member of the cluster")
+	case !slices.ContainsFunc(s.members(), func(m member) bool { return m.Voter && m.Server == s.membership.server() }):
+		return errors.New("this node has no vote yet: the leader is still bringing it up, or has not removed the server that was here before")
 	}
 	return nil
 }
 
-// Status is what this node knows of itself and the cluster.
-type Status struct {
-	ID              string       `json:"id"`
-	State           string       `json:"state"`
-	Leader          string       `json:"leader"`
-	Term            uint64       `json:"term"`
-	CommitIndex     uint64       `json:"commit_index"`
-	AppliedIndex    uint64       `json:"applied_index"`
-	LastContactMS   int64        `json:"last_contact_ms"` // 0 on the leader, -1 before the first contact
-	KVStore         string       `json:"kv_store"`
-	Version         string       `json:"version"`
-	Cluster         string       `json:"cluster_id"` // its id, "" while the node is of none
-	Keys            int          `json:"keys"`       // StateMachine.Len
-	Peers           []PeerStatus `json:"peers"`
-	PeersDrift      bool         `json:"peers_drift"` // ids or voters of the membership are not what PEERS says
-	WritesMayBeLost bool         `json:"writes_may_be_lost"`
-}
-
-// PeerStatus is one member of the cluster, at the address where this node looks for it.
-type PeerStatus struct {
-	ID      string `json:"id"`
-	Address string `json:"address"`
-	Voter   bool   `json:"voter"`
-}
-
-// Status returns what this node knows of itself and the cluster.
-func (s *Store) Status() Status {
-	state := s.State()
-	status := Status{
-		ID: s.cfg.NodeID, State: state.State, Leader: state.Leader, Term: state.Term, LastContactMS: -1,
-		KVStore: s.cfg.KVStore, Version: version, Cluster: s.form.id(), Keys: s.replica.size(), Peers: []PeerStatus{}, PeersDrift: s.drift(),
-		WritesMayBeLost: s.lossy.Load(),
-	}
-	r := s.raft.Load()
-	if r == nil {
-		return status
-	}
-	status.CommitIndex, status.AppliedIndex = r.CommitIndex(), r.AppliedIndex()
-	if contact := r.LastContact(); state.State == "leader" {
-		status.LastContactMS = 0
-	} else if !contact.IsZero() {
-		status.LastContactMS = time.Since(contact).Milliseconds()
-	}
-	for _, m := range s.members() {
-		addr, _ := s.address(string(m.ID))
-		status.Peers = append(status.Peers, PeerStatus{ID: string(m.ID), Address: addr, Voter: m.Suffrage == raft.Voter})
-	}
-	return status
-}
-
-// export makes metrics of what this node knows of itself and the cluster.
-func (s *Store) export() {
-	m := s.metrics
-	m.labelled("build_info", "Always 1; the label has the version.", map[string]string{"version": version}, func() float64 { return 1 })
-	m.flag("ready", "1 when this node can do its part, as /readyz says.", func() bool { return s.Ready() == nil })
-	m.flag("is_leader", "1 on the leader.", s.leadsNow)
-	m.flag("has_leader", "1 when this node knows a leader.", func() bool { return s.Leader() != "" })
-	m.flag("peers_drift", "1 when ids or voters of the membership are not what PEERS says.", s.drift)
-	m.flag("writes_may_be_lost", "1 when this node went on with what it had after a majority had lost its state.", s.lossy.Load)
-	for name, kind := range map[string]byte{"none": 0, "gated": standGated, "founder": standFounder, "member": standMember} {
-		m.labelled("standing", "1 for where this node stands: of no cluster yet (none), without a vote until it has its state back "+
-			"(gated), the founder of a new cluster that has stored nothing yet, or a member.", map[string]string{"standing": name},
-			zeroOrOne(func() bool { return s.form.current().kind == kind }))
-	}
-	m.gauge("voters", "Members of the cluster that vote.", func() float64 { return float64(s.voters()) })
-	ofRaft := func(f func(*raft.Raft) uint64) func() float64 {
-		return func() float64 {
-			if r := s.raft.Load(); r != nil {
-				return float64(f(r))
-			}
-			return 0
-		}
-	}
-	m.gauge("term", "Raft's term; 0 before Raft runs.", ofRaft((*raft.Raft).CurrentTerm))
-	m.gauge("commit_index", "Index of the last log entry that this node knows to be committed.", ofRaft((*raft.Raft).CommitIndex))
-	m.gauge("applied_index", "Index of the last log entry that this node has executed.", ofRaft((*raft.Raft).AppliedIndex))
-	m.gauge("keys", "Keys that this node has.", func() float64 { return float64(s.replica.size()) })
-	m.gauge("waiting_write_bytes", fmt.Sprintf("Commands that wait to be put into a log entry or passed on; over %d more are refused.", maxWaiting),
-		func() float64 { return float64(s.writes.queued()) })
-}
-
-// exportStorage does so of what the storage holds, once it is open.
-func (s *Store) exportStorage() {
-	m, stats, snapshots := s.metrics, s.storage.stats, s.storage.snapshots
-	m.gauge("snapshot_timestamp_seconds", "When this node began to write its newest snapshot, in Unix time; 0 when it has none.",
-		func() float64 { return float64(snapshots.begun.Load()) / 1000 })
-	m.gauge("snapshot_size_bytes", "Size of the newest snapshot.", func() float64 { return float64(snapshots.size.Load()) })
-	if stats == nil {
-		return
-	}
-	m.gauge("db_size_bytes", "Size of "+dbName+", which never shrinks.", func() float64 {
-		info, err := os.Stat(filepath.Join(s.cfg.StateDir, dbName))
-		if err != nil {
-			return math.NaN()
-		}
-		return float64(info.Size())
-	})
-	m.gauge("db_free_bytes", "Of "+dbName+", the free pages, which new entries will fill.", func() float64 {
-		return float64(stats().FreeAlloc)
-	})
-}
-
-// members returns the membership as Raft has stored it, empty until it has one.
-func (s *Store) members() []raft.Server {
+// members returns Raft's newest configuration, empty before there is one.
+func (s *Store) members() []member {
 	if r := s.raft.Load(); r != nil {
-		return r.GetConfiguration().Configuration().Servers
+		return membersOf(r.GetConfiguration().Configuration())
 	}
 	return nil
 }
 
-// voters returns the number of voting members.
+// isMember says whether a server is in the newest configuration, and whether it votes there.
+func (s *Store) isMember(server string) (member, votes bool) {
+	for _, m := range s.members() {
+		if m.Server == server {
+			return true, m.Voter
+		}
+	}
+	return false, false
+}
+
+// voters returns the number of voting servers.
 func (s *Store) voters() (n int) {
 	for _, m := range s.members() {
-		if m.Suffrage == raft.Voter {
+		if m.Voter {
 			n++
 		}
 	}
 	return n
 }
 
-func (s *Store) votes(id string) bool {
-	return slices.ContainsFunc(s.members(), func(m raft.Server) bool {
-		return string(m.ID) == id && m.Suffrage == raft.Voter
-	})
-}
-
-// drift says whether the stored membership is another than PEERS. Addresses do not count: those in PEERS are used.
+// drift says whether ids or voters of the membership are others than those of PEERS. Addresses do not count.
 func (s *Store) drift() bool {
-	n := len(s.members())
-	return n > 0 && (n != len(s.cfg.Peers) || slices.ContainsFunc(s.cfg.Peers, func(p Peer) bool { return !s.votes(p.ID) }))
+	members := s.members()
+	voters := make(map[string]bool) // by node
+	for _, m := range members {
+		voters[nodeOf(m.Server)] = voters[nodeOf(m.Server)] || m.Voter
+	}
+	return len(members) > 0 && (len(voters) != len(s.cfg.Peers) ||
+		slices.ContainsFunc(s.cfg.Peers, func(p Peer) bool { return !voters[p.ID] }))
 }
 
-// address says where a node listens: where PEERS has it, else where the stored membership has it.
-func (s *Store) address(id string) (addr string, known bool) {
+// addresses says where each node listens: where PEERS has it, else where the configuration has it.
+func (s *Store) addresses() map[string]string {
+	addresses := make(map[string]string)
 	for _, m := range s.members() {
-		if string(m.ID) == id {
-			addr, known = string(m.Address), true
-		}
+		addresses[nodeOf(m.Server)] = m.Address
 	}
 	for _, p := range s.cfg.Peers {
-		if p.ID == id {
-			addr, known = p.Addr, true
-		}
+		addresses[p.ID] = p.Addr
 	}
+	return addresses
+}
+
+// address says where a node listens.
+func (s *Store) address(node string) (addr string, known bool) {
+	addr, known = s.addresses()[node]
 	return addr, known
 }
 
-// cluster returns the id of this node's cluster, "" while it has none.
-func (s *Store) cluster() string { return s.form.id() }
+// self returns which server this node is, and of which cluster: "" for none.
+func (s *Store) self() (server, cluster string) {
+	id := s.membership.identity()
+	return id.Server, id.Cluster
+}
 
-// welcome has Raft's messages wait until this node is of the sender's cluster and its Raft runs.
+// welcome lets Raft's messages and calls in only while Raft runs.
 func (s *Store) welcome(h hello) error {
-	if h.kind != kindRaft {
-		return nil
-	}
-	s.form.hear()
-	timer := time.NewTimer(helloTimeout / 2)
-	defer timer.Stop()
-	select {
-	case <-s.running:
-	case <-s.ctx.Done():
-		return errStarting
-	case <-timer.C:
-		return errStarting
-	}
-	if mine := s.form.id(); h.cluster != mine {
-		return fmt.Errorf("node %q speaks for cluster %q, node %q is of cluster %q", h.sender, h.cluster, s.cfg.NodeID, mine)
+	if h.kind != kindAsk && (s.raft.Load() == nil || s.membership.at() == stageRetired) {
+		return errNoRaft
 	}
 	return nil
 }
@@ -789,18 +637,16 @@ func (s *Store) Abandon() {
 // Shutdown hands leadership over if this node has it, stops Raft and closes the storage. It gives up waiting when ctx
 // ends; what was acknowledged is safe all the same.
 func (s *Store) Shutdown(ctx context.Context) error {
-	closePort := s.network.Close
 	var stop raft.Future // of the first call to Raft's Shutdown: no other waits for anything
 	if r := s.raft.Load(); r != nil {
 		s.handOver(ctx, r)
 		stop = r.Shutdown()
-		closePort = s.transport.Close // which closes the network, too
 	}
 	s.cancel()
 	s.peers.close()
 	stopped := make(chan error, 1)
 	go func() { // each step of it may hang with the disk
-		err := closePort()
+		err := s.network.Close()
 		s.wg.Wait()
 		if r := s.raft.Load(); stop == nil && r != nil { // it started just before s.cancel
 			stop = r.Shutdown()
@@ -850,12 +696,13 @@ func (s *Store) handOver(ctx context.Context, r *raft.Raft) {
 	}
 }
 
-// mostAdvanced returns the id of the voter with the longest log among those that answer, "" if none does.
+// mostAdvanced returns the other voter with the longest log among those that answer, "" if none does.
 func (s *Store) mostAdvanced(ctx context.Context) (best string) {
-	longest := uint64(0)
-	for id, has := range s.form.askAll(ctx, s.form.others()) {
-		if s.votes(id) && has.Votes && has.Cluster == s.form.id() && has.LastIndex > longest {
-			best, longest = id, has.LastIndex
+	v, longest := s.lookAround(ctx), uint64(0)
+	for _, m := range s.members() {
+		info := v.answers[nodeOf(m.Server)]
+		if m.Voter && m.Server != s.membership.server() && info.Server == m.Server && info.LastIndex > longest {
+			best, longest = m.Server, info.LastIndex
 		}
 	}
 	return best

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -19,27 +20,23 @@ const (
 // transport is Raft's own transport, but for what this service does differently.
 type transport struct {
 	*raft.NetworkTransport
-	transportHooks
+	node    localNode
+	storage *storage
 	rpcs    chan raft.RPC
 	closing <-chan struct{}
-	ballots ballots
 }
 
-// transportHooks is what transport must know of the node.
-type transportHooks struct {
-	leading   func(term uint64) bool               // this node is the leader of the term
-	gated     func() bool                          // see gate.go
-	needed    func() int                           // so many others make a majority with this node
-	standsBy  func(voter string, term uint64) bool // the voter's vote in the term is for this node
-	applied   func() uint64                        // raft's
-	following func(term uint64) bool               // this node is in that term
-	newest    func() uint64                        // index up to which the newest snapshot here covers the log
-	doubtful  func() bool                          // this node follows a leader that has been silent for doubtAfter
-	last      func() (index, term uint64, err error)
-	stored    func(index uint64) error // waits until this node has stored its log up to there; nil where it always has
+// localNode is what the transport must know of its node. The Store is one.
+type localNode interface {
+	self() (server, cluster string)
+	leadsIn(term uint64) bool
+	follows(term uint64) bool                    // its term is this one
+	appliedIndex() uint64                        // Raft's
+	members() []member                           // of its newest configuration
+	isMember(server string) (member, votes bool) // of its newest configuration
 }
 
-func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport {
+func newTransport(n *network, st *storage, node localNode, log hclog.Logger) *transport {
 	t := &transport{
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 			Stream: n, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
@@ -47,19 +44,19 @@ func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport
 			MaxRPCsInFlight:       1,
 			ServerAddressProvider: idsAreAddresses{},
 		}),
-		transportHooks: hooks,
-		rpcs:           make(chan raft.RPC),
-		closing:        n.closing,
+		node: node, storage: st,
+		rpcs:    make(chan raft.RPC),
+		closing: n.closing,
 	}
 	go func() { // it ends with the network, also when Raft never gets to run on it
 		<-n.closing
-		_ = t.Close()
+		_ = t.NetworkTransport.Close()
 	}()
 	n.goUnlessClosed(func() {
 		for {
 			select {
 			case rpc := <-t.NetworkTransport.Consumer():
-				if t.refuse(rpc) || t.doubt(rpc) || t.spare(rpc) {
+				if t.refuse(rpc) || t.spare(rpc) {
 					continue
 				}
 				t.mend(&rpc)
@@ -76,7 +73,7 @@ func newTransport(n *network, log hclog.Logger, hooks transportHooks) *transport
 	return t
 }
 
-// idsAreAddresses makes Raft know every node by its id alone, so no address ends up in a vote or in the log's idea of
+// idsAreAddresses makes Raft know every server by its name alone, so no address ends up in a vote or in the log's idea of
 // who leads.
 type idsAreAddresses struct{}
 
@@ -84,32 +81,25 @@ func (idsAreAddresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) 
 	return raft.ServerAddress(id), nil
 }
 
-// doubt lets a node vote whose leader has been silent for a while. Raft refuses all candidates until the node itself has run
-// out of patience. By then the candidate, if it has the longer log, does not vote for this node either, and waits for
-// another election timeout. It returns true when it has answered.
-func (t *transport) doubt(rpc raft.RPC) bool {
-	switch req := rpc.Command.(type) {
-	case *raft.RequestVoteRequest:
-		req.LeadershipTransfer = req.LeadershipTransfer || t.doubtful()
-	case *raft.RequestPreVoteRequest:
-		if !t.doubtful() {
-			return false
-		}
-		index, term, err := t.last()
-		if err != nil || req.LastLogTerm < term || req.LastLogTerm == term && req.LastLogIndex < index {
-			return false
-		}
-		rpc.Respond(&raft.RequestPreVoteResponse{Term: req.Term, Granted: true}, nil) // the vote itself is Raft's
-		return true
+// refuse answers the leader that tells a server without a vote to stand for election: Raft would do so. It returns true
+// when it has answered.
+func (t *transport) refuse(rpc raft.RPC) bool {
+	if _, ok := rpc.Command.(*raft.TimeoutNowRequest); !ok {
+		return false
 	}
-	return false
+	server, _ := t.node.self()
+	if _, votes := t.node.isMember(server); votes {
+		return false
+	}
+	rpc.Respond(nil, errors.New("this server has no vote"))
+	return true
 }
 
 // spare answers a leader that sends a snapshot of which this node has applied all: it has heard no answer to it, or takes
 // the node for empty. Raft would go back to the snapshot. It returns true when it has answered.
 func (t *transport) spare(rpc raft.RPC) bool {
 	req, ok := rpc.Command.(*raft.InstallSnapshotRequest)
-	if !ok || !t.following(req.Term) || t.applied() < req.LastLogIndex {
+	if !ok || !t.node.follows(req.Term) || t.node.appliedIndex() < req.LastLogIndex {
 		return false
 	}
 	go func() { // until the snapshot has been read off its connection, or that ends
@@ -126,21 +116,38 @@ func (t *transport) spare(rpc raft.RPC) bool {
 // Entries up to the leader's commit index would be taken for committed, also those that this node has from another leader
 // and that the message does not compare with the leader's.
 //
-// And what this node's snapshot covers is left out: it is committed, so the leader's is the same, and so is what is left of
-// it in the log (see entries.cover). Raft would look for it in the log alone, and where it is not there refuse all that the
-// leader sends.
+// What this node's snapshot covers is left out: it is committed, so the leader's is the same, and so is what is left of it in
+// the log (see entries.cover). Raft would look for it in the log alone, and where it is not there refuse all that the leader
+// sends.
+//
+// And who asks for a vote is judged by its log alone, as in Ongaro's dissertation (4.2.1). Raft refuses whom this server does
+// not know as a voter; but the change that made it one may be committed without this server: node1 is replaced while node3 is
+// slow, the leader, node2, dies, and then only node1 can lead, with node3's vote. The id serves that check alone.
 func (t *transport) mend(rpc *raft.RPC) {
 	switch req := rpc.Command.(type) {
+	case *raft.RequestVoteRequest:
+		req.ID = t.knownVoter(req.ID)
+	case *raft.RequestPreVoteRequest:
+		req.ID = t.knownVoter(req.ID)
 	case *raft.InstallSnapshotRequest:
-		rpc.Reader = &newerSnapshot{Reader: rpc.Reader, index: req.LastLogIndex, applied: t.applied}
+		rpc.Reader = &newerSnapshot{Reader: rpc.Reader, index: req.LastLogIndex, applied: t.node.appliedIndex}
 	case *raft.AppendEntriesRequest:
 		end := req.PrevLogEntry + uint64(len(req.Entries))
 		req.LeaderCommitIndex = min(req.LeaderCommitIndex, end)
-		if newest := t.newest(); end > 0 && req.PrevLogEntry <= newest {
+		if newest := t.storage.rules.newest(); end > 0 && req.PrevLogEntry <= newest {
 			req.Entries = req.Entries[min(newest-req.PrevLogEntry, uint64(len(req.Entries))):]
 			req.PrevLogEntry, req.PrevLogTerm = 0, 0 // which Raft does not ask about
 		}
 	}
+}
+
+// knownVoter returns the id of a voter in this server's newest configuration; the given one if there is none.
+func (t *transport) knownVoter(id []byte) []byte {
+	members := t.node.members()
+	if i := slices.IndexFunc(members, isVoter); i >= 0 {
+		return []byte(members[i].Server)
+	}
+	return id
 }
 
 // newerSnapshot fails to be read when the node has applied more than is in it, if only since spare looked. Raft reads it on
@@ -164,13 +171,16 @@ func (s *newerSnapshot) Read(p []byte) (int, error) {
 // Consumer returns the channel on which Raft's main thread hears its peers.
 func (t *transport) Consumer() <-chan raft.RPC { return t.rpcs }
 
+// Close does nothing: Raft calls it when it stops, but the port is the Store's, and other nodes may go on asking.
+func (t *transport) Close() error { return nil }
+
 // SetHeartbeatHandler does nothing: heartbeats take the way of all messages, through Raft's main thread. The short cut
 // would change term and state beside that thread, unsafely (hashicorp/raft issue 695).
 func (t *transport) SetHeartbeatHandler(func(raft.RPC)) {}
 
 // AppendEntries sends log entries or a heartbeat. It differs from Raft's own in three ways. It sends at most
 // maxAppendBytes at once; Raft looks at args to see what was sent. While a node cannot be reached it goes on trying
-// as long as this node leads: Raft would wait longer after each failure, up to 10 s, and a node that comes back would
+// as long as this node leads and the other is a member: Raft would wait longer after each failure, up to 10 s, and a node that comes back would
 // be left behind for as long. And it comes back with the other node's success only when this node has stored the entries, too:
 // Raft counts this node before that, but commits nothing that no other node is known to have.
 func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest,
@@ -186,10 +196,11 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	heartbeat := args.PrevLogEntry == 0 && len(args.Entries) == 0 && args.LeaderCommitIndex == 0
 	for {
 		err := t.NetworkTransport.AppendEntries(id, target, args, resp)
-		if n := len(args.Entries); err == nil && resp.Success && n > 0 && t.stored != nil {
-			return t.stored(args.Entries[n-1].Index)
+		if n := len(args.Entries); err == nil && resp.Success && n > 0 && t.storage.disk != nil {
+			return t.storage.disk.await(args.Entries[n-1].Index)
 		}
-		if unreachable := new(dialError); heartbeat || !errors.As(err, &unreachable) || !t.leading(args.Term) {
+		member, _ := t.node.isMember(string(id))
+		if unreachable := new(dialError); heartbeat || !errors.As(err, &unreachable) || !member || !t.node.leadsIn(args.Term) {
 			return err
 		}
 		time.Sleep(redialInterval)

@@ -142,3 +142,12 @@ func (w *watchdog) stop() {
 	defer w.mu.Unlock()
 	w.stopped = true
 }
+
+func writeSynced(path string, b []byte) error {
+	file, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = file.Write(b)
+	return errors.Join(err, file.Sync(), file.Close())
+}

@@ -1,0 +1,252 @@
+package main
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"strconv"
+	"sync"
+	"time"
+
+	"github.com/anishathalye/porcupine"
+)
+
+// simMachine is a state machine that takes note of what it executes.
+type simMachine struct {
+	*kvMachine
+	node *simNode
+}
+
+func (m *simMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
+	result, err := m.kvMachine.Apply(encoded, at)
+	if err != nil {
+		return nil, err
+	}
+	r := m.node.run.Load() // what a node executes to be saved, nobody may have committed
+	if tag := Tag(binary.BigEndian.Uint64(result)); tag != 0 && r != nil && r.store.membership.at() != stageRetired {
+		s := m.node.sim
+		s.mu.Lock()
+		before, known := s.commands[tag]
+		s.commands[tag] = string(encoded)
+		s.mu.Unlock()
+		if known && before != string(encoded) {
+			s.t.Errorf("%s executes %q with tag %d, which was that of %q", m.node.id, encoded, tag, before)
+		}
+	}
+	return result, nil
+}
+
+// simHistory is all that clients did.
+type simHistory struct {
+	mu      sync.Mutex // guards what follows
+	ops     []porcupine.Operation
+	refused []string // values of which the Store said that they were certainly not written
+}
+
+func (h *simHistory) add(op porcupine.Operation) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.ops = append(h.ops, op)
+}
+
+func (h *simHistory) all() []porcupine.Operation {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.ops)
+}
+
+func (h *simHistory) refuse(value string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.refused = append(h.refused, value)
+}
+
+// client makes operations until ctx ends, on a few keys that change every second, so that histories stay short.
+func (s *sim) client(ctx context.Context, id int) {
+	tags := make(map[string]uint64) // last seen, by key
+	for ctx.Err() == nil {
+		time.Sleep(rand.N(200 * time.Millisecond))
+		op := kvOp{key: fmt.Sprintf("%d-%d", time.Now().Unix(), rand.IntN(3))}
+		switch op.kind = []string{"put", "put", "put", "get", "get", "get", "get", "delete"}[rand.IntN(8)]; {
+		case op.kind == "get":
+		case rand.IntN(2) == 0:
+			op.match = tags[op.key]
+		}
+		if out, ok := s.do(id, s.nodes[rand.IntN(len(s.nodes))], op); ok && !out.failed && out.tag != 0 {
+			tags[op.key] = out.tag
+		}
+	}
+}
+
+// put writes a new value to the key k through a node, and says whether that was acknowledged.
+func (s *sim) put(n *simNode) bool {
+	out, ok := s.do(99, n, kvOp{kind: "put", key: "k"})
+	return ok && !out.failed
+}
+
+// do makes an operation through a node and writes it down, unless it certainly did not happen. What a process says when
+// it has crashed was never heard.
+func (s *sim) do(id int, n *simNode, op kvOp) (out kvAnswer, ok bool) {
+	r := n.run.Load()
+	if r == nil {
+		return out, false
+	}
+	if op.kind == "put" && op.value == "" {
+		op.value = strconv.FormatInt(s.value.Add(1), 10)
+	}
+	done := porcupine.Operation{ClientId: id, Input: op, Call: s.clock.Add(1), Return: math.MaxInt64}
+	type answer struct {
+		kvAnswer
+		err error
+	}
+	heard := make(chan answer, 1)
+	go func() {
+		out, err := r.do(op)
+		heard <- answer{out, err}
+	}()
+	a := answer{err: ErrUnknownOutcome}
+	select {
+	case a = <-heard:
+	case <-r.gone:
+	}
+	if r.dead.Load() {
+		a = answer{err: ErrUnknownOutcome}
+	}
+	switch {
+	case a.err == nil:
+		a.known, done.Return = true, s.clock.Add(1)
+	case op.kind == "put" && !errors.Is(a.err, ErrUnknownOutcome):
+		s.h.refuse(op.value)
+		return out, false
+	case op.kind == "get" || !errors.Is(a.err, ErrUnknownOutcome):
+		return out, false
+	}
+	done.Output, done.Metadata = a.kvAnswer, r.store.membership.cluster()
+	s.h.add(done)
+	return a.kvAnswer, a.known
+}
+
+func (r *simRun) do(op kvOp) (out kvAnswer, err error) {
+	var condition Condition
+	if op.match != 0 {
+		condition.Match = &Tags{List: []Tag{Tag(op.match)}}
+	}
+	var w Written
+	switch op.kind {
+	case "get":
+		item, err := r.kv.Get(context.Background(), op.key, Linearizable)
+		return simItem(item), err
+	case "put":
+		if w, err = r.kv.Set(context.Background(), []Pair{{op.key, op.value}}, condition); err == nil {
+			out.tag = uint64(w.Tag)
+		}
+	case "delete":
+		_, err = r.kv.Delete(context.Background(), op.key, condition)
+	}
+	if errors.Is(err, ErrCondition) {
+		return kvAnswer{failed: true}, nil
+	}
+	return out, err
+}
+
+func simItem(item Item) kvAnswer {
+	if item.Tag == 0 {
+		return kvAnswer{value: "null"}
+	}
+	return kvAnswer{value: item.Value, tag: uint64(item.Tag)}
+}
+
+// compare has every node tell all it has. That ends the history.
+func (s *sim) compare() {
+	keys := make(map[string]bool)
+	for _, op := range s.h.all() {
+		keys[op.Input.(kvOp).key] = true
+	}
+	for _, n := range s.nodes {
+		r := n.run.Load()
+		if r == nil {
+			continue
+		}
+		if err := r.store.Read(context.Background(), Linearizable, func() {
+			for key := range keys {
+				item, _ := r.kv.machine.items.Get(key)
+				s.h.add(porcupine.Operation{
+					Input: kvOp{kind: "get", key: key}, Output: func() kvAnswer { a := simItem(item); a.known = true; return a }(),
+					Call: s.clock.Add(1), Return: s.clock.Add(1), Metadata: r.store.membership.cluster(),
+				})
+			}
+		}); err != nil {
+			s.t.Errorf("%s cannot be read at the end: %v", n.id, err)
+		}
+	}
+}
+
+// judge looks for an order in which all answers are right, key by key. A key whose history goes on in another cluster,
+// after a majority had lost its state, is not judged. Tags grow with time in any case.
+func (s *sim) judge() {
+	keys := make(map[string][]porcupine.Operation)
+	cluster := make(map[string]string) // by key
+	first := make(map[string]int64)    // when a cluster acknowledged its first write
+	var writes []porcupine.Operation
+	h := newHistory(s.t.Errorf)
+	h.lossy = s.lossy
+	for _, value := range s.h.refused {
+		h.refuse(value, "the Store said so")
+	}
+	for _, op := range s.h.all() {
+		in, out := op.Input.(kvOp), op.Output.(kvAnswer)
+		h.add(op.ClientId, in, out, time.Duration(op.Call), time.Duration(op.Return))
+		keys[in.key] = append(keys[in.key], op)
+		if !out.known {
+			continue
+		}
+		of := op.Metadata.(string)
+		if at, dead := s.deaths[of]; dead && op.Call > at {
+			s.t.Errorf("%+v was answered with %+v by a cluster of which a majority had lost its state before", in, out)
+		}
+		if was, known := cluster[in.key]; known && was != of {
+			of = "several"
+		}
+		cluster[in.key] = of
+		if in.kind == "put" && !out.failed {
+			writes = append(writes, op)
+			if at, known := first[op.Metadata.(string)]; !known || op.Return < at {
+				first[op.Metadata.(string)] = op.Return
+			}
+		}
+	}
+	if len(first) > 1 && !s.lossy {
+		s.t.Errorf("%d clusters have acknowledged writes; want one", len(first))
+	}
+	slices.SortFunc(writes, func(a, b porcupine.Operation) int { return int(a.Call - b.Call) })
+	byReturn := slices.Clone(writes)
+	slices.SortFunc(byReturn, func(a, b porcupine.Operation) int { return int(a.Return - b.Return) })
+	newest := uint64(0)
+	for _, op := range writes {
+		for ; len(byReturn) > 0 && byReturn[0].Return < op.Call; byReturn = byReturn[1:] {
+			newest = max(newest, simTag(byReturn[0]))
+		}
+		if simTag(op) <= newest {
+			s.t.Errorf("%+v got tag %d, after tag %d had been given out", op.Input, simTag(op), newest)
+		}
+		for other, at := range first {
+			if of := op.Metadata.(string); other != of && at < op.Call && first[of] < at {
+				s.t.Errorf("cluster %s acknowledged %+v, which began when cluster %s had acknowledged another write", of, op.Input, other)
+			}
+		}
+	}
+	for key, ops := range keys {
+		if cluster[key] == "several" || s.restored[key] {
+			continue
+		}
+		if got := check(h.refine(ops)); got != porcupine.Ok {
+			s.t.Errorf("the history of %s, with %d operations, is %v; want it linearizable:%s", key, len(ops), got, describe(ops))
+		}
+	}
+}
+
+func simTag(op porcupine.Operation) uint64 { return op.Output.(kvAnswer).tag }

@@ -1,0 +1,130 @@
+package main
+
+import (
+	"fmt"
+	"maps"
+	"math"
+	"os"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/hashicorp/raft"
+)
+
+// Status is what this node knows of itself and the cluster.
+type Status struct {
+	ID            string       `json:"id"`
+	State         string       `json:"state"`
+	Leader        string       `json:"leader"`
+	Term          uint64       `json:"term"`
+	CommitIndex   uint64       `json:"commit_index"`
+	AppliedIndex  uint64       `json:"applied_index"`
+	LastContactMS int64        `json:"last_contact_ms"` // 0 on the leader, -1 before the first contact
+	KVStore       string       `json:"kv_store"`
+	Version       string       `json:"version"`
+	Cluster       string       `json:"cluster_id"` // "" while the node is of none
+	Keys          int          `json:"keys"`       // StateMachine.Len
+	Peers         []PeerStatus `json:"peers"`
+	PeersDrift    bool         `json:"peers_drift"` // ids or voters of the membership are not what PEERS says
+}
+
+// PeerStatus is one node of the cluster, at the address where this node looks for it.
+type PeerStatus struct {
+	ID           string `json:"id"`
+	Address      string `json:"address"`
+	Voter        bool   `json:"voter"` // the server that lives there has a vote
+	Reachable    bool   `json:"reachable"`
+	AppliedIndex uint64 `json:"applied_index"` // 0 where it is not reachable
+}
+
+// Status returns what this node knows of itself and the cluster. It asks the other nodes, for askTimeout at most.
+func (s *Store) Status() Status {
+	state := s.State()
+	status := Status{
+		ID: s.cfg.NodeID, State: state.State, Leader: state.Leader, Term: state.Term, LastContactMS: -1,
+		KVStore: s.cfg.KVStore, Version: version, Cluster: s.membership.cluster(), Keys: s.replica.size(), Peers: []PeerStatus{},
+		PeersDrift: s.drift(),
+	}
+	r := s.raft.Load()
+	if r == nil {
+		return status
+	}
+	status.CommitIndex, status.AppliedIndex = r.CommitIndex(), r.AppliedIndex()
+	if contact := r.LastContact(); state.State == "leader" {
+		status.LastContactMS = 0
+	} else if !contact.IsZero() {
+		status.LastContactMS = time.Since(contact).Milliseconds()
+	}
+	status.Peers = s.recent().status(s.members())
+	return status
+}
+
+// export makes metrics of what this node knows of itself and the cluster.
+func (s *Store) export() {
+	m := s.metrics
+	m.labelled("build_info", "Always 1; the label has the version.", map[string]string{"version": version}, func() float64 { return 1 })
+	m.flag("ready", "1 when this node can do its part, as /readyz says.", func() bool { return s.Ready() == nil })
+	m.flag("is_leader", "1 on the leader.", s.leadsNow)
+	m.flag("has_leader", "1 when this node knows a leader.", func() bool { return s.Leader() != "" })
+	m.flag("peers_drift", "1 when ids or voters of the membership are not what PEERS says.", s.drift)
+	m.gauge("voters", "Members of the cluster that vote.", func() float64 { return float64(s.voters()) })
+	ofRaft := func(f func(*raft.Raft) uint64) func() float64 {
+		return func() float64 {
+			if r := s.raft.Load(); r != nil {
+				return float64(f(r))
+			}
+			return 0
+		}
+	}
+	m.gauge("term", "Raft's term; 0 before Raft runs.", ofRaft((*raft.Raft).CurrentTerm))
+	m.gauge("commit_index", "Index of the last log entry that this node knows to be committed.", ofRaft((*raft.Raft).CommitIndex))
+	m.gauge("applied_index", "Index of the last log entry that this node has executed.", ofRaft((*raft.Raft).AppliedIndex))
+	m.gauge("keys", "Keys that this node has.", func() float64 { return float64(s.replica.size()) })
+	m.gauge("waiting_write_bytes", fmt.Sprintf("Commands that wait to be put into a log entry or passed on; over %d more are refused.", maxWaiting),
+		func() float64 { return float64(s.writes.queued()) })
+}
+
+// exportStorage does so of what the storage holds, once it is open.
+func (s *Store) exportStorage() {
+	m, stats, snapshots := s.metrics, s.storage.stats, s.storage.snapshots
+	m.gauge("snapshot_timestamp_seconds", "When this node began to write its newest snapshot, in Unix time; 0 when it has none.",
+		func() float64 { return float64(snapshots.begun.Load()) / 1000 })
+	m.gauge("snapshot_size_bytes", "Size of the newest snapshot.", func() float64 { return float64(snapshots.size.Load()) })
+	if stats == nil {
+		return
+	}
+	m.gauge("db_size_bytes", "Size of "+dbName+", which never shrinks.", func() float64 {
+		info, err := os.Stat(filepath.Join(s.cfg.StateDir, dbName))
+		if err != nil {
+			return math.NaN()
+		}
+		return float64(info.Size())
+	})
+	m.gauge("db_free_bytes", "Of "+dbName+", the free pages, which new entries will fill.", func() float64 {
+		return float64(stats().FreeAlloc)
+	})
+}
+
+// status makes of a view what /status shows of each node of the configuration.
+func (v view) status(members []member) []PeerStatus {
+	voters := make(map[string]string) // by node, the server of it that votes
+	for _, m := range members {
+		node := nodeOf(m.Server)
+		if _, known := voters[node]; m.Voter || !known {
+			voters[node] = ""
+			if m.Voter {
+				voters[node] = m.Server
+			}
+		}
+	}
+	peers := []PeerStatus{}
+	for _, node := range slices.Sorted(maps.Keys(voters)) {
+		info, answers := v.answers[node]
+		peers = append(peers, PeerStatus{
+			ID: node, Address: v.addresses[node], Reachable: answers, AppliedIndex: info.Applied,
+			Voter: voters[node] != "" && (!answers || info.Server == voters[node]),
+		})
+	}
+	return peers
+}
