@@ -410,11 +410,12 @@ func (s *Store) begin() error {
 // finds out why there is none.
 func (s *Store) tend() {
 	var (
-		m     = s.membership
-		term  uint64                    // of found
-		found = make(map[string]uint64) // by server of the configuration: what was committed when this leader first saw it there
-		last  verdict                   // of the last look without a leader
-		torn  = time.Now()              // since when this node has been a candidate that knows of a leader
+		m       = s.membership
+		term    uint64                    // of found
+		found   = make(map[string]uint64) // by server of the configuration: what was committed when this leader first saw it there
+		foreign string                    // as last logged
+		last    verdict                   // of the last look without a leader
+		torn    = time.Now()              // since when this node has been a candidate that knows of a leader
 	)
 	for interval := lookInterval; m.pause(s.ctx, lookPause, interval); {
 		interval = lookInterval
@@ -432,7 +433,12 @@ func (s *Store) tend() {
 				clear(found)
 			}
 			interval = tendInterval
-			if s.replace(s.lookAround(s.ctx), found) {
+			v := s.lookAround(s.ctx)
+			if now := v.foreign(); now != foreign {
+				foreign = now
+				s.log.Warn("nodes of other clusters", "nodes", foreign, "this-cluster", m.cluster())
+			}
+			if s.replace(v, found) {
 				interval = lookPause
 			}
 		case state.Leader == "":

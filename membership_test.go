@@ -589,6 +589,9 @@ func TestServerOfAnotherClusterStaysOut(t *testing.T) {
 	if diff := cmp.Diff(before, leader.members()); diff != "" {
 		t.Errorf("members (-want +got):\n%s", diff)
 	}
+	if got, want := leader.lookAround(t.Context()).foreign(), "node3 of cluster "+foreign; got != want {
+		t.Errorf("the leader sees %q; want %q", got, want)
+	}
 	if got := node.membership.cluster(); got != foreign || got == cluster || node.Leader() == leader.cfg.NodeID {
 		t.Errorf("got cluster %s, leader %s; want its own", got, node.Leader())
 	}

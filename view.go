@@ -168,6 +168,17 @@ func (v view) obstacles(begun bool, lost []string) string {
 	return strings.Join(parts, "; ")
 }
 
+// foreign lists the nodes that are of another cluster, and hold something of it.
+func (v view) foreign() string {
+	var parts []string
+	for _, node := range slices.Sorted(maps.Keys(v.answers)) {
+		if info := v.answers[node]; info.LastIndex > 0 && info.Cluster != v.mine().Cluster {
+			parts = append(parts, node+" of cluster "+info.Cluster)
+		}
+	}
+	return strings.Join(parts, "; ")
+}
+
 func portOf(address string) string {
 	_, port, _ := net.SplitHostPort(address)
 	return port
