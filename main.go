@@ -65,13 +65,17 @@ func run(args []string, getenv func(string) string, sig signals, stdout, stderr 
 		fmt.Fprintln(stderr, err)
 		return exitUsage
 	}
+	m := newMetrics()
+	log, flush := openLog(cfg, stderr, m.dropped)
+	defer flush()
 	if action == "healthcheck" {
 		err = checkHealth(cfg)
 	} else {
-		err = serve(cfg, sig, newLogger(cfg, stderr))
+		err = serve(cfg, sig, m, log)
 	}
 	if err != nil {
-		fmt.Fprintln(stderr, "raftstarter:", err)
+		log.SetLevel(min(log.GetLevel(), hclog.Error)) // an end has its reason told even where LOG_LEVEL is off
+		log.Error(err.Error())
 		return exitFailed
 	}
 	return exitOK
@@ -93,23 +97,6 @@ func parseArgs(args []string) (action string, err error) {
 		return "", fmt.Errorf("raftstarter: unexpected arguments %q; configuration comes from the environment, see --help", args)
 	}
 	return action, nil
-}
-
-func newLogger(cfg *Config, w io.Writer) hclog.Logger {
-	log := hclog.New(&hclog.LoggerOptions{
-		Name: "raftstarter", Output: w, Level: hclog.LevelFromString(cfg.LogLevel), JSONFormat: cfg.LogFormat == "json",
-		Exclude: isRoutine,
-	})
-	log.Info("configuration", cfg.logPairs()...)
-	for _, warning := range cfg.Warnings {
-		log.Warn(warning)
-	}
-	return log
-}
-
-// isRoutine says whether a line is of Raft finding out how much of the log a follower has: it warns of that at each start.
-func isRoutine(_ hclog.Level, msg string, _ ...any) bool {
-	return msg == "failed to get previous log" || msg == "appendEntries rejected, sending older logs"
 }
 
 // warnOfOpenPorts says what is open to whom, unless it is open to nobody but this machine.
@@ -136,8 +123,11 @@ func warnOfOpenPorts(cfg *Config, log hclog.Logger) {
 }
 
 // serve runs the node until a signal or an error ends it.
-func serve(cfg *Config, sig signals, log hclog.Logger) error {
-	m := newMetrics()
+func serve(cfg *Config, sig signals, m *metrics, log hclog.Logger) error {
+	log.Info("configuration", cfg.logPairs()...)
+	for _, warning := range cfg.Warnings {
+		log.Warn(warning)
+	}
 	if err := m.collectRaft(); err != nil {
 		return err
 	}

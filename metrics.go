@@ -30,6 +30,7 @@ type metrics struct {
 	forwarded     prometheus.Counter   // commands
 	refusals      prometheus.Counter   // connections to the Raft port
 	crowded       prometheus.Counter
+	dropped       prometheus.Counter // lines of the log
 
 	mu   sync.Mutex                             // guards changes of seen
 	seen atomic.Pointer[map[requestKind]series] // of requests, so that each need not be looked up by its labels' text
@@ -72,9 +73,10 @@ func newMetrics() *metrics {
 		forwarded:     counter("forwarded_commands_total", "Commands passed on to the leader."),
 		refusals:      counter("peer_refusals_total", "Connections to the Raft port that were refused, or too many."),
 		crowded:       counter("http_crowded_connections_total", "Connections to the HTTP port closed because there were too many."),
+		dropped:       counter("log_lines_dropped_total", "Lines of the log that stderr did not take in time, or at all."),
 	}
 	m.seen.Store(&map[requestKind]series{})
-	m.registry.MustRegister(m.requests, m.latency, m.leaderChanges, m.commit, m.apply, m.stored, m.batch, m.round, m.forwarded, m.refusals, m.crowded,
+	m.registry.MustRegister(m.requests, m.latency, m.leaderChanges, m.commit, m.apply, m.stored, m.batch, m.round, m.forwarded, m.refusals, m.crowded, m.dropped,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

@@ -77,6 +77,7 @@ type proc struct {
 	dial   func(ctx context.Context, network, addr string) (net.Conn, error) // how it is reached; nil for as usual
 	tls    *tls.Config                                                       // for requests to it; nil for none
 	token  string                                                            // in requests to it; "" for none
+	pipe   *os.File                                                          // where its log goes; nil for a file
 
 	// Of its newest run:
 	cmd    *exec.Cmd
@@ -162,6 +163,9 @@ func (p *proc) start(args ...string) {
 	cmd.Stdout, cmd.Stderr, cmd.Env = p.stdout, stderr, []string{} // nil would be the environment of this process
 	for name, value := range p.env {
 		cmd.Env = append(cmd.Env, name+"="+value)
+	}
+	if p.pipe != nil {
+		cmd.Stderr = p.pipe
 	}
 	if err := cmd.Start(); err != nil {
 		p.t.Fatal(err)

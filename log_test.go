@@ -1,0 +1,192 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// stderrFake fails or stalls as it is told.
+type stderrFake struct {
+	logLines
+	gate chan error // receives what becomes of each write: it waits for that
+}
+
+func (s *stderrFake) Write(p []byte) (int, error) {
+	if err := <-s.gate; err != nil {
+		return 0, err
+	}
+	return s.logLines.Write(p)
+}
+
+func TestLogThatNobodyReads(t *testing.T) {
+	for _, format := range []string{"text", "json"} {
+		t.Run(format, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m, w := newMetrics(), &stderrFake{gate: make(chan error)}
+				log, flush := openLog(mustConfig(t, map[string]string{"LOG_FORMAT": format}), w, m.dropped)
+				log.Info("the first")
+				synctest.Wait() // it is being written, and never will be
+				const lines = 2000
+				for i := range lines {
+					log.Info("one of many", "number", i, "text", strings.Repeat("x", 400))
+				}
+				dropped := int(testutil.ToFloat64(m.dropped))
+				if dropped < lines/2 || dropped > lines-400 {
+					t.Errorf("got %d lines dropped of %d; want what exceeds %d bytes", dropped, lines, maxLogBuffer)
+				}
+				began := time.Now()
+				flush() // though it has no hope
+				if took := time.Since(began); took != flushTimeout {
+					t.Errorf("got %v for a flush to nobody; want %v", took, flushTimeout)
+				}
+				close(w.gate) // now somebody reads
+				flush()
+				if got := w.count("the first") + w.count("one of many"); got != 1+lines-dropped {
+					t.Errorf("got %d lines written; want %d", got, 1+lines-dropped)
+				}
+				if w.count("were dropped", strconv.Itoa(dropped)) != 1 || w.count("were dropped") != 1 {
+					t.Errorf("got %d lines that tell of drops; want one, of %d lines", w.count("were dropped"), dropped)
+				}
+			})
+		})
+	}
+}
+
+func TestLogThatCannotBeWritten(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m, w := newMetrics(), &stderrFake{gate: make(chan error)}
+		log, flush := openLog(mustConfig(t, nil), w, m.dropped)
+		for range 3 { // one write each; were there more, the next would get the wrong answer
+			log.Info("lost")
+			w.gate <- syscall.EPIPE
+			synctest.Wait()
+		}
+		if got := testutil.ToFloat64(m.dropped); got != 3 {
+			t.Errorf("got %v lines dropped; want 3", got)
+		}
+		log.Info("written")
+		close(w.gate)
+		flush()
+		if w.count("lost") != 0 || w.count("written") != 1 || w.count("were dropped", "lines=3") != 1 {
+			t.Errorf("got %d, %d and %d lines; want none lost, and one each that was written and that tells of three",
+				w.count("lost"), w.count("written"), w.count("were dropped", "lines=3"))
+		}
+	})
+}
+
+// newPipe returns the two ends of a pipe.
+func newPipe(t *testing.T) (r, w *os.File) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = errors.Join(r.Close(), w.Close()) })
+	return r, w
+}
+
+func TestProcessStderrIsNotRead(t *testing.T) {
+	t.Parallel()
+	nodes := newProcs(t, map[string]string{"SHUTDOWN_TIMEOUT": "3s"})
+	for _, p := range nodes {
+		_, p.pipe = newPipe(t)
+	}
+	leader, others := pick(startAll(nodes...), true)
+	go func() { // until the pipe is closed: it is full by then
+		_, _ = leader.pipe.Write(make([]byte, 2<<20))
+	}()
+	others[0].end(syscall.SIGKILL, -1)
+	for began := time.Now(); time.Since(began) < 3*time.Second; time.Sleep(10 * time.Millisecond) {
+		leader.put("k", "1")
+		others[1].put("k", "2")
+	}
+	leader.signal(syscall.SIGTERM)
+	leader.exits(exitOK, 3*time.Second+slack)
+}
+
+func TestProcessStderrIsGone(t *testing.T) {
+	t.Parallel()
+	p := newProc(t, nil)
+	r, w := newPipe(t)
+	p.pipe = w
+	startAll(p)
+	_ = r.Close()
+	dropped := func() float64 {
+		a := p.expect(http.StatusOK, http.MethodGet, "/metrics", "")
+		n := regexp.MustCompile(`(?m)^raftstarter_log_lines_dropped_total (\d+)$`).FindStringSubmatch(a.body)
+		if n == nil {
+			t.Fatal("no metric tells of dropped lines")
+		}
+		v, _ := strconv.ParseFloat(n[1], 64)
+		return v
+	}
+	p.signal(syscall.SIGHUP) // which it logs
+	waitFor(t, "a line to be dropped", func() bool { return dropped() > 0 })
+	p.put("k", "1")
+	p.end(syscall.SIGTERM, exitOK)
+}
+
+func TestProcessLogIsJSON(t *testing.T) {
+	t.Parallel()
+	running := startAll(newProc(t, nil))[0]
+	damaged := filepath.Join(t.TempDir(), "state")
+	if err := errors.Join(os.Mkdir(damaged, 0o700), os.WriteFile(filepath.Join(damaged, "raft.db"), []byte("garbage"), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name    string
+		env     map[string]string
+		args    []string
+		signals []os.Signal
+		code    int
+		reason  string // in the last line
+	}{
+		{"a port in use", map[string]string{"HTTP_ADDR": running.env["HTTP_ADDR"], "HTTP_PORT": running.env["HTTP_PORT"]}, nil, nil, exitFailed, "HTTP_PORT"},
+		{"with the log off", map[string]string{
+			"LOG_LEVEL": "off", "HTTP_ADDR": running.env["HTTP_ADDR"], "HTTP_PORT": running.env["HTTP_PORT"],
+		}, nil, nil, exitFailed, "HTTP_PORT"},
+		{"a damaged database", map[string]string{"STATE_DIR": damaged}, nil, nil, exitFailed, damaged},
+		{"a health check of nobody", nil, []string{"--healthcheck"}, nil, exitFailed, "connection refused"},
+		{"a signal", nil, nil, []os.Signal{syscall.SIGTERM}, exitOK, "stopped"},
+		{"a second signal", nil, nil, []os.Signal{syscall.SIGTERM, syscall.SIGINT}, exitFailed, "second signal"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := newProc(t, tt.env)
+			p.env["LOG_FORMAT"], p.env["SHUTDOWN_TIMEOUT"] = "json", "1s"
+			p.start(tt.args...)
+			if tt.signals != nil {
+				p.await(http.StatusOK, http.MethodGet, "/readyz", "")
+				beginPut(p, "slow") // so that it does not stop too early
+			}
+			for _, sig := range tt.signals {
+				p.signal(sig)
+				p.awaitStopping()
+			}
+			p.exits(tt.code, stopLimit)
+			last := struct {
+				Level   string `json:"@level"`
+				Message string `json:"@message"`
+			}{}
+			for line := range strings.Lines(p.read(p.stderr)) {
+				if err := json.Unmarshal([]byte(line), &last); err != nil {
+					t.Errorf("got %q on stderr; want JSON", line)
+				}
+			}
+			if !strings.Contains(last.Message, tt.reason) || (last.Level == "error") != (tt.code == exitFailed) {
+				t.Errorf("got %+v at the end; want %q, as an error if it is one", last, tt.reason)
+			}
+		})
+	}
+}
