@@ -134,7 +134,7 @@ func FuzzRaftPort(f *testing.F) {
 	newPeers(n, nil)
 	st := &storage{rules: &entries{}}
 	st.rules.covered.advance(7)
-	raftPort := newTransport(n, st, port, hclog.NewNullLogger())
+	raftPort := newTransport(n, st, port, newRaftLog(hclog.NewNullLogger()))
 	go func() { // as Raft's main thread, for as long as the process is there
 		for rpc := range raftPort.Consumer() {
 			if rpc.Reader != nil {

@@ -2,17 +2,22 @@ package main
 
 import (
 	"bytes"
+	"fmt"
 	"io"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus"
 )
 
 const (
-	maxLogBuffer = 256 << 10              // bytes of lines that wait while others are being written, which are at most as many
-	flushTimeout = 250 * time.Millisecond // for what waits when the process ends
+	maxLogBuffer   = 256 << 10              // bytes of lines that wait while others are being written, which are at most as many
+	flushTimeout   = 250 * time.Millisecond // for what waits when the process ends
+	repeatInterval = 30 * time.Second       // between two lines of Raft's that say the same of the same node
 )
 
 // openLog returns the log, which goes to w and never waits for it, and what writes the rest of it when the process ends.
@@ -21,7 +26,6 @@ func openLog(cfg *Config, w io.Writer, dropped prometheus.Counter) (log hclog.Lo
 	b.change = sync.NewCond(&b.mu)
 	log = hclog.New(&hclog.LoggerOptions{
 		Name: "raftstarter", Output: b, Level: hclog.LevelFromString(cfg.LogLevel), JSONFormat: cfg.LogFormat == "json",
-		Exclude: isRoutine,
 	})
 	go b.run(w, log)
 	return log, b.flush
@@ -101,7 +105,89 @@ func (b *logBuffer) flush() {
 	}
 }
 
-// isRoutine says whether a line is of Raft finding out how much of the log a follower has: it warns of that at each start.
-func isRoutine(_ hclog.Level, msg string, _ ...any) bool {
-	return msg == "failed to get previous log" || msg == "appendEntries rejected, sending older logs"
+// raftLog is the log for Raft, which warns at every attempt to reach a node that is down. A warning or error that says the
+// same of the same node comes once in a repeatInterval, with how many were left out; those are for debugging. Who leads, and
+// who is a member, is told in lines of the node's own.
+type raftLog struct {
+	hclog.Logger
+
+	mu   sync.Mutex // guards said
+	said map[saying]said
+}
+
+type saying struct{ msg, node string }
+
+type said struct {
+	at      time.Time
+	leftOut int  // since then
+	open    bool // it may still be so
+}
+
+func newRaftLog(log hclog.Logger) *raftLog { return &raftLog{Logger: log, said: make(map[saying]said)} }
+
+const failedHeartbeat = "failed to heartbeat to" // with that Raft says that a node cannot be reached
+
+// routine is what Raft says when all is well, at the start of a node and when it finds out how much of the log a follower
+// has; and at each attempt to be elected, of which the node's own lines tell the outcome and the reason. It is for debugging,
+// as is that another node does not run Raft yet.
+var routine = []string{
+	"failed to get previous log", "appendEntries rejected, sending older logs", "no known peers, aborting election",
+	"entering candidate state", "pre-vote campaign failed, waiting for election timeout",
+	"Election timeout reached, restarting election",
+}
+
+// Info, Warn and Error are all that Raft calls for what is not for debugging anyway.
+
+func (l *raftLog) Info(msg string, args ...any)  { l.say(hclog.Info, msg, args) }
+func (l *raftLog) Warn(msg string, args ...any)  { l.say(hclog.Warn, msg, args) }
+func (l *raftLog) Error(msg string, args ...any) { l.say(hclog.Error, msg, args) }
+
+func (l *raftLog) say(level hclog.Level, msg string, args []any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	early := strings.Contains(fmt.Sprint(args...), errNoRaft.Error()) // the other node has answered that
+	if early || slices.Contains(routine, msg) {
+		level = hclog.Debug
+	}
+	if level >= hclog.Warn {
+		about := saying{msg, peerIn(args)}
+		last := l.said[about]
+		if time.Since(last.at) < repeatInterval {
+			last.leftOut++
+			level = hclog.Debug
+		} else {
+			if last.leftOut > 0 {
+				args = append(slices.Clip(args), "left-out", last.leftOut)
+			}
+			last = said{at: time.Now(), open: true}
+		}
+		l.said[about] = last
+	}
+	l.Log(level, msg, args...)
+}
+
+// peerIn returns the node that a line is about, "" if it is about none: where Raft names a server it does so first.
+func peerIn(args []any) string {
+	if len(args) < 2 {
+		return ""
+	}
+	switch peer := args[1].(type) {
+	case raft.Server:
+		return nodeOf(string(peer.ID))
+	case raft.ServerID, raft.ServerAddress:
+		return nodeOf(fmt.Sprint(peer))
+	}
+	return ""
+}
+
+// reached takes note that a server has answered a heartbeat, and says so if its node could not be reached before.
+func (l *raftLog) reached(server string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	about := saying{failedHeartbeat, nodeOf(server)}
+	if last := l.said[about]; last.open {
+		last.open = false
+		l.said[about] = last
+		l.Logger.Info("reachable again", "node", about.node)
+	}
 }

@@ -3,6 +3,8 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
+	"io"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -14,6 +16,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
+	"github.com/hashicorp/raft"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
@@ -86,6 +90,71 @@ func TestLogThatCannotBeWritten(t *testing.T) {
 	})
 }
 
+// raftSays has Raft log what it does at each attempt while peers are down, twice a second.
+func raftSays(log *raftLog, peers []raft.Server, took time.Duration) {
+	for began := time.Now(); time.Since(began) < took; time.Sleep(500 * time.Millisecond) {
+		log.Warn("Election timeout reached, restarting election")
+		log.Info("entering candidate state", "node", "Node at node1#1 [Candidate]", "term", 7)
+		for _, peer := range peers {
+			log.Error("failed to heartbeat to", "peer", peer.Address, "backoff time", time.Second, "error", io.EOF)
+			log.Error("failed to make requestVote RPC", "target", peer, "error", io.EOF, "term", 7)
+			log.Warn("failed to contact", "server-id", peer.ID, "time", time.Second)
+		}
+	}
+}
+
+func TestRaftLog(t *testing.T) {
+	peers := []raft.Server{{ID: "node2#2", Address: "node2#2@10.0.0.2:1"}, {ID: "node22#3", Address: "node22#3@10.0.0.3:1"}}
+	for _, tt := range []struct {
+		level   string
+		minutes int
+		want    int // lines
+	}{{"info", 1, 12}, {"info", 10, 120}, {"debug", 1, 8 * 120}} {
+		t.Run(fmt.Sprintf("%s, %d minutes", tt.level, tt.minutes), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				lines := new(logLines)
+				log := newRaftLog(hclog.New(&hclog.LoggerOptions{Output: lines, Level: hclog.LevelFromString(tt.level)}))
+				log.reached("node2#2")
+				raftSays(log, peers, time.Duration(tt.minutes)*time.Minute)
+				if got := lines.count(); got != tt.want {
+					t.Errorf("got %d lines; want %d", got, tt.want)
+				}
+				for _, msg := range []string{"failed to heartbeat to", "failed to make requestVote RPC", "failed to contact"} {
+					for _, peer := range []string{"node2#", "node22#"} {
+						if got, want := lines.count("[ERROR]", msg, peer)+lines.count("[WARN]", msg, peer), 2*tt.minutes; got != want {
+							t.Errorf("got %d lines that say %q of %s; want %d", got, msg, peer, want)
+						}
+						if got, want := lines.count(msg, peer, "left-out=59"), 2*tt.minutes-1; got != want {
+							t.Errorf("got %d lines that say %q of %s with 59 left out; want %d", got, msg, peer, want)
+						}
+					}
+				}
+				for range 2 {
+					log.reached("node2#4") // as another server, now
+				}
+				if all, it := lines.count("reachable again"), lines.count("reachable again: node=node2\n"); all != 1 || it != 1 {
+					t.Errorf("got %d lines of a node that is reachable again, %d of the right one; want 1", all, it)
+				}
+			})
+		})
+	}
+}
+
+// What tells who leads comes as often as it happens. That a node is a little late is not worth a line.
+func TestRaftLogOfElections(t *testing.T) {
+	lines := new(logLines)
+	log := newRaftLog(hclog.New(&hclog.LoggerOptions{Output: lines}))
+	log.Error("failed to make requestVote RPC", "target", raft.Server{ID: "node2#2"}, "error", fmt.Errorf("refused: %w", errNoRaft), "term", 2)
+	for term := range 10 {
+		log.Info("election won", "term", term, "tally", 2)
+		log.Info("entering leader state", "leader", "Node at node1#1 [Leader]")
+		log.Info("entering follower state", "follower", "Node at node1#1 [Follower]")
+	}
+	if got, all := lines.count("[INFO]"), lines.count(); got != 30 || all != 30 {
+		t.Errorf("got %d lines, %d of them at info; want 30", all, got)
+	}
+}
+
 // newPipe returns the two ends of a pipe.
 func newPipe(t *testing.T) (r, w *os.File) {
 	t.Helper()
@@ -136,6 +205,50 @@ func TestProcessStderrIsGone(t *testing.T) {
 	waitFor(t, "a line to be dropped", func() bool { return dropped() > 0 })
 	p.put("k", "1")
 	p.end(syscall.SIGTERM, exitOK)
+}
+
+func TestProcessOneOfThreeIsDown(t *testing.T) {
+	t.Parallel()
+	leader, others := pick(startAll(newProcs(t, nil)...), true)
+	down := others[0]
+	complaints := func() int {
+		return len(regexp.MustCompile(`(?m)\[(WARN|ERROR)\]`).FindAllString(leader.read(leader.stderr), -1))
+	}
+	before := complaints()
+	down.end(syscall.SIGKILL, -1)
+	waitFor(t, "the leader to say so", func() bool {
+		return strings.Contains(leader.read(leader.stderr), `failed to heartbeat to: peer="`+down.name)
+	})
+	time.Sleep(6 * time.Second) // for so long it could go on and on
+	if got := complaints() - before; got > 4 {
+		t.Errorf("got %d warnings and errors in some seconds; want a handful", got)
+	}
+	startAll(down)
+	again := "reachable again: node=" + down.name + "\n"
+	waitFor(t, "the leader to say so", func() bool { return strings.Count(leader.read(leader.stderr), again) == 1 })
+	others[1].logs(`^(.*\[INFO\].*\n)*$`) // whom it does not concern
+}
+
+func TestProcessFirstStart(t *testing.T) {
+	t.Parallel()
+	for _, atOnce := range []bool{true, false} {
+		t.Run(fmt.Sprintf("at once: %v", atOnce), func(t *testing.T) {
+			nodes := newProcs(t, nil)
+			for _, p := range nodes {
+				if p.start(); !atOnce {
+					p.await(http.StatusOK, http.MethodGet, "/livez", "")
+				}
+			}
+			for _, p := range nodes {
+				ready := regexp.MustCompile(`\[INFO\] .*ready: ` + p.url() + `\n$`)
+				waitFor(t, p.name+" to say last that it is ready", func() bool { return ready.MatchString(p.read(p.stderr)) })
+			}
+			for _, p := range nodes {
+				p.logs(`^(.*(\[INFO\]|\[WARN\].*open ports:).*\n)*$`)
+				p.logs(`ready: ` + p.url() + `\n$`) // nothing has come after it
+			}
+		})
+	}
 }
 
 func TestProcessLogIsJSON(t *testing.T) {

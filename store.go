@@ -187,7 +187,8 @@ func (s *Store) startRaft() (err error) {
 	id := s.membership.identity()
 	conf := raft.DefaultConfig()
 	conf.LocalID = raft.ServerID(id.Server)
-	conf.Logger = s.log.Named("raft")
+	log := newRaftLog(s.log.Named("raft"))
+	conf.Logger = log
 	conf.HeartbeatTimeout, conf.ElectionTimeout, conf.LeaderLeaseTimeout = heartbeatTimeout, electionTimeout, leaseTimeout
 	conf.MaxAppendEntries, conf.CommitTimeout = maxAppendEntries, commitTimeout
 	conf.SnapshotThreshold = s.cfg.SnapshotThreshold
@@ -201,7 +202,7 @@ func (s *Store) startRaft() (err error) {
 	if err != nil {
 		return fmt.Errorf("begin the log: %w", err)
 	}
-	s.transport = newTransport(s.network, st, s, s.log.Named("transport"))
+	s.transport = newTransport(s.network, st, s, log)
 	r, err := raft.NewRaft(conf, s.replica, st.logs, st.stable, st.snapshots, s.transport)
 	if err != nil {
 		return fmt.Errorf("start raft from %s: %w; nothing was changed", s.cfg.StateDir, err)

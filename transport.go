@@ -7,7 +7,6 @@ import (
 	"slices"
 	"time"
 
-	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 )
 
@@ -22,6 +21,7 @@ type transport struct {
 	*raft.NetworkTransport
 	node    localNode
 	storage *storage
+	log     *raftLog
 	rpcs    chan raft.RPC
 	closing <-chan struct{}
 }
@@ -36,7 +36,7 @@ type localNode interface {
 	isMember(server string) (member, votes bool) // of its newest configuration
 }
 
-func newTransport(n *network, st *storage, node localNode, log hclog.Logger) *transport {
+func newTransport(n *network, st *storage, node localNode, log *raftLog) *transport {
 	t := &transport{
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
 			Stream: n, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
@@ -44,7 +44,7 @@ func newTransport(n *network, st *storage, node localNode, log hclog.Logger) *tr
 			MaxRPCsInFlight:       1,
 			ServerAddressProvider: idsAreAddresses{},
 		}),
-		node: node, storage: st,
+		node: node, storage: st, log: log,
 		rpcs:    make(chan raft.RPC),
 		closing: n.closing,
 	}
@@ -196,6 +196,9 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	heartbeat := args.PrevLogEntry == 0 && len(args.Entries) == 0 && args.LeaderCommitIndex == 0
 	for {
 		err := t.NetworkTransport.AppendEntries(id, target, args, resp)
+		if heartbeat && err == nil {
+			t.log.reached(string(id))
+		}
 		if n := len(args.Entries); err == nil && resp.Success && n > 0 && t.storage.disk != nil {
 			return t.storage.disk.await(args.Entries[n-1].Index)
 		}
