@@ -79,7 +79,6 @@ func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *
 	s := &Store{
 		cfg: cfg, log: log, metrics: m, started: time.Now(), open: openStorage,
 		leadership:   newLeadership(RaftState{State: "starting"}),
-		writes:       newWrites(m, log.Named("writes")),
 		observations: make(chan raft.Observation, 16),
 		current:      make(chan struct{}),
 		failed:       make(chan error, 1),
@@ -89,7 +88,7 @@ func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *
 	s.replica = &replica{machine: machine, metrics: m, fail: s.fail}
 	s.rounds = newReadRounds(m, s.findReadIndex)
 	s.export()
-	s.writes.propose, s.writes.leads, s.writes.callLeader = s.propose, s.leadsNow, s.callLeader
+	s.writes = newWrites(s, m, log.Named("writes"))
 	return s
 }
 

@@ -52,18 +52,23 @@ func newWrite(commands ...[]byte) *write {
 	return w
 }
 
+// proposer is what writes needs of its node. The Store is one.
+type proposer interface {
+	// propose appends an entry of these commands to Raft's log; it returns nil when this node does not lead.
+	propose(commands [][]byte) raft.ApplyFuture
+	// leadsNow says whether this node is the leader.
+	leadsNow() bool
+	// callLeader asks the leader; see Store.callLeader.
+	callLeader(op byte, request []byte, timeout time.Duration) ([]byte, error)
+}
+
 // writes takes commands into the log. Those that arrive while others are being committed gather into one log entry, or,
 // on a node that does not lead, into one message to the leader (group commit: DeWitt et al., "Implementation Techniques
 // for Main Memory Database Systems", 1984).
 type writes struct {
 	log     hclog.Logger
 	metrics *metrics
-	// propose appends an entry of these commands to Raft's log; it returns nil when this node does not lead.
-	propose func(commands [][]byte) raft.ApplyFuture
-	// leads says whether this node is the leader.
-	leads func() bool
-	// callLeader asks the leader; see Store.callLeader.
-	callLeader func(op byte, request []byte, timeout time.Duration) ([]byte, error)
+	node    proposer
 
 	wake   chan struct{} // holds one token: there may be something to take
 	entry  chan struct{} // a token while the leader commits an entry
@@ -81,9 +86,9 @@ type writes struct {
 	patience int // how often batches may yet wait in vain; below 0, how many will not wait. For run alone
 }
 
-func newWrites(m *metrics, log hclog.Logger) *writes {
+func newWrites(node proposer, m *metrics, log hclog.Logger) *writes {
 	return &writes{
-		log: log, metrics: m,
+		log: log, metrics: m, node: node,
 		wake:   make(chan struct{}, 1),
 		entry:  make(chan struct{}, 1),
 		passed: make(chan struct{}, 1),
@@ -118,7 +123,7 @@ func (b *writes) run(ctx context.Context) {
 		}
 		for {
 			slot := b.passed
-			if b.leads() {
+			if b.node.leadsNow() {
 				slot = b.entry
 			}
 			select {
@@ -276,7 +281,7 @@ func (b *writes) wait(ctx context.Context, w *write) outcome {
 // leader what has not been passed on already.
 func (b *writes) commit(batch []*write) {
 	began := time.Now()
-	if future := b.propose(commandsOf(batch)); future != nil {
+	if future := b.node.propose(commandsOf(batch)); future != nil {
 		all := b.await(future)
 		b.learn(batch, time.Since(began))
 		share(batch, all)
@@ -347,7 +352,7 @@ func (b *writes) await(future raft.ApplyFuture) outcome {
 // forward passes commands on to the leader.
 func (b *writes) forward(commands [][]byte) outcome {
 	b.metrics.forwarded.Add(float64(len(commands)))
-	answer, err := b.callLeader(opApply, appendCommands(nil, commands), requestTimeout)
+	answer, err := b.node.callLeader(opApply, appendCommands(nil, commands), requestTimeout)
 	if err != nil {
 		return outcome{err: err}
 	}

@@ -35,9 +35,10 @@ func (f *fakeFuture) Index() uint64 { return f.index }
 // newTestWrites returns writes that run until the test ends.
 func newTestWrites(t *testing.T) *writes {
 	t.Helper()
-	w := newWrites(newMetrics(), hclog.NewNullLogger())
-	w.propose, w.leads = func([][]byte) raft.ApplyFuture { return nil }, func() bool { return true }
-	w.callLeader = func(byte, []byte, time.Duration) ([]byte, error) { return nil, ErrNoLeader }
+	w := newWrites(&testProposer{}, newMetrics(), hclog.NewNullLogger())
+	at := proposerOf(w)
+	at.onPropose, at.leads = func([][]byte) raft.ApplyFuture { return nil }, func() bool { return true }
+	at.onCall = func(byte, []byte, time.Duration) ([]byte, error) { return nil, ErrNoLeader }
 	ctx, cancel := context.WithCancel(context.Background())
 	t.Cleanup(func() {
 		cancel()
@@ -95,10 +96,10 @@ func TestOutcomeOfAWrite(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			w := newTestWrites(t)
 			if tt.propose != nil {
-				w.propose = tt.propose
+				proposerOf(w).onPropose = tt.propose
 			}
 			if tt.callLeader != nil {
-				w.callLeader = tt.callLeader
+				proposerOf(w).onCall = tt.callLeader
 			}
 			ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 			defer cancel()
@@ -135,7 +136,7 @@ func TestWritesGatherWhileOthersAreCommitted(t *testing.T) {
 	release := make(chan struct{})
 	var mu sync.Mutex
 	var sizes []int
-	w.propose = func(commands [][]byte) raft.ApplyFuture {
+	proposerOf(w).onPropose = func(commands [][]byte) raft.ApplyFuture {
 		mu.Lock()
 		defer mu.Unlock()
 		sizes = append(sizes, len(commands))
@@ -168,7 +169,7 @@ func TestWritesGatherWhileOthersAreCommitted(t *testing.T) {
 func TestEntryIsAlone(t *testing.T) {
 	w := newTestWrites(t)
 	release, begun := make(chan struct{}), make(chan struct{}, 100)
-	w.propose = func(commands [][]byte) raft.ApplyFuture {
+	proposerOf(w).onPropose = func(commands [][]byte) raft.ApplyFuture {
 		begun <- struct{}{}
 		return &fakeFuture{index: 1, results: commands, wait: release}
 	}
@@ -198,14 +199,14 @@ func TestPassedOnHoldsUpNoEntry(t *testing.T) {
 	w := newTestWrites(t)
 	var leads atomic.Bool
 	release, calls := make(chan struct{}), make(chan struct{}, 100)
-	w.leads = leads.Load
-	w.propose = func(commands [][]byte) raft.ApplyFuture {
+	proposerOf(w).leads = leads.Load
+	proposerOf(w).onPropose = func(commands [][]byte) raft.ApplyFuture {
 		if !leads.Load() {
 			return nil
 		}
 		return &fakeFuture{index: 1, results: commands}
 	}
-	w.callLeader = func(byte, []byte, time.Duration) ([]byte, error) {
+	proposerOf(w).onCall = func(byte, []byte, time.Duration) ([]byte, error) {
 		calls <- struct{}{}
 		<-release
 		return nil, ErrUnknownOutcome
@@ -246,7 +247,7 @@ func TestGatherWaitsForThoseWhoComeBack(t *testing.T) {
 		t.Helper()
 		synctest.Test(t, func(t *testing.T) {
 			w := newTestWrites(t)
-			w.propose = func(commands [][]byte) raft.ApplyFuture {
+			proposerOf(w).onPropose = func(commands [][]byte) raft.ApplyFuture {
 				sizes = append(sizes, len(commands))
 				wait := make(chan struct{})
 				time.AfterFunc(commit, func() { close(wait) })
@@ -317,7 +318,7 @@ func TestGatherWaitsForThoseWhoComeBack(t *testing.T) {
 
 // Only a batch that would have waited counts for how long none does.
 func TestImpatienceIsForThoseWhoWouldWait(t *testing.T) {
-	b := newWrites(newMetrics(), hclog.NewNullLogger())
+	b := newWrites(&testProposer{}, newMetrics(), hclog.NewNullLogger())
 	b.expected, b.patience = 1, -impatience
 	b.gather(t.Context()) // nothing to take
 	if err := b.add(newWrite([]byte("as many as expected"))); err != nil {
@@ -340,13 +341,13 @@ func TestLearnsBeforeItAnswers(t *testing.T) {
 	for _, leads := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
 			b := newTestWrites(t)
-			b.propose = func([][]byte) raft.ApplyFuture {
+			proposerOf(b).onPropose = func([][]byte) raft.ApplyFuture {
 				if !leads {
 					return nil
 				}
 				return &fakeFuture{index: 1, results: results}
 			}
-			b.callLeader = func(byte, []byte, time.Duration) ([]byte, error) {
+			proposerOf(b).onCall = func(byte, []byte, time.Duration) ([]byte, error) {
 				return encodeOutcome(outcome{index: 1, results: results}), nil
 			}
 			w := newWrite([]byte("command"))
@@ -364,7 +365,7 @@ func TestLearnsBeforeItAnswers(t *testing.T) {
 }
 
 func TestBatchHasABound(t *testing.T) {
-	w := newWrites(newMetrics(), hclog.NewNullLogger())
+	w := newWrites(&testProposer{}, newMetrics(), hclog.NewNullLogger())
 	for _, size := range []int{maxBatchBytes - 1, 1, 1, maxBatchBytes * 2, 1} {
 		if err := w.add(newWrite(make([]byte, size))); err != nil {
 			t.Fatal(err)
@@ -390,7 +391,7 @@ func TestWithdrawnWriteIsNeverExecuted(t *testing.T) {
 	w := newTestWrites(t)
 	release := make(chan struct{})
 	executed := make(chan string, 10)
-	w.propose = func(commands [][]byte) raft.ApplyFuture {
+	proposerOf(w).onPropose = func(commands [][]byte) raft.ApplyFuture {
 		for _, c := range commands {
 			executed <- string(c)
 		}
@@ -417,7 +418,7 @@ func TestWithdrawnWriteIsNeverExecuted(t *testing.T) {
 
 func TestForwardedCommandsGoNoFurther(t *testing.T) {
 	w := newTestWrites(t)
-	w.callLeader = func(byte, []byte, time.Duration) ([]byte, error) {
+	proposerOf(w).onCall = func(byte, []byte, time.Duration) ([]byte, error) {
 		t.Error("commands that were passed on were passed on again")
 		return nil, ErrNoLeader
 	}
@@ -450,3 +451,18 @@ func TestMoreThanABatchIsNotTaken(t *testing.T) {
 		t.Errorf("got outcome %+v, errors %v and %v", o, err, err2)
 	}
 }
+
+// testProposer is a node without Raft, which does what a test says.
+type testProposer struct {
+	onPropose func(commands [][]byte) raft.ApplyFuture
+	leads     func() bool
+	onCall    func(op byte, request []byte, timeout time.Duration) ([]byte, error)
+}
+
+func (p *testProposer) propose(commands [][]byte) raft.ApplyFuture { return p.onPropose(commands) }
+func (p *testProposer) leadsNow() bool                             { return p.leads() }
+func (p *testProposer) callLeader(op byte, request []byte, timeout time.Duration) ([]byte, error) {
+	return p.onCall(op, request, timeout)
+}
+
+func proposerOf(w *writes) *testProposer { return w.node.(*testProposer) }
