@@ -3,7 +3,9 @@ package main
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -14,6 +16,7 @@ import (
 	"testing"
 	"unicode/utf8"
 
+	"github.com/go-json-experiment/json/jsontext"
 	"github.com/google/go-cmp/cmp"
 )
 
@@ -41,8 +44,10 @@ func FuzzKeyPath(f *testing.F) {
 	})
 }
 
-// shallow says whether b has so few brackets that no bound on nesting can refuse it.
-func shallow(b []byte) bool { return bytes.Count(b, []byte("["))+bytes.Count(b, []byte("{")) < 64 }
+// plain says whether b has nothing for which a JSON value can be refused: few brackets, so no deep nesting, and no surrogates.
+func plain(b []byte) bool {
+	return bytes.Count(b, []byte("["))+bytes.Count(b, []byte("{")) <= maxDepth && !bytes.Contains(bytes.ToLower(b), []byte(`\ud`))
+}
 
 // readFuzzed is readJSON, with what it may allocate.
 func readFuzzed(t *testing.T, b []byte) (value []byte, err error) {
@@ -52,18 +57,55 @@ func readFuzzed(t *testing.T, b []byte) (value []byte, err error) {
 	return value, err
 }
 
+// readFuzzedObject is readObject, likewise.
+func readFuzzedObject(t *testing.T, b []byte) (pairs []Pair, err error) {
+	t.Helper()
+	r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/key", bytes.NewReader(b))
+	checkMemory(t, len(b), 1<<20, func() { pairs, err = readObject(r) })
+	return pairs, err
+}
+
+// depth returns how many levels a JSON value has, as encoding/json sees it.
+func depth(t *testing.T, value []byte) (deepest int) {
+	t.Helper()
+	d, level := json.NewDecoder(bytes.NewReader(value)), 0
+	for {
+		token, err := d.Token()
+		if errors.Is(err, io.EOF) {
+			return deepest
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch token {
+		case json.Delim('['), json.Delim('{'):
+			level++
+			deepest = max(deepest, level)
+		case json.Delim(']'), json.Delim('}'):
+			level--
+		}
+	}
+}
+
 // A value is taken when encoding/json says it is one, and is not changed but for white space.
 func FuzzBody(f *testing.F) {
 	for _, body := range []string{
-		`1`, ` [ 1.0 , -0e+1 ] `, `"\ud800 <\u2028>"`, `{"a":1,"a":2}`, `nul`, `1 2`, `01`, `"` + "\xff" + `"`, ``, "\ufeff1", `[[[[[[[[`, `{"a":}`,
-		strings.Repeat("[", 63) + strings.Repeat("]", 63),
+		`1`, ` [ 1.0 , -0e+1 ] `, `"\ud800 <\u2028>"`, `"\uD83D\ude00"`, `"\\ud800"`, `{"a":1,"a":2}`, `nul`, `1 2`, `01`, `"` + "\xff" + `"`, ``, "\ufeff1", `[[[[[[[[`, `{"a":}`,
+		nested("[", "]", maxDepth), nested("[", "]", maxDepth+1), nested(`{"":[`, "]}", maxDepth/2), `[` + strings.Repeat(`[["{"]],`, 99) + `1]`,
 	} {
 		f.Add([]byte(body))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		value, err := readFuzzed(t, b)
-		if valid := json.Valid(b) && utf8.Valid(b); (err == nil) != valid && (err == nil || shallow(b)) {
+		if valid := json.Valid(b) && utf8.Valid(b); (err == nil) != valid && (err == nil || plain(b)) {
 			t.Fatalf("got error %v; encoding/json says %v", err, valid)
+		}
+		if err == nil && depth(t, b) > maxDepth {
+			t.Fatalf("got no error for %d levels", depth(t, b))
+		}
+		if text := ""; err == nil && json.Unmarshal(b, &text) == nil && strings.Count(text, "\ufffd") > strings.Count(string(b), "\ufffd")+
+			strings.Count(strings.ToLower(string(b)), `\ufffd`) {
+			t.Fatalf("got no error for half a surrogate pair in %q", b)
 		}
 		var compact bytes.Buffer
 		if err == nil && (json.Compact(&compact, b) != nil || !bytes.Equal(compact.Bytes(), value)) {
@@ -80,18 +122,13 @@ func FuzzPostBody(f *testing.F) {
 		f.Add([]byte(body))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		object, err := readFuzzed(t, b)
-		if err != nil {
-			return // FuzzBody knows when that is right
-		}
-		var pairs []Pair
-		checkMemory(t, len(b), 1<<20, func() { pairs, err = splitObject(string(object)) })
+		pairs, err := readFuzzedObject(t, b)
 		var want map[string]json.RawMessage
-		isObject := object[0] == '{' && json.Unmarshal(b, &want) == nil
+		isObject := utf8.Valid(b) && json.Unmarshal(b, &want) == nil && want != nil
 		if err == nil && (!isObject || len(pairs) != len(want)) {
 			t.Fatalf("got %v; want %d members", pairs, len(want))
 		}
-		if err != nil && isObject && len(want) == countMembers(t, object) && !bytes.Contains(bytes.ToLower(object), []byte(`\ud`)) {
+		if err != nil && isObject && plain(b) && len(want) == countMembers(t, b) {
 			for key := range want {
 				if checkKey(key) != nil {
 					return
@@ -195,12 +232,11 @@ func FuzzRequest(f *testing.F) {
 		if w.Code != http.StatusOK || method != http.MethodPut && method != http.MethodPost {
 			return
 		}
-		value, err := readFuzzed(t, body)
-		pairs := []Pair{{Value: string(value)}}
+		pairs, err := readFuzzedObject(t, body)
 		if method == http.MethodPut {
-			pairs[0].Key, err = pathKey(&http.Request{URL: u})
-		} else if err == nil {
-			pairs, err = splitObject(string(value))
+			value, err1 := readFuzzed(t, body)
+			key, err2 := pathKey(&http.Request{URL: u})
+			pairs, err = []Pair{{key, string(value)}}, errors.Join(err1, err2)
 		}
 		if err != nil {
 			t.Fatalf("a request was carried out that is wrong: %v", err)
@@ -282,7 +318,8 @@ func FuzzListing(f *testing.F) {
 			case limit == 0:
 				rest++
 			default:
-				want += fmt.Sprintf("%s:%s,", appendJSONString(nil, key), values[key])
+				quoted, _ := jsontext.AppendQuote(nil, key)
+				want += fmt.Sprintf("%s:%s,", quoted, values[key])
 				limit--
 			}
 		}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -10,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"unicode/utf8"
+
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 const (
@@ -48,7 +49,8 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := refuse(r, "If-Match", "a GET changes nothing; If-None-Match is the precondition for it"); err != nil {
+	err = refuse(r, "a GET changes nothing; If-None-Match is the precondition for it", "If-Match", "If-Unmodified-Since")
+	if err != nil {
 		return err
 	}
 	known, err := tags(r, "If-None-Match", true)
@@ -71,8 +73,8 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	body := make([]byte, 0, len(key)+len(value)+8)
-	body = append(appendJSONString(append(body, '{'), key), ':')
-	body = append(append(body, value...), '}')
+	body, _ = jsontext.AppendQuote(append(body, '{'), key) // keys are valid UTF-8
+	body = append(append(append(body, ':'), value...), '}')
 	return writeBody(w, jsonType, body)
 }
 
@@ -81,13 +83,16 @@ func (a *api) putKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	if err := refuse(r, "a value is put as a whole", "Content-Range"); err != nil {
+		return err
+	}
 	value, err := readJSON(r)
 	if err != nil {
 		return err
 	}
 	written, err := a.kv.Set(r.Context(), []Pair{{key, string(value)}}, condition)
 	if err != nil {
-		return conditionFailed(err)
+		return conditionFailed(r, condition, err)
 	}
 	setTag(w, written.Tag)
 	return wrote(w, written)
@@ -100,24 +105,22 @@ func (a *api) deleteKey(w http.ResponseWriter, r *http.Request) error {
 	}
 	written, err := a.kv.Delete(r.Context(), key, condition)
 	if err != nil {
-		return conditionFailed(err)
+		return conditionFailed(r, condition, err)
 	}
 	return wrote(w, written)
 }
 
 func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
-	for _, name := range []string{"If-Match", "If-None-Match", "If-Unmodified-Since"} {
-		if err := refuse(r, name, "preconditions are for one key: use PUT /key/<key>"); err != nil {
-			return err
-		}
-	}
-	object, err := readJSON(r)
-	if err != nil {
+	if _, err := readQuery(r); err != nil {
 		return err
 	}
-	pairs, err := splitObject(string(object))
+	if err := refuse(r, "preconditions are for one key: use PUT /key/<key>",
+		"If-Match", "If-None-Match", "If-Unmodified-Since", "If-Modified-Since"); err != nil {
+		return err
+	}
+	pairs, err := readObject(r)
 	if err != nil {
-		return badRequest("%v", err)
+		return err
 	}
 	if len(pairs) == 0 {
 		return nil // nothing to write, so nothing for the log
@@ -137,10 +140,8 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 	if !query.Has("prefix") && !query.Has("after") && !query.Has("limit") {
 		return badRequest("which key? GET /key/<key> reads one, GET /key?prefix=<prefix> lists those that begin so")
 	}
-	for _, name := range []string{"If-Match", "If-None-Match"} {
-		if err := refuse(r, name, "a listing has no tag"); err != nil {
-			return err
-		}
+	if err := refuse(r, "a listing has no tag", "If-Match", "If-None-Match", "If-Unmodified-Since"); err != nil {
+		return err
 	}
 	consistency, err := consistency(a.cfg, query)
 	if err != nil {
@@ -161,7 +162,8 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 		if len(body) > 1 {
 			body = append(body, ',')
 		}
-		body = append(append(appendJSONString(body, key), ':'), item.Value...)
+		body, _ = jsontext.AppendQuote(body, key)
+		body = append(append(body, ':'), item.Value...)
 		last = key
 		limit--
 		return true
@@ -179,6 +181,9 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 // target returns the key that a write is for, and its preconditions.
 func target(r *http.Request) (key string, c Condition, err error) {
 	if key, err = pathKey(r); err == nil {
+		_, err = readQuery(r)
+	}
+	if err == nil {
 		c, err = condition(r)
 	}
 	return key, c, err
@@ -210,7 +215,8 @@ func checkKey(key string) error {
 
 // condition returns the preconditions of a write to one key.
 func condition(r *http.Request) (c Condition, err error) {
-	if err := refuse(r, "If-Unmodified-Since", "keys have no time of modification; use If-Match"); err != nil {
+	err = refuse(r, "keys have no time of modification; use If-Match", "If-Unmodified-Since", "If-Modified-Since")
+	if err != nil {
 		return c, err
 	}
 	if c.Match, err = tags(r, "If-Match", false); err != nil {
@@ -221,16 +227,24 @@ func condition(r *http.Request) (c Condition, err error) {
 }
 
 // conditionFailed gives ErrCondition its status; other errors it leaves to the server.
-func conditionFailed(err error) error {
-	if errors.Is(err, ErrCondition) {
-		return &httpError{http.StatusPreconditionFailed, ErrCondition.Error()}
+func conditionFailed(r *http.Request, c Condition, err error) error {
+	if !errors.Is(err, ErrCondition) {
+		return err
 	}
-	return err
+	detail := ErrCondition.Error()
+	quotes := strings.Count(strings.Join(r.Header["If-Match"], ","), `"`)
+	if c.Match != nil && quotes > 2*len(c.Match.List) {
+		detail += "; If-Match has a tag that never matches: one that is weak (W/) or that this service does not give"
+	}
+	return &httpError{http.StatusPreconditionFailed, detail}
 }
 
-func refuse(r *http.Request, header, why string) error {
-	if _, present := r.Header[header]; present {
-		return badRequest("%s cannot be used here: %s", header, why)
+// refuse says why headers cannot be used here, if one of them is.
+func refuse(r *http.Request, why string, headers ...string) error {
+	for _, header := range headers {
+		if _, present := r.Header[header]; present {
+			return badRequest("%s cannot be used here: %s", header, why)
+		}
 	}
 	return nil
 }
@@ -291,123 +305,41 @@ func wrote(w http.ResponseWriter, written Written) error {
 	return nil
 }
 
-// appendJSONString appends s as a JSON string.
-func appendJSONString(b []byte, s string) []byte {
-	for i := range len(s) {
-		if s[i] < ' ' || s[i] == '"' || s[i] == '\\' {
-			var quoted bytes.Buffer
-			enc := json.NewEncoder(&quoted)
-			enc.SetEscapeHTML(false)
-			_ = enc.Encode(s) // a string is always encoded
-			return append(b, bytes.TrimSuffix(quoted.Bytes(), []byte("\n"))...)
-		}
+// readObject returns the members of the body, a JSON object in which each is named once.
+func readObject(r *http.Request) ([]Pair, error) {
+	body, err := readBody(r)
+	if err != nil {
+		return nil, err
 	}
-	return append(append(append(b, '"'), s...), '"')
+	object, err := compactJSON(body, maxDepth+1) // the object itself is no level of its values
+	if err != nil {
+		return nil, err
+	}
+	return members(object)
 }
 
-// splitObject returns the members of an object, given as valid JSON without insignificant white space. encoding/json
-// would lose duplicate members, the digits of numbers and the way strings are escaped. What it returns shares the memory of
-// what it is given, and takes little beside it: an object may have a million members.
-func splitObject(object string) ([]Pair, error) {
+// members returns the members of an object, given as one JSON value.
+func members(object []byte) ([]Pair, error) {
 	if object[0] != '{' {
-		return nil, errors.New("the body must be a JSON object of keys and values")
+		return nil, badRequest("the body must be a JSON object of keys and values")
 	}
 	var pairs []Pair
-	for rest := object[1:]; rest[0] != '}'; rest = strings.TrimPrefix(rest, ",") {
-		n := valueLen(rest)
-		key, err := unquote(rest[:n])
-		if err == nil {
-			err = checkKey(key)
+	d := jsontext.NewDecoder(bytes.NewBuffer(object), jsontext.AllowDuplicateNames(true))
+	_, _ = d.ReadToken() // the bracket; nothing here can fail, for the object is valid
+	for d.PeekKind() == jsontext.KindString {
+		name, _ := d.ReadToken()
+		key := name.String()
+		value, _ := d.ReadValue()
+		if err := checkKey(key); err != nil {
+			return nil, badRequest("%v", err)
 		}
-		if err != nil {
-			return nil, err
-		}
-		rest = rest[n+1:] // and the colon
-		n = valueLen(rest)
-		pairs = append(pairs, Pair{key, rest[:n]})
-		rest = rest[n:]
+		pairs = append(pairs, Pair{key, string(value)})
 	}
-	keys := make([]string, len(pairs))
-	for i, p := range pairs {
-		keys[i] = p.Key
-	}
-	slices.Sort(keys)
-	for i := range keys[min(1, len(keys)):] {
-		if keys[i] == keys[i+1] {
-			return nil, errors.New("a key is given more than once; which value is meant cannot be known")
+	slices.SortFunc(pairs, func(a, b Pair) int { return strings.Compare(a.Key, b.Key) })
+	for i := range pairs[min(1, len(pairs)):] {
+		if pairs[i].Key == pairs[i+1].Key {
+			return nil, badRequest("the key %.40q is given more than once; which value is meant cannot be known", pairs[i].Key)
 		}
 	}
 	return pairs, nil
-}
-
-// valueLen returns the length of the JSON value at the beginning of s.
-func valueLen(s string) int {
-	depth, quoted := 0, false
-	for i := 0; ; i++ {
-		switch c := s[i]; {
-		case quoted && c == '\\':
-			i++
-			continue
-		case c == '"':
-			quoted = !quoted
-		case quoted:
-			continue
-		case c == '{' || c == '[':
-			depth++
-		case c == '}' || c == ']':
-			depth--
-		}
-		// A value ends with its closing quote or bracket; a number or name ends before what follows it.
-		if depth == 0 && !quoted {
-			switch {
-			case s[i] == '"' || s[i] == '}' || s[i] == ']':
-				return i + 1
-			case i+1 == len(s) || strings.IndexByte(",:}]", s[i+1]) >= 0:
-				return i + 1
-			}
-		}
-	}
-}
-
-// unquote decodes a JSON string. encoding/json would replace a lone surrogate, and so make one key of many.
-func unquote(quoted string) (string, error) {
-	if strings.IndexByte(quoted, '\\') < 0 {
-		return quoted[1 : len(quoted)-1], nil
-	}
-	for i := 0; i < len(quoted); i++ {
-		if quoted[i] != '\\' {
-			continue
-		}
-		i++
-		if quoted[i] != 'u' {
-			continue
-		}
-		high := surrogate(quoted[i+1:])
-		i += 4
-		if high == 0 {
-			continue
-		}
-		if high == 1 && strings.HasPrefix(quoted[i+1:], `\u`) && surrogate(quoted[i+3:]) == 2 {
-			i += 6
-			continue
-		}
-		return "", errors.New("a key holds half of a surrogate pair, so it is no text")
-	}
-	var s string
-	err := json.Unmarshal([]byte(quoted), &s)
-	return s, err
-}
-
-// surrogate says what four hexadecimal digits stand for: the first half of a surrogate pair (1), the second (2), or
-// neither (0).
-func surrogate(hex string) int {
-	n, err := strconv.ParseUint(hex[:4], 16, 16)
-	switch {
-	case err != nil || n < 0xd800 || n > 0xdfff:
-		return 0
-	case n < 0xdc00:
-		return 1
-	default:
-		return 2
-	}
 }

@@ -160,6 +160,10 @@ func checkProblem(t *testing.T, method string, a answerTo, outcome string) {
 	}
 }
 
+func nested(open, end string, depth int) string {
+	return strings.Repeat(open, depth) + strings.Repeat(end, depth)
+}
+
 func TestValuesComeBackByteForByte(t *testing.T) {
 	n := newTestNode(t, storeMemory)
 	values := map[string]string{
@@ -169,10 +173,11 @@ func TestValuesComeBackByteForByte(t *testing.T) {
 		"fraction of zero": `1.0`, "number beyond a double": `1e400`, "exponent with plus and capital": `1E+02`,
 		"order of members": `{"z":1,"a":2,"m":3}`, "duplicate nested members": `{"a":1,"a":2,"\u0061":3}`,
 		"html": `"<b>&'</b>"`, "escapes": `"\u0041\/\"\\\b\f\n\r\t\u003c\u2028"`,
-		"lone surrogates": `"\ud800 \udfff \uD83D"`, "line separators as they are": "\"\u2028\u2029\"",
+		"surrogate pairs": `"\ud83d\uDE00 \\ud800"`, "line separators as they are": "\"\u2028\u2029\"",
 		"delete and other odd characters": "\"\x7f\u0080\ufeff\ufffd😀\"", "brackets and quotes in strings": `["]}\"","{[\\",":,"]`,
 		"white space in strings": `[" a  b "]`, "white space between tokens": " \t\r\n{ \"a\" : [ 1 ,\n2 ] , \"b\" : { } } \r\n",
-		"depth 9000":          strings.Repeat("[", 9000) + strings.Repeat("]", 9000),
+		"as deep as allowed":  nested("[", "]", maxDepth),
+		"many brackets":       "[" + strings.Repeat(`[[["[[{"]],{"{":{}}],`, 200) + "1]",
 		"as large as allowed": `"` + strings.Repeat("x", int(n.cfg.MaxBodyBytes)-2) + `"`,
 	}
 	for name, sent := range values {
@@ -277,6 +282,9 @@ func TestBadBodies(t *testing.T) {
 		"leading zero": `{"k":01}`, "not a number": `{"k":NaN}`, "control character in a string": "{\"k\":\"\x01\"}",
 		"unknown escape": `{"k":"\x41"}`, "comment": `{"k":1}//`, "byte order mark": "\ufeff{\"k\":1}",
 		"invalid utf-8": "{\"k\":\"\xff\"}", "surrogate as utf-8": "{\"k\":\"\xed\xa0\x80\"}",
+		"first surrogate alone in a value": `{"k":"\ud800"}`, "second surrogate alone in a value": `{"k":["\uDFFF"]}`,
+		"surrogates in the wrong order": `{"k":{"a":"\udc00\ud800"}}`, "surrogate alone in a nested name": `{"k":{"\ud83d":1}}`,
+		"value nested too deeply": `{"k":` + nested("[", "]", maxDepth+1) + `}`, "nested too deeply for any parser": nested(`{"k":`, "", 1<<16),
 	}
 	notKeys := map[string]string{
 		"null": "null", "array": `[{"k":1}]`, "number": "1", "string": `"k"`, "empty key": `{"k":1,"":2}`,
@@ -319,12 +327,17 @@ func TestBadBodies(t *testing.T) {
 		want(t, n, 400, http.MethodPut, "/key/c", "what?\r\n", "Transfer-Encoding", "chunked")
 		wantValue(t, n, "c", "null")
 	})
-	t.Run("depth 20,000 is kept or refused", func(t *testing.T) {
-		deep := strings.Repeat("[", 20_000) + strings.Repeat("]", 20_000)
-		if a := ask(t, n, http.MethodPut, "/key/deep", deep); a.status == 200 {
-			wantValue(t, n, "deep", deep)
-		} else if a.status != 400 {
-			t.Errorf("got %v; want 200 or 400", a)
+	t.Run("the object of a post is no level of its values", func(t *testing.T) {
+		body := `{"k":` + nested("[", "]", maxDepth) + `}`
+		want(t, n, 200, http.MethodPost, "/key", body)
+		if a := want(t, n, 400, http.MethodPut, "/key/k", body); !strings.Contains(a.body, strconv.Itoa(maxDepth)) {
+			t.Errorf("got %s; want the limit named", a.body)
+		}
+	})
+	t.Run("what is wrong is said, and where, at no length", func(t *testing.T) {
+		a := want(t, n, 400, http.MethodPut, "/key/k", `[`+strings.Repeat(`{"`+strings.Repeat("x", 1000)+`":`, 100)+`"\ud800"`)
+		if !strings.Contains(a.body, "ud800") || !strings.Contains(a.body, "byte 100") || len(a.body) > 400 {
+			t.Errorf("got %.1000s; want what is wrong, and where", a.body)
 		}
 	})
 }
@@ -536,6 +549,34 @@ func TestPreconditions(t *testing.T) {
 			})
 		}
 	}
+	t.Run("a tag that never matches", func(t *testing.T) {
+		tag := quoted(put(t, n, "never", "1"))
+		for header, never := range map[string]bool{
+			"W/" + tag: true, `"x"`: true, `"1", W/"2"`: true, `"01"`: true, `"1"`: false, `"1", "2"`: false,
+		} {
+			for _, method := range []string{http.MethodPut, http.MethodDelete} {
+				if a := want(t, n, 412, method, "/key/never", "2", match, header); strings.Contains(a.body, "never matches") != never {
+					t.Errorf("%s with %s: got %s; want it said that a tag never matches: %v", method, header, a.body, never)
+				}
+			}
+		}
+		want(t, n, 412, http.MethodPut, "/key/gone", "2", match, "*")
+	})
+	t.Run("dates and ranges", func(t *testing.T) {
+		put(t, n, "dated", "1")
+		for _, header := range []string{"If-Modified-Since", "If-Unmodified-Since"} {
+			for method, target := range map[string]string{http.MethodPut: "/key/dated", http.MethodDelete: "/key/dated", http.MethodPost: "/key"} {
+				want(t, n, 400, method, target, `{"dated":2}`, header, "Sun, 06 Nov 1994 08:49:37 GMT")
+			}
+			for _, target := range []string{"/key/dated", "/key?prefix="} {
+				status := map[string]int{"If-Modified-Since": 200, "If-Unmodified-Since": 400}[header]
+				want(t, n, status, http.MethodGet, target, "", header, "Sun, 06 Nov 1994 08:49:37 GMT")
+				want(t, n, status, http.MethodHead, target, "", header, "Sun, 06 Nov 1994 08:49:37 GMT")
+			}
+		}
+		want(t, n, 400, http.MethodPut, "/key/dated", "2", "Content-Range", "bytes 0-0/1")
+		wantValue(t, n, "dated", "1")
+	})
 	t.Run("on post", func(t *testing.T) {
 		tag := quoted(put(t, n, "post", "1"))
 		for _, headers := range [][]string{{match, `*`}, {none, `*`}, {match, tag}, {none, tag}, {match, `x`}, {match, ``}, {none, `"1"`}} {
@@ -604,6 +645,46 @@ func TestConsistencyParameter(t *testing.T) {
 	}
 }
 
+// A parameter that is not known is no request for what is known: the write does not happen, the listing is not another.
+func TestUnknownParameters(t *testing.T) {
+	n := newTestNode(t, storeMemory)
+	put(t, n, "k", "1")
+	tests := []struct {
+		method, target, body string
+		knows                []string
+	}{
+		{http.MethodPut, "/key/k?cas=0", "2", []string{"cas", "has none"}},
+		{http.MethodPut, "/key/k?1", "2", []string{"has none"}},
+		{http.MethodPut, "/key/k?consistency=stale", "2", []string{"has none"}},
+		{http.MethodPut, "/key/k?%zz", "2", nil},
+		{http.MethodDelete, "/key/k?ttl=3", "", []string{"ttl", "has none"}},
+		{http.MethodPost, "/key?prefix=", `{"k":2}`, []string{"prefix", "has none"}},
+		{http.MethodPost, "/key?x", `{}`, []string{"has none"}},
+		{http.MethodGet, "/key/k?consistancy=stale", "", []string{"consistancy", "known are consistency"}},
+		{http.MethodGet, "/key/k?consistency=stale&Consistency=stale", "", []string{"known are consistency"}},
+		{http.MethodGet, "/key/k?prefix=k", "", []string{"known are consistency"}},
+		{http.MethodGet, "/key?prefix=k&limt=1", "", []string{"limt", "prefix", "after", "limit", "consistency"}},
+		{http.MethodGet, "/key?limt=1", "", []string{"limt", "limit"}},
+		{http.MethodHead, "/key?prefix=&=", "", nil},
+		{http.MethodGet, "/key?prefix=&" + strings.Repeat("x", 10_000), "", []string{"limit"}},
+	}
+	for _, tt := range tests {
+		t.Run(fmt.Sprintf("%s %.40s", tt.method, tt.target), func(t *testing.T) {
+			a := want(t, n, 400, tt.method, tt.target, tt.body)
+			for _, word := range tt.knows {
+				if !strings.Contains(a.body, word) || len(a.body) > 400 {
+					t.Errorf("got %.1000s; want %s named", a.body, word)
+				}
+			}
+			wantValue(t, n, "k", "1")
+		})
+	}
+	for _, target := range []string{"/livez?x=1", "/readyz?t=2", "/status?_=3", "/metrics?name[]=x", "/livez?%zz", "/key/k?&", "/key?prefix=&&limit=1"} {
+		want(t, n, 200, http.MethodGet, target, "")
+	}
+	want(t, n, 200, http.MethodPut, "/key/k?", "1")
+}
+
 // TestWithoutLeader asks a node that was started long ago, or just now, and has not heard of a leader.
 func TestWithoutLeader(t *testing.T) {
 	tests := []struct {
@@ -615,7 +696,7 @@ func TestWithoutLeader(t *testing.T) {
 		{"default read", "", false, "GET", "/key/k", "", 503},
 		{"stale read", "", false, "GET", "/key/k?consistency=stale", "", 200},
 		{"default read where that is stale", "stale", false, "GET", "/key/k", "", 200},
-		{"default read with another parameter", "stale", false, "GET", "/key/k?x=1", "", 200},
+		{"read with an unknown parameter", "stale", false, "GET", "/key/k?x=1", "", 400},
 		{"linearizable read where stale is default", "stale", false, "GET", "/key/k?consistency=linearizable", "", 503},
 		{"early stale read", "", true, "GET", "/key/k?consistency=stale", "", 503},
 		{"put", "stale", false, "PUT", "/key/k", "2", 503},
@@ -659,7 +740,7 @@ func TestWithoutLeader(t *testing.T) {
 
 func TestErrorsHaveTheirStatus(t *testing.T) {
 	statuses := map[error]int{
-		conditionFailed(fmt.Errorf("%w", ErrCondition)): 412, ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503,
+		conditionFailed(new(http.Request), Condition{}, fmt.Errorf("%w", ErrCondition)): 412, ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503,
 		ErrNotConfirmed: 503, ErrStarting: 503, badRequest("what?"): 400, errors.New("node7 is broken"): 500,
 	}
 	for _, row := range statusOf {

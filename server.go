@@ -323,28 +323,8 @@ func pathRest(r *http.Request, prefix string) (string, error) {
 	return rest, nil
 }
 
-// readQuery returns the query, in which none of names stands more than once.
-func readQuery(r *http.Request, names ...string) (url.Values, error) {
-	if r.URL.RawQuery == "" {
-		return nil, nil
-	}
-	query, err := url.ParseQuery(r.URL.RawQuery)
-	if err != nil {
-		return nil, badRequest("the query cannot be read: %v", err)
-	}
-	for _, name := range names {
-		if n := len(query[name]); n > 1 {
-			return nil, badRequest("%s is given %d times; give it once", name, n)
-		}
-		if !utf8.ValidString(query.Get(name)) {
-			return nil, badRequest("%s must be valid UTF-8", name)
-		}
-	}
-	return query, nil
-}
-
-// readJSON returns the body, one JSON value, without insignificant white space.
-func readJSON(r *http.Request) ([]byte, error) {
+// readBody returns the body.
+func readBody(r *http.Request) ([]byte, error) {
 	var body bytes.Buffer
 	body.Grow(int(min(max(r.ContentLength, 0), 64<<10)) + bytes.MinRead)
 	if _, err := body.ReadFrom(r.Body); err != nil {
@@ -359,15 +339,7 @@ func readJSON(r *http.Request) ([]byte, error) {
 		}
 		return nil, badRequest("the body did not arrive: %v", err)
 	}
-	if !utf8.Valid(body.Bytes()) {
-		return nil, badRequest("the body is not valid UTF-8")
-	}
-	var compact bytes.Buffer
-	compact.Grow(body.Len())
-	if err := json.Compact(&compact, body.Bytes()); err != nil {
-		return nil, badRequest("the body is not one JSON value: %v", err)
-	}
-	return compact.Bytes(), nil
+	return body.Bytes(), nil
 }
 
 // consistency returns what a read asks for, or what is configured where it does not say.
