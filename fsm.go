@@ -112,14 +112,15 @@ func (kv *KV) Get(ctx context.Context, key string, consistency Consistency) (ite
 }
 
 // List calls f with the keys that begin with prefix and come after the key after, in byte order, until f returns false.
-func (kv *KV) List(ctx context.Context, prefix, after string, consistency Consistency, f func(key string, item Item) bool) error {
-	return kv.store.Read(ctx, consistency, func() {
-		kv.machine.items.Ascend(max(prefix, after), func(key string, item Item) bool {
-			if key == after {
-				return true
-			}
-			return strings.HasPrefix(key, prefix) && f(key, item)
-		})
+// They are of one moment of what this node has; f holds nobody up. For a linearizable listing call Store.Read before.
+func (kv *KV) List(prefix, after string, f func(key string, item Item) bool) {
+	var items *btree.Map[string, Item] // shares all that is not written to later, as a snapshot does
+	kv.store.Capture(func() { items = kv.machine.items.Copy() })
+	items.Ascend(max(prefix, after), func(key string, item Item) bool {
+		if key == after {
+			return true
+		}
+		return strings.HasPrefix(key, prefix) && f(key, item)
 	})
 }
 

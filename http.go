@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 
 	"github.com/go-json-experiment/json/jsontext"
@@ -17,19 +18,29 @@ const (
 	maxKeyBytes  = 1024
 	defaultPage  = 1000 // keys of a listing
 	maxPage      = 10000
-	maxPageBytes = 4 << 20 // a page ends with the key that goes beyond
+	maxPageBytes = 1 << 20 // a page ends with the key that goes beyond
 	keyPrefix    = "/key/"
+)
+
+// A listing costs memory and time that others need as well, so only some are at work at once, from before the work to
+// the end of the answer, and a client that does not read its own is not waited for.
+const (
+	maxListings = 32
+	listingWait = 4 * time.Second // for a turn
+	pieceBytes  = 64 << 10        // of a page, which the reader has to take
+	pieceWait   = 2 * time.Second // in that time
 )
 
 // api is the HTTP API of a KV.
 type api struct {
-	cfg *Config
-	kv  *KV
+	cfg      *Config
+	kv       *KV
+	listings chan struct{} // holds a token for each listing at work
 }
 
 // routes returns what the server serves of the API.
 func routes(cfg *Config, store *Store, machine *kvMachine) []route {
-	a := &api{cfg, &KV{store, machine}}
+	a := &api{cfg, &KV{store, machine}, make(chan struct{}, maxListings)}
 	return []route{
 		{path: "/key", get: a.listKeys, post: a.postKeys},
 		{path: keyPrefix, get: a.getKey, put: a.putKey, delete: a.deleteKey},
@@ -154,8 +165,22 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 		}
 	}
 	markStale(w, a.kv.store, consistency)
+	// Before its turn, so that one that waits for a leader does not hold up those that need none.
+	if err := a.kv.store.Read(r.Context(), consistency, func() {}); err != nil {
+		return err
+	}
+	turn := time.NewTimer(listingWait)
+	defer turn.Stop()
+	select {
+	case a.listings <- struct{}{}:
+		defer func() { <-a.listings }()
+	case <-turn.C:
+		return &httpError{http.StatusServiceUnavailable, "too many listings are under way"}
+	case <-r.Context().Done():
+		return &httpError{http.StatusServiceUnavailable, "nobody waits for this listing any more"}
+	}
 	body, last, more := []byte{'{'}, "", false
-	err = a.kv.List(r.Context(), query.Get("prefix"), query.Get("after"), consistency, func(key string, item Item) bool {
+	a.kv.List(query.Get("prefix"), query.Get("after"), func(key string, item Item) bool {
 		if more = limit == 0 || len(body) > maxPageBytes; more {
 			return false
 		}
@@ -168,14 +193,26 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 		limit--
 		return true
 	})
-	if err != nil {
-		return err
-	}
 	if more {
 		query.Set("after", last)
-		w.Header().Set("Link", `</key?`+query.Encode()+`>; rel="next"`)
+		w.Header().Set("Link", "<?"+query.Encode()+`>; rel="next"`)
 	}
-	return writeBody(w, jsonType, append(body, '}'))
+	return writePage(w, append(body, '}'))
+}
+
+// writePage writes a page piece by piece, and ends the connection of a reader that does not take them in time.
+func writePage(w http.ResponseWriter, body []byte) error {
+	h := w.Header()
+	h["Content-Type"] = []string{jsonType}
+	h["Content-Length"] = []string{strconv.Itoa(len(body))}
+	control := http.NewResponseController(w)
+	for piece := range slices.Chunk(body, pieceBytes) {
+		_ = control.SetWriteDeadline(time.Now().Add(pieceWait)) // there is none but for connections
+		if _, err := w.Write(piece); err != nil {
+			return nil // nobody listens any more
+		}
+	}
+	return nil
 }
 
 // target returns the key that a write is for, and its preconditions.

@@ -15,7 +15,7 @@ import (
 )
 
 // StateMachine is what the cluster replicates; whoever forks this service brings their own. The Store never calls two
-// of its methods at once, nor one of them while the func given to a Read runs, so a state machine needs no locks.
+// of its methods at once, nor one of them while the func given to a Read or a Capture runs, so a state machine needs no locks.
 type StateMachine interface {
 	// Apply executes one committed command and returns its result, which reaches the caller of Store.Apply on whichever
 	// node that was. Every node executes it, so it may depend on nothing but the state, the command and at, the leader's
@@ -49,6 +49,13 @@ type replica struct {
 func (r *replica) read(f func()) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
+	f()
+}
+
+// capture runs f while nothing else has to do with the machine.
+func (r *replica) capture(f func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
 	f()
 }
 

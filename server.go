@@ -155,6 +155,9 @@ func (x *metered) WriteHeader(status int) {
 	x.ResponseWriter.WriteHeader(status)
 }
 
+// Unwrap is for http.ResponseController.
+func (x *metered) Unwrap() http.ResponseWriter { return x.ResponseWriter }
+
 // take makes sure that there is room for n bytes, but for the first smallBytes of them.
 func (x *metered) take(n int64) error {
 	more := n - smallBytes - x.taken

@@ -257,10 +257,14 @@ func (s *sim) cure() {
 	s.log.note(named.id, "is saved")
 	read := func() bool {
 		saved = nil
-		return r.kv.List(context.Background(), "", "", Stale, func(key string, item Item) bool {
+		if r.store.Read(context.Background(), Stale, func() {}) != nil {
+			return false
+		}
+		r.kv.List("", "", func(key string, item Item) bool {
 			saved = append(saved, Pair{key, item.Value})
 			return true
-		}) == nil
+		})
+		return true
 	}
 	if !s.soon(staleAfter+time.Second, read) {
 		s.t.Errorf("%s, whose state is to be saved, cannot be read", named.id)

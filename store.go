@@ -310,6 +310,10 @@ func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) err
 	return nil
 }
 
+// Capture calls f while neither a command is executed nor a Read's func runs, to make a copy of the state machine that
+// shares memory with it. What f sees is this node's, and at least as new as what a Read before it has seen.
+func (s *Store) Capture(f func()) { s.replica.capture(f) }
+
 // propose appends an entry of these commands to Raft's log; it returns nil when this node does not lead.
 func (s *Store) propose(commands [][]byte) raft.ApplyFuture {
 	if !s.leadsNow() || s.handing.Load() {
