@@ -23,11 +23,11 @@ const (
 )
 
 // A listing costs memory and time that others need as well, so only some are at work at once, from before the work to
-// the end of the answer, and a client that does not read its own is not waited for.
+// the end of the answer. Clients that do not read what they have asked for are not waited for.
 const (
 	maxListings = 32
 	listingWait = 4 * time.Second // for a turn
-	pieceBytes  = 64 << 10        // of a page, which the reader has to take
+	pieceBytes  = 32 << 10        // of a large answer, which the client has to take
 	pieceWait   = 2 * time.Second // in that time
 )
 
@@ -83,10 +83,17 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 			return nil
 		}
 	}
-	body := make([]byte, 0, len(key)+len(value)+8)
+	body := make([]byte, 0, len(key)+min(len(value), pieceBytes)+8)
 	body, _ = jsontext.AppendQuote(append(body, '{'), key) // keys are valid UTF-8
-	body = append(append(append(body, ':'), value...), '}')
-	return writeBody(w, jsonType, body)
+	body = append(body, ':')
+	if len(value) <= pieceBytes {
+		return writeBody(w, jsonType, append(append(body, value...), '}'))
+	}
+	announce(w, len(body)+len(value)+1)
+	writePieces(w, body)
+	writePieces(w, value) // which is not copied as a whole: many may ask for it
+	writePieces(w, "}")
+	return nil
 }
 
 func (a *api) putKey(w http.ResponseWriter, r *http.Request) error {
@@ -197,22 +204,31 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 		query.Set("after", last)
 		w.Header().Set("Link", "<?"+query.Encode()+`>; rel="next"`)
 	}
-	return writePage(w, append(body, '}'))
+	body = append(body, '}')
+	announce(w, len(body))
+	writePieces(w, body)
+	return nil
 }
 
-// writePage writes a page piece by piece, and ends the connection of a reader that does not take them in time.
-func writePage(w http.ResponseWriter, body []byte) error {
+// announce sets the headers of a JSON answer of so many bytes.
+func announce(w http.ResponseWriter, size int) {
 	h := w.Header()
 	h["Content-Type"] = []string{jsonType}
-	h["Content-Length"] = []string{strconv.Itoa(len(body))}
+	h["Content-Length"] = []string{strconv.Itoa(size)}
+}
+
+// writePieces writes a part of a large answer piece by piece. A client that does not take one in time gets no more of it, and
+// since it is less than what was announced, net/http closes the connection.
+func writePieces[T []byte | string](w http.ResponseWriter, part T) {
 	control := http.NewResponseController(w)
-	for piece := range slices.Chunk(body, pieceBytes) {
-		_ = control.SetWriteDeadline(time.Now().Add(pieceWait)) // there is none but for connections
-		if _, err := w.Write(piece); err != nil {
-			return nil // nobody listens any more
+	for len(part) > 0 {
+		n := min(len(part), pieceBytes)
+		_ = control.SetWriteDeadline(time.Now().Add(pieceWait)) // what is no connection has none
+		if _, err := w.Write([]byte(part[:n])); err != nil {
+			return
 		}
+		part = part[n:]
 	}
-	return nil
 }
 
 // target returns the key that a write is for, and its preconditions.

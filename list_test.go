@@ -189,17 +189,6 @@ func TestListingWithoutATurn(t *testing.T) {
 	}
 }
 
-// smallBuffers is a listener whose connections have the kernel keep little of what their readers do not read.
-type smallBuffers struct{ net.Listener }
-
-func (l smallBuffers) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		_ = tcp.SetWriteBuffer(8 << 10)
-	}
-	return conn, err
-}
-
 // Readers that do not read are ended, and hold up nobody: not even other listings, nor large values.
 func TestReadersThatDoNotRead(t *testing.T) {
 	t.Parallel()
@@ -210,21 +199,24 @@ func TestReadersThatDoNotRead(t *testing.T) {
 	}
 	a := &api{node.cfg, node.kv, make(chan struct{}, maxListings)}
 	routes := []route{{path: "/key", get: a.listKeys}, {path: keyPrefix, get: a.getKey}}
+	server := newServer(node.cfg, node.Store, node.metrics, testLogger(t, "http"), routes)
 	web := httptest.NewUnstartedServer(nil)
-	web.Config = newServer(node.cfg, node.Store, node.metrics, testLogger(t, "http"), routes).listener()
-	web.Listener = smallBuffers{web.Listener}
+	web.Config = server.listener()
+	web.Listener = server.door(web.Listener, nil)
 	web.Start()
 	t.Cleanup(web.Close)
 	var silent []net.Conn
-	for range 40 {
-		conn, err := (&net.Dialer{Control: func(_, _ string, c syscall.RawConn) error {
-			return c.Control(func(fd uintptr) { _ = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_RCVBUF, 8<<10) })
-		}}).DialContext(t.Context(), "tcp", web.Listener.Addr().String())
+	for i := range 48 {
+		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", web.Listener.Addr().String())
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = conn.Close() })
-		if _, err := io.WriteString(conn, requestText(http.MethodGet, "/key?prefix=k&limit=10000", "")); err != nil {
+		target := "/key?prefix=k&limit=10000"
+		if i%6 == 0 {
+			target = "/key/k0"
+		}
+		if _, err := io.WriteString(conn, requestText(http.MethodGet, target, "")); err != nil {
 			t.Fatal(err)
 		}
 		silent = append(silent, conn)
@@ -239,14 +231,14 @@ func TestReadersThatDoNotRead(t *testing.T) {
 	waitFor(t, "all listings to end", func() bool { return len(a.listings) == 0 })
 	for _, conn := range silent {
 		_ = conn.SetReadDeadline(time.Now().Add(5 * time.Second))
-		if n, err := io.Copy(io.Discard, conn); n > maxPageBytes || errors.Is(err, os.ErrDeadlineExceeded) {
-			t.Fatalf("got %d bytes, %v, of a listing that nobody read; want its connection closed", n, err)
+		if n, err := io.Copy(io.Discard, conn); n >= int64(len(value)) || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("got %d bytes, %v, of an answer that nobody read; want its connection closed", n, err)
 		}
 	}
 }
 
-// 3,000 listings at once, at the manifests' limit of memory: those that get no turn are refused, and who reads one key is
-// answered in time.
+// 3,000 listings at once, at the manifests' limit of memory, beside 800 clients that do not read a large value: those that
+// get no turn are refused, and who reads one key is answered in time.
 func TestProcessManyListings(t *testing.T) {
 	if runtime.GOOS != "linux" {
 		t.Skip("memory is read from /proc")
@@ -261,16 +253,29 @@ func TestProcessManyListings(t *testing.T) {
 		}
 		p.expect(http.StatusOK, http.MethodPost, "/key", "{"+strings.Join(body, ",")+"}")
 	}
-	list := func() (status int, size int64, err error) { // of a client that keeps nothing, for there are many of them
+	p.put("large", `"`+strings.Repeat("x", 500<<10)+`"`)
+	ask := func(target string) (net.Conn, error) {
 		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", p.env["HTTP_ADDR"]+":"+p.env["HTTP_PORT"])
+		if err != nil {
+			return nil, err
+		}
+		_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
+		_, err = io.WriteString(conn, requestText(http.MethodGet, target, ""))
+		return conn, err
+	}
+	for range 800 { // who do not read what they have asked for
+		conn, err := ask("/key/large")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+	}
+	list := func() (status int, size int64, err error) { // of a client that keeps nothing, for there are many of them
+		conn, err := ask("/key?prefix=k&limit=10000")
 		if err != nil {
 			return 0, 0, err
 		}
 		defer conn.Close()
-		_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
-		if _, err := io.WriteString(conn, requestText(http.MethodGet, "/key?prefix=k&limit=10000", "")); err != nil {
-			return 0, 0, err
-		}
 		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
 		if err != nil {
 			return 0, 0, err

@@ -29,6 +29,7 @@ const (
 	answerTimeout = 14 * time.Second // for the answer to a request with a body, from the end of its header on
 	smallBytes    = 16 << 10         // of a body or an answer: so much of each is not counted
 	largeBytes    = 64 << 20         // what bodies and answers may have of memory beyond that, or more where MAX_BODY_BYTES is large
+	sendBuffer    = 32 << 10         // of a connection, in the kernel, which makes it twice that
 	jsonType      = "application/json"
 	textType      = "text/plain; charset=utf-8"
 )
@@ -95,11 +96,23 @@ type guestKey struct{} // of a connection in the context of its requests
 // door returns a listener over l with the limits on connections, under TLS if there are certificates.
 func (s *server) door(l net.Listener, certs *reloaded[*certificates]) net.Listener {
 	most := min(maxWebConns, maxFiles()/2)
-	l = newDoorman(l, most, most*3/4, s.metrics.crowded.Inc)
+	l = newDoorman(sparing{l}, most, most*3/4, s.metrics.crowded.Inc)
 	if certs != nil {
 		l = tls.NewListener(l, webConfig(certs))
 	}
 	return l
+}
+
+// sparing is a listener whose connections have the kernel keep little of what their clients do not read. It would else keep a
+// megabyte for each of however many, and hide from us that they do not read.
+type sparing struct{ net.Listener }
+
+func (l sparing) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if tcp, ok := conn.(*net.TCPConn); ok {
+		_ = tcp.SetWriteBuffer(sendBuffer)
+	}
+	return conn, err
 }
 
 // ServeHTTP answers a request and takes note of it.
