@@ -27,8 +27,8 @@ import (
 const (
 	maxHeader     = 32 << 10
 	answerTimeout = 14 * time.Second // for the answer to a request with a body, from the end of its header on
-	smallBytes    = 16 << 10         // of a body or an answer: so much of each is not counted
-	largeBytes    = 64 << 20         // what bodies and answers may have of memory beyond that, or more where MAX_BODY_BYTES is large
+	smallBytes    = 16 << 10         // of a body: so much of each is not counted
+	largeBytes    = 64 << 20         // what bodies may have of memory beyond that, or more where MAX_BODY_BYTES is large
 	sendBuffer    = 32 << 10         // of a connection, in the kernel, which makes it twice that
 	jsonType      = "application/json"
 	textType      = "text/plain; charset=utf-8"
@@ -132,7 +132,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// room is memory for large bodies and answers, which many clients at once could else use up.
+// room is memory for large bodies, which many clients at once could else use up.
 type room struct {
 	most int64
 	used atomic.Int64
@@ -150,7 +150,7 @@ func (r *room) give(n int64) { r.used.Add(-n) }
 
 var errCrowded = &httpError{http.StatusServiceUnavailable, "too many large requests are under way"}
 
-// metered is the answer to a request, of which it remembers the status, and the body of a request that has one. Each
+// metered is the answer to a request, of which it remembers the status, and the body of a request that has one, which
 // takes room as far as it is large.
 type metered struct {
 	http.ResponseWriter
@@ -179,15 +179,6 @@ func (x *metered) take(n int64) error {
 	}
 	x.taken += max(more, 0)
 	return nil
-}
-
-func (x *metered) Write(p []byte) (int, error) {
-	if len(p) > smallBytes {
-		if err := x.take(x.read + int64(len(p))); err != nil {
-			return 0, err
-		}
-	}
-	return x.ResponseWriter.Write(p)
 }
 
 func (x *metered) Read(p []byte) (int, error) {
@@ -377,15 +368,13 @@ func markStale(w http.ResponseWriter, store *Store, read Consistency) {
 	}
 }
 
-// writeBody writes an answer. Its error, if any, is one to answer with instead.
+// writeBody writes an answer.
 func writeBody(w http.ResponseWriter, contentType string, body []byte) error {
 	h := w.Header()
 	h["Content-Type"] = []string{contentType}
 	h["Content-Length"] = []string{strconv.Itoa(len(body))}
-	if _, err := w.Write(body); errors.Is(err, errCrowded) {
-		return err
-	}
-	return nil // any other error means that nobody listens any more
+	_, _ = w.Write(body) // an error means that nobody listens any more
+	return nil
 }
 
 // httpError is an error that knows its status. Its detail is for the client.
