@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -176,15 +177,13 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 	if err := a.kv.store.Read(r.Context(), consistency, func() {}); err != nil {
 		return err
 	}
-	turn := time.NewTimer(listingWait)
-	defer turn.Stop()
+	turn, cancel := context.WithTimeout(r.Context(), listingWait)
+	defer cancel()
 	select {
 	case a.listings <- struct{}{}:
 		defer func() { <-a.listings }()
-	case <-turn.C:
+	case <-turn.Done():
 		return &httpError{http.StatusServiceUnavailable, "too many listings are under way"}
-	case <-r.Context().Done():
-		return &httpError{http.StatusServiceUnavailable, "nobody waits for this listing any more"}
 	}
 	body, last, more := []byte{'{'}, "", false
 	a.kv.List(query.Get("prefix"), query.Get("after"), func(key string, item Item) bool {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"net/http"
 	"net/url"
 	"slices"
@@ -20,10 +21,9 @@ func readQuery(r *http.Request, names ...string) (url.Values, error) {
 	}
 	for name, values := range query {
 		switch {
-		case len(names) == 0:
-			return nil, badRequest("the query parameter %.40q is not known; this request has none", name)
 		case !slices.Contains(names, name):
-			return nil, badRequest("the query parameter %.40q is not known; known are %s", name, strings.Join(names, ", "))
+			known := cmp.Or(strings.Join(names, ", "), "none")
+			return nil, badRequest("the query parameter %.40q is not known; this request knows %s", name, known)
 		case len(values) > 1:
 			return nil, badRequest("%s is given %d times; give it once", name, len(values))
 		case !utf8.ValidString(values[0]):
