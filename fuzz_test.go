@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"errors"
 	"io"
 	"net"
 	"runtime"
@@ -146,62 +145,56 @@ func FuzzSnapshot(f *testing.F) {
 	})
 }
 
-func FuzzSnapshotFrames(f *testing.F) {
-	var b bytes.Buffer
-	w := frameWriter{w: &b}
-	_ = w.header(7)
-	_, _ = w.Write([]byte("content"))
-	_ = w.end()
-	f.Add(b.Bytes())
+// readFormat returns the content of a snapshot.
+func readFormat(b []byte) (index uint64, content []byte, err error) {
+	r := &snapshotReader{r: bufio.NewReader(bytes.NewReader(b))}
+	if index, err = r.header(); err == nil {
+		content, err = io.ReadAll(r)
+	}
+	if err == nil {
+		_, err = r.finish()
+	}
+	return index, content, err
+}
+
+func FuzzSnapshotFormat(f *testing.F) {
+	f.Add([]byte(framedAt(7, "content")))
 	f.Add([]byte(snapshotMagic + "\x00\x00\x00\x00\x00\x00\x00\x07\xff\xff\xff\xff1234"))
+	f.Add([]byte(snapshotMagic + "\x00\x00\x00\x00\x00\x00\x00\x07\xff\xff"))
 	f.Fuzz(func(t *testing.T, b []byte) {
-		r := &frameReader{r: bufio.NewReader(bytes.NewReader(b))}
 		var content []byte
 		var err error
-		checkMemory(t, len(b), 1<<20, func() {
-			if _, err = r.header(); err == nil {
-				content, err = io.ReadAll(r)
-			}
-			if err == nil {
-				err = r.end()
-			}
-		})
+		checkMemory(t, len(b), 1<<20, func() { _, content, err = readFormat(b) })
 		if err == nil && len(content) > len(b) {
 			t.Errorf("got %d bytes out of %d", len(content), len(b))
 		}
 	})
 }
 
-// Whatever is written comes back, in frames of any size, and no bit of it can change without being noticed.
+// Whatever is written comes back, in writes of any size, and no bit of it can change without being noticed.
 func FuzzSnapshotRoundTrip(f *testing.F) {
 	f.Add([]byte("content"), uint16(3), uint(77))
 	f.Add([]byte{}, uint16(1), uint(0))
 	f.Fuzz(func(t *testing.T, content []byte, size uint16, at uint) {
 		var b bytes.Buffer
-		w := &frameWriter{w: &b}
-		err := w.header(7)
-		for chunk := range slices.Chunk(content, int(size)+1) {
-			if _, err2 := w.Write(chunk); err2 != nil {
-				err = err2
+		captured := &snapshot{index: 7, write: func(w io.Writer) error {
+			for chunk := range slices.Chunk(content, int(size)+1) {
+				if _, err := w.Write(chunk); err != nil {
+					return err
+				}
 			}
-		}
-		if err = errors.Join(err, w.end()); err != nil {
+			return nil
+		}}
+		if err := captured.writeTo(&b); err != nil {
 			t.Fatal(err)
 		}
-		r := &frameReader{r: bufio.NewReader(bytes.NewReader(b.Bytes()))}
-		index, err1 := r.header()
-		got, err2 := io.ReadAll(r)
-		if err := errors.Join(err1, err2, r.end()); err != nil || index != 7 || !bytes.Equal(got, content) {
+		index, got, err := readFormat(b.Bytes())
+		if err != nil || index != 7 || !bytes.Equal(got, content) {
 			t.Errorf("got %q of entry %d, error %v; want %q of 7", got, index, err, content)
 		}
 		at %= uint(8 * b.Len())
 		b.Bytes()[at/8] ^= 1 << (at % 8)
-		r = &frameReader{r: bufio.NewReader(&b)}
-		_, err1 = r.header()
-		if err1 == nil {
-			_, err1 = io.ReadAll(r)
-		}
-		if err1 == nil && r.end() == nil {
+		if _, _, err := readFormat(b.Bytes()); err == nil {
 			t.Errorf("bit %d changed, and nobody noticed", at)
 		}
 	})

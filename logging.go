@@ -132,6 +132,7 @@ const failedHeartbeat = "failed to heartbeat to" // with that Raft says that a n
 // as is that another node does not run Raft yet.
 var routine = []string{
 	"failed to get previous log", "appendEntries rejected, sending older logs", "no known peers, aborting election",
+	"found temporary snapshot",
 	"entering candidate state", "pre-vote campaign failed, waiting for election timeout",
 	"Election timeout reached, restarting election",
 }

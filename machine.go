@@ -25,10 +25,13 @@ type StateMachine interface {
 	// whenever it starts, for one that skipped the command would diverge from the others.
 	Apply(command []byte, at time.Time) (result []byte, err error)
 	// Snapshot captures the state and returns quickly; the func it returns writes what was captured, while later
-	// commands are applied. Equal states must give equal bytes.
+	// commands are applied. With KV_STORE=memory it is kept until the next snapshot, and called for each node that
+	// needs it, two of them at once perhaps. Equal states must give equal bytes.
 	Snapshot() (write func(io.Writer) error)
-	// Restore reads what a snapshot's func wrote, up to io.EOF (as io.ReadAll does; json.Decoder may not), without touching the state, and returns the func that
-	// puts it in the state's place. It alone may run while commands are read.
+	// Restore reads what a snapshot's func wrote, up to io.EOF (as io.ReadAll does; json.Decoder may not), without
+	// touching the state, and returns the func that puts it in the state's place. It alone may run while commands are
+	// read. Where the bytes are damaged it may return what it likes: the checksum comes last, and then nothing is put
+	// in the state's place.
 	Restore(r io.Reader) (install func(), err error)
 	// Len returns how many keys, or other things that an operator wants to see counted, the state holds.
 	Len() int
@@ -42,7 +45,8 @@ type replica struct {
 	applied progress // index of the last command or configuration that has been executed here
 	config  progress // index of the last configuration among them since the start
 	// fail stops the process with a reason and does not return while it stops.
-	fail func(error)
+	fail     func(error)
+	released chan struct{} // holds a token when Raft has done with a snapshot, whatever has come of it
 }
 
 // read runs f while no command is being applied.
@@ -99,7 +103,7 @@ func (r *replica) StoreConfiguration(index uint64, _ raft.Configuration) {
 func (r *replica) Snapshot() (raft.FSMSnapshot, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return &snapshot{index: r.applied.load(), write: r.machine.Snapshot()}, nil
+	return &snapshot{index: r.applied.load(), write: r.machine.Snapshot(), released: r.released}, nil
 }
 
 // Restore replaces the state by that of a snapshot. One that cannot be read stops the process, like an entry: raft would
@@ -112,19 +116,22 @@ func (r *replica) Restore(source io.ReadCloser) error {
 	return err
 }
 
-// restore leaves readers the old state until all of the new one has been read and its checksums have been found right.
+// restore leaves readers the old state until all of the new one has been read and its checksum has been found right.
 func (r *replica) restore(source io.Reader) error {
-	frames := &frameReader{r: bufio.NewReader(source)}
-	index, err := frames.header()
+	reader := &snapshotReader{r: bufio.NewReaderSize(source, snapshotBuffer)}
+	index, err := reader.header()
 	if err != nil {
 		return fmt.Errorf("snapshot header: %w", err)
 	}
-	install, err := r.machine.Restore(frames)
-	if err != nil {
-		return fmt.Errorf("snapshot: %w", err)
-	}
-	if err := frames.end(); err != nil {
-		return fmt.Errorf("snapshot: %w", err)
+	install, err1 := r.machine.Restore(reader)
+	left, err2 := reader.finish() // also after an error, which damage explains
+	switch {
+	case err2 != nil:
+		return fmt.Errorf("snapshot: %w", err2)
+	case err1 != nil:
+		return fmt.Errorf("snapshot: %w", err1)
+	case left > 0:
+		return fmt.Errorf("snapshot: the state machine has left %d bytes of it unread", left)
 	}
 	r.mu.Lock()
 	install()
@@ -134,26 +141,29 @@ func (r *replica) restore(source io.Reader) error {
 }
 
 type snapshot struct {
-	index uint64
-	write func(io.Writer) error
+	index    uint64
+	write    func(io.Writer) error
+	released chan<- struct{}
 }
 
-// Persist streams the snapshot into sink.
+// Persist streams the snapshot into sink, or has it kept there as it is.
 func (s *snapshot) Persist(sink raft.SnapshotSink) error {
-	frames := &frameWriter{w: sink}
-	err := frames.header(s.index)
-	if err == nil {
-		buffered := bufio.NewWriterSize(frames, maxFrame)
-		err = errors.Join(s.write(buffered), buffered.Flush(), frames.end())
+	if k, ok := sink.(keeper); ok && k.keep(s.writeTo) {
+		return sink.Close()
 	}
-	if err != nil {
+	if err := s.writeTo(sink); err != nil {
 		return errors.Join(err, sink.Cancel())
 	}
 	return sink.Close()
 }
 
-// Release has nothing to release: the captured state belongs to the garbage collector.
-func (s *snapshot) Release() {}
+// Release is called when Raft has done with the snapshot.
+func (s *snapshot) Release() {
+	select {
+	case s.released <- struct{}{}:
+	default:
+	}
+}
 
 // progress is an index that only grows and that can be waited for. Its zero value is ready.
 type progress struct {
@@ -268,116 +278,62 @@ func decodeCommands(b []byte) ([][]byte, error) {
 }
 
 // The format of a snapshot, on disk and between nodes: snapshotMagic, whose last byte is the version; the applied index
-// as 8 bytes; then frames of a length, a checksum and that many bytes, the last of them empty. Each checksum is the
-// CRC-32C of all data up to there, so a frame that is altered, lost or out of its place is found before it is used.
+// as 8 bytes; what the state machine has written; and the CRC-32C of all that.
 const (
-	snapshotMagic = "RSTSNAP\x01"
-	maxFrame      = 64 << 10
+	snapshotMagic  = "RSTSNAP\x02"
+	snapshotBuffer = 64 << 10
 )
 
-type frameWriter struct {
-	w   io.Writer
-	sum uint32
-}
-
-func (f *frameWriter) header(index uint64) error {
-	head := binary.BigEndian.AppendUint64([]byte(snapshotMagic), index)
-	f.sum = crc32.Checksum(head, castagnoli)
-	_, err := f.w.Write(head)
-	return err
-}
-
-func (f *frameWriter) Write(p []byte) (int, error) {
-	for rest := p; len(rest) > 0; {
-		n := min(len(rest), maxFrame)
-		if err := f.frame(rest[:n]); err != nil {
-			return 0, err
-		}
-		rest = rest[n:]
-	}
-	return len(p), nil
-}
-
-func (f *frameWriter) frame(p []byte) error {
-	f.sum = crc32.Update(f.sum, castagnoli, p)
-	var head [8]byte
-	binary.BigEndian.PutUint32(head[:4], uint32(len(p)))
-	binary.BigEndian.PutUint32(head[4:], f.sum)
-	if _, err := f.w.Write(head[:]); err != nil {
+func (s *snapshot) writeTo(w io.Writer) error {
+	sum := crc32.New(castagnoli)
+	b := bufio.NewWriterSize(io.MultiWriter(w, sum), snapshotBuffer)
+	_, err := b.Write(binary.BigEndian.AppendUint64([]byte(snapshotMagic), s.index))
+	if err := errors.Join(err, s.write(b), b.Flush()); err != nil {
 		return err
 	}
-	_, err := f.w.Write(p)
+	_, err = w.Write(sum.Sum(nil))
 	return err
 }
 
-func (f *frameWriter) end() error { return f.frame(nil) }
-
-type frameReader struct {
-	r    *bufio.Reader
-	sum  uint32
-	buf  [maxFrame]byte
-	rest []byte // of buf, not yet handed out
-	done bool   // the empty frame has been read
+// snapshotReader reads a snapshot up to its checksum.
+type snapshotReader struct {
+	r   *bufio.Reader
+	sum uint32 // of what has been read
 }
 
-func (f *frameReader) header() (index uint64, err error) {
-	head := f.buf[:len(snapshotMagic)+8]
-	if _, err := io.ReadFull(f.r, head); err != nil {
+func (s *snapshotReader) Read(p []byte) (int, error) {
+	ahead, err := s.r.Peek(min(len(p)+checksumSize, s.r.Size()))
+	n := len(ahead) - checksumSize
+	if n < 0 {
+		return 0, truncated(err)
+	}
+	n = copy(p, ahead[:n])
+	s.sum = crc32.Update(s.sum, castagnoli, p[:n])
+	_, _ = s.r.Discard(n) // it is in the buffer
+	return n, err
+}
+
+func (s *snapshotReader) header() (index uint64, err error) {
+	var head [len(snapshotMagic) + 8]byte
+	if _, err := io.ReadFull(s, head[:]); err != nil {
 		return 0, truncated(err)
 	}
 	if string(head[:len(snapshotMagic)]) != snapshotMagic {
 		return 0, errors.New("not a snapshot of this service, or one of a version that this binary does not know")
 	}
-	f.sum = crc32.Checksum(head, castagnoli)
 	return binary.BigEndian.Uint64(head[len(snapshotMagic):]), nil
 }
 
-func (f *frameReader) Read(p []byte) (int, error) {
-	if len(f.rest) == 0 {
-		if err := f.next(); err != nil {
-			return 0, err
-		}
+// finish reads what is left, says how much it was, and compares the checksum.
+func (s *snapshotReader) finish() (left int64, err error) {
+	if left, err = io.Copy(io.Discard, s); err != nil {
+		return left, err
 	}
-	n := copy(p, f.rest)
-	f.rest = f.rest[n:]
-	return n, nil
-}
-
-func (f *frameReader) next() error {
-	if f.done {
-		return io.EOF
+	sum, err := s.r.Peek(checksumSize)
+	if err == nil && binary.BigEndian.Uint32(sum) != s.sum {
+		err = errors.New("checksum mismatch: the snapshot is damaged or cut short")
 	}
-	var head [8]byte
-	if _, err := io.ReadFull(f.r, head[:]); err != nil {
-		return truncated(err)
-	}
-	size := binary.BigEndian.Uint32(head[:4])
-	if size > maxFrame {
-		return errors.New("a frame is longer than allowed: the snapshot is damaged")
-	}
-	if _, err := io.ReadFull(f.r, f.buf[:size]); err != nil {
-		return truncated(err)
-	}
-	f.sum = crc32.Update(f.sum, castagnoli, f.buf[:size])
-	if f.sum != binary.BigEndian.Uint32(head[4:]) {
-		return errors.New("checksum mismatch: the snapshot is damaged")
-	}
-	if f.rest = f.buf[:size]; size == 0 {
-		f.done = true
-		return io.EOF
-	}
-	return nil
-}
-
-// end makes sure that the state machine has read all there was and that nothing follows.
-func (f *frameReader) end() error {
-	if _, err := f.Read(make([]byte, 1)); !errors.Is(err, io.EOF) {
-		return errors.Join(errors.New("the state machine did not read its snapshot to the end"), err)
-	}
-	if _, err := f.r.ReadByte(); !errors.Is(err, io.EOF) {
-		return errors.Join(errors.New("bytes follow the end of the snapshot"), err)
-	}
-	return nil
+	return left, err
 }
 
 // truncated says what an early end of a snapshot means; other errors stay as they are.

@@ -236,8 +236,8 @@ func TestSnapshotRoundTrip(t *testing.T) {
 		{"an empty value", [][]Pair{{{"k", ""}}}},
 		{"keys and values that are not text", [][]Pair{{{"\x00", "\xff\xfe"}, {"\xff", "\x00"}}}},
 		{"keys set by several entries", [][]Pair{{{"b", "1"}, {"a", "2"}}, {{"c", "3"}}, {{"a", "4"}}}},
-		{"a value as long as a frame", [][]Pair{{{"k", strings.Repeat("v", maxFrame)}}}},
-		{"a value longer than many frames", [][]Pair{{{"j", "1"}, {"k", strings.Repeat("v", 5*maxFrame+1)}, {"l", "1"}}}},
+		{"a value as long as the buffer", [][]Pair{{{"k", strings.Repeat("v", snapshotBuffer)}}}},
+		{"a value longer than many buffers", [][]Pair{{{"j", "1"}, {"k", strings.Repeat("v", 5*snapshotBuffer+1)}, {"l", "1"}}}},
 		{"the longest value", [][]Pair{{{"k", strings.Repeat("v", maxBodyBytes)}}}},
 	}
 	for _, tt := range tests {
@@ -283,18 +283,18 @@ func damages(good []byte, at func(int) bool, try func(name string, damaged []byt
 
 func TestDamagedSnapshotLeavesTheStateAlone(t *testing.T) {
 	everywhere := func(int) bool { return true }
-	// Two frames of data: the second of them begins after the snapshot's head, the first and its head.
-	second := len(snapshotMagic) + 8 + 8 + maxFrame
+	// More than the buffer holds at once.
+	second := snapshotBuffer
 	tests := []struct {
 		name  string
 		pairs []Pair
 		at    func(int) bool
 	}{
 		{"an empty state", nil, everywhere},
-		{"one frame", []Pair{{"a", "1"}, {"b", `{"x":[1,2,3]}`}, {"c", ""}}, everywhere},
+		{"less than the buffer", []Pair{{"a", "1"}, {"b", `{"x":[1,2,3]}`}, {"c", ""}}, everywhere},
 		{
-			"two frames, damaged in the second and around the first's ends",
-			[]Pair{{"a", strings.Repeat("v", maxFrame)}, {"b", "1"}},
+			"more than the buffer, damaged around its ends",
+			[]Pair{{"a", strings.Repeat("v", snapshotBuffer)}, {"b", "1"}},
 			func(i int) bool { return i < 64 || i >= second-32 },
 		},
 	}
@@ -328,39 +328,8 @@ func TestDamagedSnapshotLeavesTheStateAlone(t *testing.T) {
 	}
 }
 
-// Frames that were written, but not in this order or not into this snapshot, have checksums that are wrong.
-func TestSnapshotWithFramesOutOfPlace(t *testing.T) {
-	source := newTestReplica(t, &blobMachine{state: bytes.Repeat([]byte("0123456789abcdef"), 3*maxFrame/16)})
-	good := snapshotOf(t, source)
-	const head, frame = len(snapshotMagic) + 8, 8 + maxFrame
-	part := func(i int) []byte { return good[head+i*frame : head+(i+1)*frame] }
-	end := good[head+3*frame:]
-	tests := []struct {
-		name  string
-		parts [][]byte
-		fails bool
-	}{
-		{"as it was written", [][]byte{part(0), part(1), part(2), end}, false},
-		{"a frame lost", [][]byte{part(0), part(2), end}, true},
-		{"the last frame lost", [][]byte{part(0), part(1), end}, true},
-		{"two frames exchanged", [][]byte{part(1), part(0), part(2), end}, true},
-		{"a frame twice", [][]byte{part(0), part(1), part(1), part(2), end}, true},
-		{"a frame after the end", [][]byte{part(0), part(1), end, part(2)}, true},
-		{"two ends", [][]byte{part(0), part(1), part(2), end, end}, true},
-	}
-	for _, tt := range tests {
-		t.Run(tt.name, func(t *testing.T) {
-			snapshot := bytes.Join(append([][]byte{good[:head]}, tt.parts...), nil)
-			err := restoreFrom(newTestReplica(t, new(blobMachine)), snapshot)
-			if (err != nil) != tt.fails {
-				t.Errorf("got error %v; want one: %v", err, tt.fails)
-			}
-		})
-	}
-}
-
 func TestStateMachineMustReadItsSnapshotToTheEnd(t *testing.T) {
-	const size = maxFrame + 10
+	const size = snapshotBuffer + 10
 	snapshot := snapshotOf(t, newTestReplica(t, &blobMachine{state: make([]byte, size)}))
 	for _, tt := range []struct {
 		name  string
@@ -369,7 +338,7 @@ func TestStateMachineMustReadItsSnapshotToTheEnd(t *testing.T) {
 	}{
 		{"nothing read", 0, true},
 		{"a byte read", 1, true},
-		{"a frame left", maxFrame, true},
+		{"more than the end left", snapshotBuffer, true},
 		{"a byte left", size - 1, true},
 		{"all read, without asking for more", size, false},
 	} {
@@ -409,7 +378,7 @@ func TestRestoreReturnsTheErrorOfItsSource(t *testing.T) {
 func TestPersistCancelsWhatItCouldNotWrite(t *testing.T) {
 	machine := newMachine()
 	r := newTestReplica(t, machine)
-	applySet(r, 1, Pair{"a", "1"}, Pair{"b", strings.Repeat("v", maxFrame)})
+	applySet(r, 1, Pair{"a", "1"}, Pair{"b", strings.Repeat("v", snapshotBuffer)})
 	for room := range snapshotOf(t, r) {
 		if room > 100 && room%997 != 0 { // each place of the same kind a few times is enough
 			continue

@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"runtime"
 	"strings"
 	"sync/atomic"
@@ -154,6 +155,10 @@ func (s simSnapshots) Create(v raft.SnapshotVersion, index, term uint64, c raft.
 	return simSink{sink, s.simSteps, s.node}, err
 }
 
+func (s simSink) keep(write func(io.Writer) error) bool {
+	return s.node.cfg.KVStore == storeMemory && s.SnapshotSink.(keeper).keep(write)
+}
+
 func (s simSink) Close() error {
 	time.Sleep(time.Duration(s.node.lag.Load()))
 	return s.around("snapshot", s.SnapshotSink.Close)
@@ -162,15 +167,12 @@ func (s simSink) Close() error {
 // storage returns what openStorage would, on this process's disk.
 func (r *simRun) storage(fail func(error)) (*storage, error) {
 	db := simStore{r.disk, r.steps}
-	rules := &entries{LogStore: db, fail: fail}
+	rules := newEntries(db, r.node.cfg.TrailingLogs, fail)
+	rules.inMemory = r.node.cfg.KVStore == storeMemory
 	st := &storage{logs: rules, stable: &stableStore{StableStore: db}, rules: rules, close: func() error { return nil }}
 	if r.node.cfg.KVStore == storeBolt {
 		st.disk = &guard{db: db, fail: fail, path: "disk"}
-		cache, err := raft.NewLogCache(logCacheEntries, st.disk)
-		if err != nil {
-			return nil, err
-		}
-		rules.LogStore, st.stable = cache, &stableStore{StableStore: st.disk}
+		rules.LogStore, st.stable = st.disk, &stableStore{StableStore: st.disk}
 	}
 	var err error
 	st.snapshots, err = newCheckedSnapshots(simSnapshots{r.disk.snapshots, r.steps, r.node}, rules)

@@ -32,8 +32,13 @@ type checkedSnapshots struct {
 
 	publishing sync.Mutex // held while a snapshot is published: one after the other
 
-	size  atomic.Int64 // of the newest snapshot, in bytes
-	begun atomic.Int64 // when this node began to write it, in Unix milliseconds; 0 for none
+	begun atomic.Int64 // when this node began to write the newest, in Unix milliseconds; 0 for none
+}
+
+// keeper is a snapshot that can be kept as what was captured of the state, in place of the bytes that this writes.
+type keeper interface {
+	// keep returns false where it cannot.
+	keep(write func(io.Writer) error) bool
 }
 
 // errOvertaken is why a snapshot is not published: the leader has sent a newer one while this node took its own. Raft
@@ -46,13 +51,18 @@ func newCheckedSnapshots(store raft.SnapshotStore, log *entries) (*checkedSnapsh
 	if err == nil && len(list) > 0 {
 		err = c.note(list[0].Index, list[0].Term, list[0].ID, list[0].Size)
 	}
+	if err == nil {
+		err = log.load()
+	}
 	return c, err
 }
 
-// note takes note of the newest snapshot. Raft's file store ends a snapshot's id with the time, and so does ours in
-// memory.
+// note takes note of the newest snapshot, whose size is 0 where it is kept without being written. Raft's file store ends
+// a snapshot's id with the time, and so does ours in memory.
 func (c *checkedSnapshots) note(index, term uint64, id string, size int64) error {
-	c.size.Store(size)
+	if size > 0 {
+		c.log.state.Store(size)
+	}
 	begun, _ := strconv.ParseInt(id[strings.LastIndexByte(id, '-')+1:], 10, 64)
 	c.begun.Store(begun)
 	return c.log.cover(index, term)
@@ -68,6 +78,14 @@ func (c *checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint
 	return &checkedSink{SnapshotSink: sink, store: c, index: index, term: term}, nil
 }
 
+func (c *checkedSnapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
+	meta, state, err := c.SnapshotStore.Open(id)
+	if err == nil {
+		c.log.state.Store(meta.Size)
+	}
+	return meta, state, err
+}
+
 type checkedSink struct {
 	raft.SnapshotSink
 	store  *checkedSnapshots
@@ -81,6 +99,11 @@ func (s *checkedSink) Write(p []byte) (int, error) {
 	n, err := s.SnapshotSink.Write(p)
 	s.size += int64(n)
 	return n, err
+}
+
+func (s *checkedSink) keep(write func(io.Writer) error) bool {
+	k, ok := s.SnapshotSink.(keeper)
+	return ok && k.keep(write)
 }
 
 func (s *checkedSink) Close() error {
@@ -248,17 +271,19 @@ func (s *fileSink) Write(p []byte) (n int, err error) {
 func (s *fileSink) Close() error  { return s.store.do("complete a snapshot", s.SnapshotSink.Close) }
 func (s *fileSink) Cancel() error { return s.store.do("remove a snapshot", s.SnapshotSink.Cancel) }
 
-// memorySnapshots keeps the newest complete snapshot in memory. Raft's own in-memory store publishes a snapshot before
-// its bytes are there.
+// memorySnapshots keeps the newest complete snapshot in memory: what this node has captured of its state, which shares
+// with the state what has not changed since, or the bytes that the leader has sent. Raft's own in-memory store publishes a
+// snapshot before its bytes are there.
 type memorySnapshots struct {
 	mu     sync.Mutex      // guards newest
 	newest *memorySnapshot // nil before the first
 }
 
 type memorySnapshot struct {
-	store *memorySnapshots
-	meta  raft.SnapshotMeta
-	data  bytes.Buffer
+	store    *memorySnapshots
+	meta     raft.SnapshotMeta
+	captured func(io.Writer) error // writes it; nil where it was received
+	received [][]byte
 }
 
 func (m *memorySnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
@@ -270,6 +295,7 @@ func (m *memorySnapshots) Create(version raft.SnapshotVersion, index, term uint6
 	}}, nil
 }
 
+// List returns the newest snapshot. Its size is not known before it is opened, if this node has taken it itself.
 func (m *memorySnapshots) List() ([]*raft.SnapshotMeta, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -282,23 +308,60 @@ func (m *memorySnapshots) List() ([]*raft.SnapshotMeta, error) {
 
 func (m *memorySnapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	if m.newest == nil || m.newest.meta.ID != id {
+	s := m.newest
+	m.mu.Unlock()
+	if s == nil || s.meta.ID != id {
 		return nil, nil, fmt.Errorf("snapshot %q is gone", id)
 	}
-	meta := m.newest.meta
-	return &meta, io.NopCloser(bytes.NewReader(m.newest.data.Bytes())), nil
+	var size byteCount
+	if err := s.writeTo(&size); err != nil {
+		return nil, nil, err
+	}
+	meta := s.meta
+	meta.Size = int64(size)
+	r, w := io.Pipe()
+	go func() { w.CloseWithError(s.writeTo(w)) }() // until all is read, or the reader closed
+	return &meta, r, nil
 }
 
-func (s *memorySnapshot) Write(p []byte) (int, error) { return s.data.Write(p) }
-func (s *memorySnapshot) ID() string                  { return s.meta.ID }
-func (s *memorySnapshot) Cancel() error               { return nil }
+// byteCount counts what is written to it.
+type byteCount int64
+
+func (n *byteCount) Write(p []byte) (int, error) {
+	*n += byteCount(len(p))
+	return len(p), nil
+}
+
+func (s *memorySnapshot) writeTo(w io.Writer) error {
+	if s.captured != nil {
+		return s.captured(w)
+	}
+	for _, p := range s.received {
+		if _, err := w.Write(p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (s *memorySnapshot) keep(write func(io.Writer) error) bool {
+	s.captured = write
+	return true
+}
+
+func (s *memorySnapshot) Write(p []byte) (int, error) {
+	s.received = append(s.received, bytes.Clone(p))
+	s.meta.Size += int64(len(p))
+	return len(p), nil
+}
+
+func (s *memorySnapshot) ID() string    { return s.meta.ID }
+func (s *memorySnapshot) Cancel() error { return nil }
 
 // Close publishes the snapshot, unless there is a newer one.
 func (s *memorySnapshot) Close() error {
 	s.store.mu.Lock()
 	defer s.store.mu.Unlock()
-	s.meta.Size = int64(s.data.Len())
 	if s.store.newest == nil || s.store.newest.meta.Index <= s.meta.Index {
 		s.store.newest = s
 	}

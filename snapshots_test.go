@@ -25,8 +25,8 @@ func framed(state string) string { return framedAt(0, state) }
 
 func framedAt(index uint64, state string) string {
 	var b bytes.Buffer
-	frames := &frameWriter{w: &b}
-	if err := errors.Join(frames.header(index), func() error { _, err := frames.Write([]byte(state)); return err }(), frames.end()); err != nil {
+	captured := &snapshot{index: index, write: func(w io.Writer) error { _, err := io.WriteString(w, state); return err }}
+	if err := captured.writeTo(&b); err != nil {
 		panic(err) // a bytes.Buffer takes everything
 	}
 	return b.String()

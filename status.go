@@ -90,7 +90,8 @@ func (s *Store) exportStorage() {
 	m, stats, snapshots := s.metrics, s.storage.stats, s.storage.snapshots
 	m.gauge("snapshot_timestamp_seconds", "When this node began to write its newest snapshot, in Unix time; 0 when it has none.",
 		func() float64 { return float64(snapshots.begun.Load()) / 1000 })
-	m.gauge("snapshot_size_bytes", "Size of the newest snapshot.", func() float64 { return float64(snapshots.size.Load()) })
+	m.gauge("snapshot_size_bytes", "Size of the newest snapshot; with memory, of the last that was sent or received.",
+		func() float64 { return float64(s.storage.rules.state.Load()) })
 	if stats == nil {
 		return
 	}

@@ -21,10 +21,7 @@ import (
 	bbolterrors "go.etcd.io/bbolt/errors"
 )
 
-const (
-	lockTimeout     = 3 * time.Second // how long another process may hold the database before we give up
-	logCacheEntries = 256             // entries kept in memory for followers that are a little behind
-)
+const lockTimeout = 3 * time.Second // how long another process may hold the database before we give up
 
 // storage is what a node keeps: the log, its votes and terms, and snapshots. With KV_STORE=memory nothing of it
 // outlives the process.
@@ -43,7 +40,8 @@ type storage struct {
 func openStorage(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
 	if cfg.KVStore == storeMemory {
 		mem := raft.NewInmemStore()
-		rules := &entries{LogStore: mem, fail: fail}
+		rules := newEntries(mem, cfg.TrailingLogs, fail)
+		rules.inMemory = true
 		snapshots, err := newCheckedSnapshots(&memorySnapshots{}, rules)
 		return &storage{
 			logs: rules, stable: &stableStore{StableStore: mem}, snapshots: snapshots, rules: rules,
@@ -83,16 +81,12 @@ func openStores(cfg *Config, log hclog.Logger, dog *watchdog, fail func(error)) 
 			err = errors.Join(err, db.Close())
 		}
 	}()
-	files, err := openSnapshots(cfg.StateDir, log.Named("snapshot"), dog, fail)
+	files, err := openSnapshots(cfg.StateDir, newRaftLog(log.Named("snapshot")), dog, fail)
 	if err != nil {
 		return nil, err
 	}
 	guarded := &guard{db: db, dog: dog, fail: fail, path: path}
-	cache, err := raft.NewLogCache(logCacheEntries, guarded)
-	if err != nil {
-		return nil, err
-	}
-	rules := &entries{LogStore: cache, fail: fail}
+	rules := newEntries(guarded, cfg.TrailingLogs, fail)
 	snapshots, err := newCheckedSnapshots(files, rules)
 	if err != nil {
 		return nil, err
@@ -203,60 +197,6 @@ func checkMeta(path string) error {
 		at = int64(binary.NativeEndian.Uint32(meta[8:]))
 	}
 	return nil
-}
-
-// entries is the log, on disk or in memory. What it holds of what the newest snapshot covers is what was committed.
-type entries struct {
-	raft.LogStore
-	fail    func(error)
-	covered progress      // index up to which the newest snapshot covers it
-	applied func() uint64 // index up to which the state machine has executed the log; set before Raft runs
-}
-
-// newest returns the index up to which the newest snapshot covers the log.
-func (e *entries) newest() uint64 { return e.covered.load() }
-
-// cover takes note of a snapshot whose last entry has that index and term, when it has been published or found, and
-// drops from the log what it shows to be of a fallen leader. Raft itself only ever shortens the log when it has
-// installed a snapshot, and would, once this node leads, send what is left to a follower that starts without state, as
-// if it had been committed. What comes after the snapshot stays: Raft goes by where the log ended, and replaces it
-// when the leader's entries come.
-//
-// An entry of the same term at that index is the leader's, and then so is all before it. That is so after each
-// snapshot that this node has taken itself, unless the leader's, which was newer, has come meanwhile; then nothing is
-// left to drop.
-func (e *entries) cover(index, term uint64) error {
-	e.covered.advance(index)
-	var entry raft.Log
-	if err := e.GetLog(index, &entry); err == nil && entry.Term == term {
-		return nil
-	} else if err != nil && !errors.Is(err, raft.ErrLogNotFound) {
-		return err
-	}
-	first, err1 := e.FirstIndex()
-	last, err2 := e.LastIndex()
-	if err := errors.Join(err1, err2); err != nil || last == 0 || first > index {
-		return err
-	}
-	return e.LogStore.DeleteRange(first, min(index, last))
-}
-
-// DeleteRange deletes the oldest entries, or the end of the log where the leader has other entries.
-//
-// An end that is executed in part does not go: this node has executed what the leader has not, and stops.
-func (e *entries) DeleteRange(first, last uint64) error {
-	end, err := e.LastIndex()
-	if err != nil || end == 0 || last == 0 { // of an empty log raft.InmemStore would take itself for endless
-		return err
-	}
-	if e.applied != nil && last >= end && last > e.newest() && first <= e.applied() {
-		err := fmt.Errorf("the leader's log differs from entry %d on, but this node has executed its own up to %d: a node "+
-			"of the cluster has lost what it had stored; nothing was changed: compare the nodes' data, then move the state "+
-			"directory of each that is wrong away and start it without state, to be filled by the others", first, e.applied())
-		e.fail(err)
-		return err
-	}
-	return e.LogStore.DeleteRange(first, last)
 }
 
 // Raft's names for the two halves of a vote, and ours for the whole.

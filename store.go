@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -21,6 +22,7 @@ const (
 	hurryTurns     = 5                      // watchIntervals, within which followers notice that their leader is silent
 	handoverWait   = 2 * time.Second        // for another node to become leader
 	handoverLinger = 200 * time.Millisecond // for the others to hear of it, while we still answer them
+	retrySnapshot  = time.Second            // after one that failed
 )
 
 // Raft's timing. A leader steps down when no majority has answered for leaseTimeout, a follower looks for a new one when
@@ -85,7 +87,7 @@ func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *
 	}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.membership = newMembership(cfg, log.Named("membership"))
-	s.replica = &replica{machine: machine, metrics: m, fail: s.fail}
+	s.replica = &replica{machine: machine, metrics: m, fail: s.fail, released: make(chan struct{}, 1)}
 	s.rounds = newReadRounds(m, s.findReadIndex)
 	s.export()
 	s.writes = newWrites(s, m, log.Named("writes"))
@@ -190,9 +192,9 @@ func (s *Store) startRaft() (err error) {
 	conf.Logger = log
 	conf.HeartbeatTimeout, conf.ElectionTimeout, conf.LeaderLeaseTimeout = heartbeatTimeout, electionTimeout, leaseTimeout
 	conf.MaxAppendEntries, conf.CommitTimeout = maxAppendEntries, commitTimeout
-	conf.SnapshotThreshold = s.cfg.SnapshotThreshold
-	conf.SnapshotInterval = s.cfg.SnapshotInterval
-	conf.TrailingLogs = s.cfg.TrailingLogs
+	// When to take a snapshot, and what stays of the log, is decided by bytes as well: see compact, and entries. Raft by
+	// itself would take the same snapshot again and again when the log is empty.
+	conf.SnapshotThreshold, conf.TrailingLogs = math.MaxUint64, 0
 	conf.ShutdownOnRemove = false
 	conf.NoLegacyTelemetry = true
 	s.membership.waits("the node is reading its snapshot and log")
@@ -210,10 +212,40 @@ func (s *Store) startRaft() (err error) {
 	s.membership.waits("no leader is known yet")
 	s.membership.advance(stageRunning)
 	s.raft.Store(r)
+	s.wg.Go(func() { s.compact(r) })
 	if begins || len(s.members()) == 1 {
 		s.wg.Go(s.campaign) // nobody else can be the leader yet, so there is nobody to wait for
 	}
 	return nil
+}
+
+// compact takes a snapshot when one is due, until the Store shuts down.
+func (s *Store) compact(r *raft.Raft) {
+	rules := s.storage.rules
+	for {
+		select {
+		case <-rules.due:
+		case <-time.After(s.cfg.SnapshotInterval + rand.N(s.cfg.SnapshotInterval)):
+		case <-s.ctx.Done():
+			return
+		}
+		before := rules.newest()
+		if !rules.isDue(s.cfg.SnapshotThreshold) || s.replica.applied.load() <= before {
+			continue
+		}
+		r.Snapshot() // returns when Raft has begun. It may leave the future unanswered when it shuts down
+		select {
+		case <-s.replica.released:
+		case <-s.ctx.Done():
+			return
+		}
+		if rules.newest() == before { // it failed, and Raft has logged why
+			select {
+			case <-time.After(retrySnapshot):
+			case <-s.ctx.Done():
+			}
+		}
+	}
 }
 
 // bootstrap begins a log with the cluster's first configuration, if it is empty, as raft.BootstrapCluster does. That one

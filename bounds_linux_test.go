@@ -1,0 +1,78 @@
+package main
+
+import (
+	"fmt"
+	"io/fs"
+	"net/http"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+)
+
+// What is written passes through the log, so memory and disk must not grow with it.
+func TestProcessIsBoundedByItsState(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		store       string
+		writes, len int
+		wantMemory  int // MiB
+		wantDisk    int // MiB
+	}{
+		{storeMemory, 400, 500_000, 150, 0},
+		{storeMemory, 4_000, 50_000, 150, 0},
+		{storeBolt, 60, 2_000_000, 220, 100},
+		{storeBolt, 2_000, 100_000, 150, 100},
+	} {
+		t.Run(fmt.Sprintf("%s, %d writes of %d bytes", tt.store, tt.writes, tt.len), func(t *testing.T) {
+			p := newProc(t, map[string]string{"KV_STORE": tt.store, "MAX_BODY_BYTES": "2097152", "NODE_ID": "node1"})
+			startAll(p)
+			value := `"` + strings.Repeat("v", tt.len-2) + `"`
+			var clients sync.WaitGroup
+			for range 4 {
+				clients.Go(func() {
+					for range tt.writes / 4 {
+						if a, err := p.ask(http.MethodPut, "/key/k", value); err != nil || a.status != http.StatusOK {
+							t.Errorf("got %v, %v; want 200", a, err)
+							return
+						}
+					}
+				})
+			}
+			clients.Wait()
+			if got := p.peakMemory() >> 20; got > tt.wantMemory {
+				t.Errorf("got up to %d MiB resident; want %d or less", got, tt.wantMemory)
+			}
+			if got := p.diskUsed() >> 20; got > tt.wantDisk {
+				t.Errorf("got %d MiB on disk; want %d or less", got, tt.wantDisk)
+			}
+			t.Logf("up to %d MiB resident, %d MiB on disk", p.peakMemory()>>20, p.diskUsed()>>20)
+		})
+	}
+}
+
+// peakMemory returns the most that the process ever had in memory, in bytes.
+func (p *proc) peakMemory() int {
+	p.t.Helper()
+	found := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindStringSubmatch(p.read(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)))
+	if found == nil {
+		p.t.Fatal("its peak is not known")
+	}
+	kib, _ := strconv.Atoi(found[1])
+	return kib << 10
+}
+
+// diskUsed returns the size of all files in STATE_DIR.
+func (p *proc) diskUsed() (bytes int) {
+	_ = filepath.WalkDir(p.env["STATE_DIR"], func(_ string, d fs.DirEntry, err error) error {
+		if err == nil && !d.IsDir() {
+			if info, err := d.Info(); err == nil {
+				bytes += int(info.Size())
+			}
+		}
+		return nil
+	})
+	return bytes
+}

@@ -1,0 +1,227 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"testing"
+
+	"github.com/hashicorp/raft"
+)
+
+// Whatever becomes of the log, the view knows its entries' sizes, and the newest of them.
+func TestViewOfTheLog(t *testing.T) {
+	var v logView
+	var model []*raft.Log // the entries, in order
+	sizeAfter := func(index uint64) (size int64) {
+		for _, l := range model {
+			if l.Index > index {
+				size += int64(len(l.Data) + entryBytes)
+			}
+		}
+		return size
+	}
+	next := uint64(5)
+	for range 5000 {
+		added := false
+		switch random := rand.IntN(20); {
+		case random == 0 && len(model) > 0: // the beginning goes, all of it perhaps
+			n := rand.IntN(len(model)) + 1
+			v.drop(model[0].Index-uint64(rand.IntN(2)), model[n-1].Index)
+			model = slices.Clone(model[n:])
+		case random == 1 && len(model) > 1: // the end goes
+			n := rand.IntN(len(model)-1) + 1
+			next = model[n].Index
+			v.drop(next, model[len(model)-1].Index)
+			model = model[:n]
+		case random == 2 && rand.IntN(5) == 0: // a snapshot of more than there is has come
+			if len(model) > 0 {
+				v.drop(model[0].Index, next-1)
+			}
+			model, next = nil, next+uint64(rand.IntN(3))
+		default:
+			l := &raft.Log{Index: next, Data: make([]byte, rand.IntN(300_000))}
+			v.add(l)
+			model, next, added = append(model, l), next+1, true
+		}
+		index := next + 1 - min(next, uint64(rand.IntN(len(model)+3)))
+		if got, want := v.since(index), sizeAfter(index); got != want {
+			t.Fatalf("got %d bytes after entry %d; want %d", got, index, want)
+		}
+		count, bytes := uint64(rand.IntN(40)), rand.Int64N(4<<20)
+		tail := len(model) - min(int(count), len(model))
+		for tail < len(model) && sizeAfter(model[tail].Index-1) > bytes {
+			tail++
+		}
+		if got, want := v.tail(count, bytes), v.next-uint64(len(model)-tail); got != want {
+			t.Fatalf("got a tail of %d entries and %d bytes from %d on; want %d", count, bytes, got, want)
+		}
+		cached := int64(0)
+		for i, l := range model {
+			switch got := v.get(l.Index); {
+			case got == nil && i == len(model)-1 && added:
+				t.Fatal("the entry just added is not in memory")
+			case got == nil && cached > 0:
+				t.Fatalf("entry %d is not in memory, and an older one is", l.Index)
+			case got != nil && got != l:
+				t.Fatalf("got entry %d for %d", got.Index, l.Index)
+			case got != nil && i < len(model)-1:
+				cached += int64(len(l.Data) + entryBytes)
+			}
+		}
+		if cached > cachedBytes {
+			t.Fatalf("got %d bytes in memory beside the newest entry; want %d or less", cached, cachedBytes)
+		}
+		if v.get(next) != nil || len(model) > 0 && v.get(model[0].Index-1) != nil {
+			t.Fatal("got an entry that is not there")
+		}
+	}
+}
+
+// storeBytes stores n entries of so many bytes each from index on.
+func storeBytes(t *testing.T, e *entries, index uint64, n, size int) {
+	t.Helper()
+	for i := range n {
+		if err := e.StoreLog(&raft.Log{Index: index + uint64(i), Term: 2, Data: make([]byte, size)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestSnapshotIsDueByBytesAndEntries(t *testing.T) {
+	const mib = 1 << 20
+	for _, tt := range []struct {
+		name     string
+		inMemory bool
+		state    int64
+		entries  int // of 1 MiB each, of which a snapshot covers the first
+		count    uint64
+		want     bool
+	}{
+		{"little", false, 0, 16, 0, false},
+		{"more than 16 MiB", false, 0, 18, 0, true},
+		{"more than 16 MiB, less than the state", false, 20 * mib, 18, 0, false},
+		{"more than the state", false, 20 * mib, 22, 0, true},
+		{"less than the state, in memory", true, 20 * mib, 18, 0, true},
+		{"fewer entries", false, 0, 8, 8, false},
+		{"so many entries", false, 0, 9, 8, true},
+		{"none", false, 0, 1, 8, false},
+	} {
+		e := newEntries(raft.NewInmemStore(), 100, nil)
+		e.inMemory = tt.inMemory
+		e.state.Store(tt.state)
+		storeBytes(t, e, 1, 1, mib)
+		if err := e.cover(1, 2); err != nil {
+			t.Fatal(err)
+		}
+		storeBytes(t, e, 2, tt.entries-1, mib)
+		if got := e.isDue(tt.count); got != tt.want {
+			t.Errorf("%s: got %v; want %v", tt.name, got, tt.want)
+		}
+		if got := len(e.due) > 0; got != (tt.want && tt.count == 0) {
+			t.Errorf("%s: got a token %v; want one when there are too many bytes", tt.name, got)
+		}
+		again := newEntries(e.LogStore, 100, nil) // a restart
+		again.inMemory = tt.inMemory
+		again.state.Store(tt.state)
+		if err := errors.Join(again.cover(1, 2), again.load()); err != nil || again.isDue(tt.count) != tt.want {
+			t.Errorf("%s: got due %v, error %v after a restart; want %v", tt.name, !tt.want, err, tt.want)
+		}
+		if err := e.cover(uint64(tt.entries), 2); err != nil || e.isDue(1) {
+			t.Errorf("%s: got due %v, error %v with a snapshot of all; want neither", tt.name, e.isDue(1), err)
+		}
+	}
+}
+
+// With an empty log, as after the leader's snapshot, Raft would take itself for full of entries.
+func TestNoSnapshotIsDueOfAnEmptyLog(t *testing.T) {
+	e := newEntries(raft.NewInmemStore(), 0, nil)
+	storeBytes(t, e, 1, 3, 100)
+	if err := e.cover(50, 2); err != nil {
+		t.Fatal(err)
+	}
+	if last, err := e.LastIndex(); last != 0 || err != nil || e.isDue(1) {
+		t.Errorf("got last index %d, error %v, due %v; want an empty log and none", last, err, e.isDue(1))
+	}
+}
+
+func TestWhatStaysOfTheLogIsBounded(t *testing.T) {
+	const mib = 1 << 20
+	for _, tt := range []struct {
+		name      string
+		tail      uint64
+		state     int64
+		size      int // of each of 20 entries
+		wantFirst uint64
+	}{
+		{"by entries", 5, 0, 100, 16},
+		{"by bytes", 100, 0, mib, 18},
+		{"by a large state's size", 100, 20 * mib, mib, 12},
+		{"not at all", 100, 0, 100, 1},
+		{"to nothing", 0, 0, 100, 0},
+		{"to nothing, by bytes", 100, 0, 5 * mib, 0},
+	} {
+		e := newEntries(raft.NewInmemStore(), tt.tail, nil)
+		e.state.Store(tt.state)
+		storeBytes(t, e, 1, 20, tt.size)
+		if err := errors.Join(e.cover(20, 2), e.DeleteRange(1, 20)); err != nil {
+			t.Fatal(err)
+		}
+		if first, err := e.FirstIndex(); err != nil || first != tt.wantFirst {
+			t.Errorf("%s: got a log from %d on, error %v; want %d", tt.name, first, err, tt.wantFirst)
+		}
+		storeBytes(t, e, 21, 1, tt.size)
+		if err := e.GetLog(21, new(raft.Log)); err != nil {
+			t.Errorf("%s: got error %v for the next entry; want none", tt.name, err)
+		}
+	}
+	e := newEntries(raft.NewInmemStore(), 0, nil) // what the snapshot does not cover stays
+	storeBytes(t, e, 1, 20, 5*mib)
+	err := errors.Join(e.cover(10, 2), e.DeleteRange(1, 10))
+	if first, _ := e.FirstIndex(); err != nil || first != 11 {
+		t.Errorf("got a log from %d on, error %v; want 11", first, err)
+	}
+}
+
+// In memory a snapshot of this node's own takes no room, and can be sent to several nodes at once.
+func TestMemorySnapshotIsKeptAsItWasCaptured(t *testing.T) {
+	st := openTestStorage(t, storeMemory, t.TempDir())
+	machine := newMachine()
+	r := newTestReplica(t, machine)
+	applySet(r, 1, Pair{"a", "1"}, Pair{"b", "2"})
+	want := snapshotOf(t, r)
+	captured, err := r.Snapshot()
+	if err != nil {
+		t.Fatal(err)
+	}
+	sink := newSnapshot(t, st.snapshots, 1, "")
+	if err := captured.Persist(sink); err != nil {
+		t.Fatal(err)
+	}
+	applySet(r, 2, Pair{"a", "3"})
+	var readers sync.WaitGroup
+	for range 3 {
+		readers.Go(func() {
+			meta, source, err := st.snapshots.Open(sink.ID())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer source.Close()
+			if got, err := io.ReadAll(source); err != nil || !bytes.Equal(got, want) || meta.Size != int64(len(want)) {
+				t.Errorf("got %q of %d bytes, error %v; want %q", got, meta.Size, err, want)
+			}
+		})
+	}
+	readers.Wait()
+	if kept := st.snapshots.SnapshotStore.(*memorySnapshots).newest; kept.captured == nil || kept.meta.Size > 0 {
+		t.Errorf("got %d bytes kept; want none, but what was captured", kept.meta.Size)
+	}
+	_, source, err := st.snapshots.Open(sink.ID())
+	if err != nil || source.Close() != nil { // whoever writes it ends, as goleak would tell
+		t.Errorf("got error %v; want none", err)
+	}
+}
