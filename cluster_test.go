@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -511,5 +512,22 @@ func TestShutdownLeavesNothingBehind(t *testing.T) {
 			http.DefaultTransport.(*http.Transport).CloseIdleConnections()
 			goleak.VerifyNone(t, before, unansweredFuture)
 		})
+	}
+}
+
+// An entry that a slow link cannot carry in the time that a small message has must not stop all writes.
+func TestLargeEntryGetsThroughASlowLink(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	leader := c.leader()
+	for _, follower := range c.followers(leader) {
+		c.links[[2]int{leader, follower}].set(linkSlow)
+	}
+	value := `"` + strings.Repeat("v", slowLink*int(rpcTimeout/time.Second)*4/3) + `"`
+	if _, err := c.nodes[leader].kv.Set(t.Context(), []Pair{{"k", value}}, Condition{}); err != nil {
+		t.Errorf("got %v; want it written", err)
+	}
+	if state := c.nodes[leader].State(); state.State != "leader" {
+		t.Errorf("got %v for the leader; want it in office", state)
 	}
 }

@@ -294,7 +294,10 @@ const (
 	linkHold                 // passes the bytes on only once it is open again, like a network that delays
 	linkHoldAnswers          // likewise, but only what comes back from the target
 	linkHoldRaft             // likewise, but only answers to Raft's messages; letThrough passes them on one by one
+	linkSlow                 // passes slowLink bytes a second to the target, on each connection
 )
+
+const slowLink = 300 << 10
 
 // link2 is one direction of calls between two nodes: a TCP proxy to addr.
 type link2 struct {
@@ -344,6 +347,12 @@ func (l *link2) set(mode linkMode) {
 		}
 	}
 	l.change.Broadcast()
+}
+
+func (l *link2) isSlow() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.mode == linkSlow
 }
 
 // heldAnswers returns how many answers linkHoldRaft has held.
@@ -425,6 +434,9 @@ func (l *link2) copy(to, from net.Conn, answers bool, isRaft *atomic.Bool) {
 		if n > 0 && l.pass(from, answers, isRaft.Load()) {
 			if _, err := to.Write(buf[:n]); err != nil {
 				return
+			}
+			if l.isSlow() && !answers {
+				time.Sleep(time.Duration(n) * time.Second / slowLink)
 			}
 		}
 		if err != nil {

@@ -66,6 +66,7 @@ func (s *Store) export() {
 	m.labelled("build_info", "Always 1; the label has the version.", map[string]string{"version": version}, func() float64 { return 1 })
 	m.flag("ready", "1 when this node can do its part, as /readyz says.", func() bool { return s.Ready() == nil })
 	m.flag("is_leader", "1 on the leader.", s.leadsNow)
+	m.flag("replication_stuck", "1 on a leader that has not got a log entry to a majority for 10 s, though heartbeats pass.", s.stuck.Load)
 	m.flag("has_leader", "1 when this node knows a leader.", func() bool { return s.Leader() != "" })
 	m.flag("peers_drift", "1 when ids or voters of the membership are not what PEERS says.", s.drift)
 	m.gauge("voters", "Members of the cluster that vote.", func() float64 { return float64(s.voters()) })

@@ -65,6 +65,8 @@ type Store struct {
 	ready        atomic.Uint64         // the term in which this node, as leader, has executed all of earlier terms
 	handing      atomic.Bool           // leadership is being handed over: no more entries
 	current      chan struct{}         // closed when this node has caught up
+	commits      commits
+	stuck        atomic.Bool // this node leads and cannot get its entries to a majority
 
 	looking sync.Mutex // guards what follows, and is held while the others are asked
 	seen    view
@@ -524,6 +526,7 @@ func (s *Store) look(r *raft.Raft) {
 	if r != nil {
 		_, leader := r.LeaderWithID()
 		now = RaftState{State: stateNames[r.State()], Leader: nodeOf(string(leader)), Term: r.CurrentTerm(), server: string(leader)}
+		s.noticeStuck(now.State == "leader", now.Term, r.CommitIndex(), r.LastIndex())
 	} else if s.membership.at() == stageBlank {
 		now.State = "forming"
 	}
@@ -589,6 +592,8 @@ func (s *Store) Ready() error {
 		return errors.New("this node has not caught up with the leader since it started")
 	case !slices.ContainsFunc(s.members(), func(m member) bool { return m.Voter && m.Server == s.membership.server() }):
 		return errors.New("this node has no vote yet: the leader is still bringing it up, or has not removed the server that was here before")
+	case s.stuck.Load():
+		return errors.New(s.stuckReason())
 	}
 	return nil
 }

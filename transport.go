@@ -4,6 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
+	"net"
 	"slices"
 	"time"
 
@@ -11,7 +13,8 @@ import (
 )
 
 const (
-	rpcTimeout     = 3 * time.Second // for an answer to one of Raft's messages; a snapshot's time grows with its size
+	rpcTimeout     = 3 * time.Second // for an answer to one of Raft's messages, and more as it is larger
+	slowestLink    = 64 << 10        // bytes a second that a large message must get through
 	connsPerPeer   = 3               // idle connections kept for Raft's messages
 	maxAppendBytes = 2 << 20         // of log entries in one message, but for a single larger one
 )
@@ -39,7 +42,7 @@ type localNode interface {
 func newTransport(n *network, st *storage, node localNode, log *raftLog) *transport {
 	t := &transport{
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-			Stream: n, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
+			Stream: patientNetwork{n}, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
 			// A pipeline can wedge a follower (hashicorp/raft issue 612), and would go past AppendEntries below.
 			MaxRPCsInFlight:       1,
 			ServerAddressProvider: idsAreAddresses{},
@@ -48,7 +51,8 @@ func newTransport(n *network, st *storage, node localNode, log *raftLog) *transp
 		rpcs:    make(chan raft.RPC),
 		closing: n.closing,
 	}
-	go func() { // it ends with the network, also when Raft never gets to run on it
+	t.TimeoutScale = math.MaxInt // what patientConn adds is enough for snapshots, too
+	go func() {                  // it ends with the network, also when Raft never gets to run on it
 		<-n.closing
 		_ = t.NetworkTransport.Close()
 	}()
@@ -71,6 +75,39 @@ func newTransport(n *network, st *storage, node localNode, log *raftLog) *transp
 		}
 	})
 	return t
+}
+
+// patientNetwork gives large messages more time than Raft's transport does: with the same for all, an entry that a slow
+// link cannot carry in that time would be sent again and again, and nothing after it would be committed.
+type patientNetwork struct{ *network }
+
+func (n patientNetwork) Dial(id raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
+	conn, err := n.network.Dial(id, timeout)
+	if err != nil {
+		return nil, err
+	}
+	return &patientConn{Conn: conn}, nil
+}
+
+// patientConn is a connection of which the deadline, set before a message, moves as the message is written.
+type patientConn struct {
+	net.Conn
+	deadline time.Time // the transport has a connection used by one goroutine at a time
+}
+
+func (c *patientConn) SetDeadline(t time.Time) error {
+	c.deadline = t
+	return c.Conn.SetDeadline(t)
+}
+
+func (c *patientConn) Write(p []byte) (int, error) {
+	if len(p) > slowestLink/8 { // what is smaller has time enough
+		more := time.Duration(len(p)) * time.Second / slowestLink
+		if err := c.SetDeadline(c.deadline.Add(more)); err != nil {
+			return 0, err
+		}
+	}
+	return c.Conn.Write(p)
 }
 
 // idsAreAddresses makes Raft know every server by its name alone, so no address ends up in a vote or in the log's idea of
