@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"os"
 	"slices"
 	"strings"
 	"time"
@@ -25,8 +24,9 @@ type certificates struct {
 	toUs *tls.Config
 }
 
-// parseCertificates makes certificates of what their three files hold, in PEM.
-func parseCertificates(cert, key, authority []byte) (*certificates, error) {
+// parseCertificates makes certificates of what their three files hold, in PEM, and checks that this node's peers will
+// take them for its own.
+func parseCertificates(cfg *Config, cert, key, authority []byte) (*certificates, error) {
 	own, err := tls.X509KeyPair(cert, key)
 	if err != nil {
 		return nil, fmt.Errorf("TLS_CERT_FILE and TLS_KEY_FILE: %w", err)
@@ -35,27 +35,13 @@ func parseCertificates(cert, key, authority []byte) (*certificates, error) {
 	if !c.roots.AppendCertsFromPEM(authority) {
 		return nil, errors.New("TLS_CA_FILE holds no certificate in PEM")
 	}
-	c.web = &tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{own}, NextProtos: []string{"http/1.1"}}
+	c.web = &tls.Config{
+		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{own}, NextProtos: []string{"http/1.1"},
+	}
 	c.toUs = &tls.Config{
 		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{own},
 		ClientAuth: tls.RequireAndVerifyClientCert, ClientCAs: c.roots,
 		SessionTicketsDisabled: true, // a ticket would outlive a change of the authority
-	}
-	return c, nil
-}
-
-// readCertificates reads this node's certificates, and checks that its peers will take them for its own.
-func readCertificates(cfg *Config, readFile func(path string) ([]byte, os.FileMode, error)) (*certificates, error) {
-	var parts [3][]byte
-	for i, path := range []string{cfg.TLSCertFile, cfg.TLSKeyFile, cfg.TLSCAFile} {
-		var err error
-		if parts[i], _, err = readFile(path); err != nil {
-			return nil, err
-		}
-	}
-	c, err := parseCertificates(parts[0], parts[1], parts[2])
-	if err != nil {
-		return nil, err
 	}
 	var chain []*x509.Certificate
 	for _, der := range c.own.Certificate {
@@ -125,17 +111,6 @@ func (c *certificates) toPeer(id, host string, isNode func(id string) bool) *tls
 	}
 }
 
-// toOurselves is for a connection to this machine, where another process would need our key or the authority's to answer.
-func (c *certificates) toOurselves() *tls.Config {
-	return &tls.Config{
-		MinVersion:         tls.VersionTLS13,
-		InsecureSkipVerify: true, //nolint:gosec // VerifyConnection checks all that this would, but the name by which this machine is asked
-		VerifyConnection: func(state tls.ConnectionState) error {
-			return c.verify(state.PeerCertificates, x509.ExtKeyUsageServerAuth)
-		},
-	}
-}
-
 // String says whose the certificate is.
 func (c *certificates) String() string {
 	leaf := c.own.Leaf
@@ -147,8 +122,9 @@ func openCertificates(cfg *Config, m *metrics, log hclog.Logger) (*reloaded[*cer
 	if cfg.TLSCertFile == "" {
 		return nil, nil // no TLS is not an error
 	}
-	certs, err := newReloaded("certificates", log, func() (*certificates, error) { return readCertificates(cfg, readSecret) },
-		cfg.TLSCertFile, cfg.TLSKeyFile, cfg.TLSCAFile)
+	certs, err := newReloaded("certificates", log, func(contents [][]byte) (*certificates, error) {
+		return parseCertificates(cfg, contents[0], contents[1], contents[2])
+	}, cfg.TLSCertFile, cfg.TLSKeyFile, cfg.TLSCAFile)
 	if err == nil {
 		m.gauge("tls_certificate_expiry_seconds", "When the certificate in use expires, in Unix time.", func() float64 {
 			return float64(certs.get().own.Leaf.NotAfter.Unix())

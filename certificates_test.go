@@ -346,9 +346,10 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 	}
 	defer old.Close()
 
-	// A renewed certificate is shown at the next handshake, without a signal; what is connected stays so.
+	// A renewed certificate is shown at the next handshake; what is connected stays so.
 	before := leafOf(t, nodes[1])
 	ca.renew(envs[1], func(*x509.Certificate) {}, "node2")
+	nodes[1].certs.reload(false)
 	renewed := leafOf(t, nodes[1])
 	if renewed.Equal(before) {
 		t.Error("got the old certificate; want the renewed one")
@@ -356,48 +357,66 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 	checkEchoOn(t, old)
 	checkEcho(t, nodes[0], nodes[1])
 
+	// What is written again as it was changes nothing.
+	for name, file := range envs[1] {
+		content, err := os.ReadFile(file)
+		if err := errors.Join(err, os.WriteFile(file, content, 0o600)); err != nil {
+			t.Fatalf("%s: %v", name, err)
+		}
+	}
+	now := nodes[1].certs.get()
+	if nodes[1].certs.reload(false); nodes[1].certs.get() != now {
+		t.Error("got other certificates out of the same bytes")
+	}
+
 	// A change for the worse changes nothing, and is logged once.
-	for name, worse := range map[string]func(){
-		"no PEM": func() { writePEM(t, envs[1]["TLS_CERT_FILE"], "NOTHING", nil) },
-		"expired": func() {
+	for _, tt := range []struct {
+		name  string
+		worse func()
+	}{
+		{"no PEM", func() { writePEM(t, envs[1]["TLS_CERT_FILE"], "NOTHING", nil) }},
+		{"expired", func() {
 			ca.renew(envs[1], func(c *x509.Certificate) { c.NotAfter = c.NotBefore.Add(time.Minute) }, "node2")
-		},
-		"another node's": func() { ca.renew(envs[1], func(*x509.Certificate) {}, "node3") },
-		"no file":        func() { _ = os.Remove(envs[1]["TLS_KEY_FILE"]) },
+		}},
+		{"another node's", func() { ca.renew(envs[1], func(*x509.Certificate) {}, "node3") }},
+		{"a file for all", func() { _ = os.Chmod(envs[1]["TLS_KEY_FILE"], 0o666) }},
+		{"no file", func() { _ = os.Remove(envs[1]["TLS_KEY_FILE"]) }},
 	} {
 		errorsBefore := nodes[1].lines.count("[ERROR]", "stays in use")
-		worse()
+		tt.worse()
 		for range 3 {
+			nodes[1].certs.reload(false)
 			if got := leafOf(t, nodes[1]); !got.Equal(renewed) {
-				t.Errorf("%s: got certificate %v; want the one before", name, got.DNSNames)
+				t.Errorf("%s: got certificate %v; want the one before", tt.name, got.DNSNames)
 			}
 		}
 		if got := nodes[1].lines.count("[ERROR]", "stays in use") - errorsBefore; got != 1 {
-			t.Errorf("%s: got %d errors in the log; want 1", name, got)
+			t.Errorf("%s: got %d errors in the log; want 1", tt.name, got)
 		}
 	}
 
 	// A new authority counts at once, also for who is connected already.
 	next := newTestCA(t)
 	next.renew(envs[1], func(*x509.Certificate) {}, "node2")
-	nodes[1].certs.reload()
+	nodes[1].certs.reload(false)
 	waitClosed(t, old)
 	if conn, err := nodes[0].dial(t.Context(), "node2#1", kindCall); err == nil {
 		_ = conn.Close()
 		t.Error("got a connection with a certificate of the old authority; want none")
 	}
 	next.renew(envs[0], func(*x509.Certificate) {}, "node1")
+	nodes[0].certs.reload(false)
 	checkEcho(t, nodes[0], nodes[1])
 }
 
-// A reader takes what there is while another reads files that hang.
+// A reader takes what there is while files are read that hang.
 func TestReloadedIsNotHeldUp(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(path, []byte("1"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	reading, goOn, n := make(chan struct{}), make(chan struct{}), 0
-	r, err := newReloaded("test", hclog.NewNullLogger(), func() (tokens, error) {
+	r, err := newReloaded("test", hclog.NewNullLogger(), func([][]byte) (tokens, error) {
 		if n++; n > 1 {
 			close(reading)
 			<-goOn
@@ -410,7 +429,7 @@ func TestReloadedIsNotHeldUp(t *testing.T) {
 	}
 	done := make(chan struct{})
 	go func() {
-		r.reload()
+		r.reload(true)
 		close(done)
 	}()
 	<-reading
@@ -458,36 +477,47 @@ func TestClusterUnderTLS(t *testing.T) {
 	if item, err := c.nodes[leader].kv.Get(ctx, "after", Linearizable); err != nil || item.Value != "1" {
 		t.Errorf("read through the old leader: got %q, %v; want 1", item.Value, err)
 	}
+
+	// A second authority beside the first has all connections made anew, and nobody notices.
+	leader = c.leader()
+	term, another := c.nodes[leader].State().Term, newTestCA(t)
+	for _, node := range c.nodes {
+		both := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw})
+		both = append(both, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: another.cert.Raw})...)
+		if err := os.WriteFile(node.cfg.TLSCAFile, both, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		node.certs.reload(false)
+	}
+	began := time.Now()
+	for i, node := range c.nodes {
+		if _, err := node.kv.Set(ctx, []Pair{{"rotated", "1"}}, Condition{}); err != nil {
+			t.Errorf("write through node %d under the new authority: %v", i+1, err)
+		}
+	}
+	if took, now := time.Since(began), c.nodes[leader].State(); took > time.Second || now.Term != term {
+		t.Errorf("got writes after %v in term %d; want them at once in term %d", took, now.Term, term)
+	}
 }
 
 // A handshake that began under an authority that has been replaced since leads to nothing.
 func TestAuthorityChangesDuringAHandshake(t *testing.T) {
 	checkLeaks(t)
-	ca := newTestCA(t)
 	all, nodes := newTestNet(t, "node1", "node2")
-	env := ca.node("node2")
+	env := newTestCA(t).node("node2")
 	nodes[1].secureWith(t, env)
 	all.startEcho(nodes...)
-	old := nodes[1].certs.get().toUs
-	near, far := net.Pipe()
-	defer far.Close()
-	go func() {
-		client := ca.client(ca.node("node1"))
-		client.ServerName = "node2"
-		_ = tls.Client(far, client).HandshakeContext(t.Context())
-	}()
-	conn, err := nodes[1].track(near, "")
-	if err != nil {
-		t.Fatal(err)
-	}
-	inner := tls.Server(conn, old)
-	if err := inner.HandshakeContext(t.Context()); err != nil {
-		t.Fatal(err)
-	}
+	conn := dialRaw(t, nodes[1]) // that says nothing yet
+	waitFor(t, "the connection to be accepted", func() bool {
+		nodes[1].mu.Lock()
+		defer nodes[1].mu.Unlock()
+		return len(nodes[1].conns) == 1
+	})
 	newTestCA(t).renew(env, func(*x509.Certificate) {}, "node2")
-	nodes[1].certs.reload() // it sees no certificate of this connection yet
-	_ = nodes[1].secure(conn, inner).SetDeadline(time.Now().Add(time.Second))
-	if _, err := near.Read(make([]byte, 1)); !errors.Is(err, io.ErrClosedPipe) {
-		t.Errorf("got %v; want the connection closed", err)
+	nodes[1].certs.reload(false)
+	began := time.Now()
+	waitClosed(t, conn)
+	if took := time.Since(began); took > helloTimeout/2 {
+		t.Errorf("got the connection closed after %v; want it at once", took)
 	}
 }

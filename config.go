@@ -3,9 +3,9 @@ package main
 import (
 	"cmp"
 	"context"
+	_ "embed"
 	"errors"
 	"fmt"
-	"io"
 	"math"
 	"net"
 	"net/netip"
@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 )
 
 // Consistency says how fresh a read must be.
@@ -43,7 +44,7 @@ const (
 var version = "dev"
 
 // maxBodyBytes is the most that MAX_BODY_BYTES may say.
-const maxBodyBytes = 16 << 20
+const maxBodyBytes = 2 << 20
 
 // Peer is one member of the cluster as PEERS names it.
 type Peer struct {
@@ -75,97 +76,36 @@ type Config struct {
 	Warnings          []string // what the operator should know but need not mend; the caller logs them
 }
 
-// variable is one environment variable. Parsing, --help and the README's table all come from these.
-type variable struct {
-	name  string
-	def   string // parsed when the variable is unset; "" leaves it to identify
-	unset string // the default in words, when def is ""
-	help  string // Markdown with no other mark-up than backticks, which --help drops
-	set   func(l *loader, v setting)
-}
-
-func preset(name, def, help string, set func(*loader, setting)) variable {
-	return variable{name: name, def: def, help: help, set: set}
-}
-
-func derived(name, unset, help string, set func(*loader, setting)) variable {
-	return variable{name: name, unset: unset, help: help, set: set}
-}
-
-var variables = []variable{
-	derived("NODE_ID", "system hostname", "this node's name in `PEERS`: "+idRule,
-		func(l *loader, v setting) { l.cfg.NodeID = v.text }),
-	derived("STATE_DIR", "`/tmp/<NODE_ID>`", "where the Raft log, votes and snapshots live; not used with `KV_STORE=memory`",
-		func(l *loader, v setting) { l.cfg.StateDir = v.text }),
-	preset("KV_STORE", storeBolt, "`boltdb` (durable) or `memory` (faster, nothing of the data on disk)",
-		func(l *loader, v setting) { l.cfg.KVStore = l.oneOf(v, storeBolt, storeMemory) }),
-	preset("HTTP_ADDR", "0.0.0.0", "the address the HTTP API listens on: IPv4, IPv6 or a name",
-		func(l *loader, v setting) { l.httpHost = l.host(v, parseHost) }),
-	preset("HTTP_PORT", "11000", "the port the HTTP API listens on",
-		func(l *loader, v setting) { l.httpPort = l.port(v) }),
-	preset("RAFT_ADDR", "0.0.0.0", "the address peers connect to: IPv4, IPv6 or a name",
-		func(l *loader, v setting) { l.raftHost = l.host(v, parseHost) }),
-	preset("RAFT_PORT", "12000", "the port peers connect to",
-		func(l *loader, v setting) { l.raftPort = l.port(v) }),
-	derived("RAFT_ADVERTISE_ADDR",
-		"this node's host in `PEERS`; without `PEERS`, the IPv4 of the system hostname, else of the first usable interface, else `127.0.0.1`",
-		"the address peers are told; a DNS name stays a name; `PEERS` wins over it",
-		func(l *loader, v setting) { l.advertiseHost = l.host(v, parsePeerHost) }),
-	derived("RAFT_ADVERTISE_PORT", "this node's port in `PEERS`; without `PEERS`, `RAFT_PORT`", "the port peers are told; `PEERS` wins over it",
-		func(l *loader, v setting) { l.advertisePort = l.port(v) }),
-	derived("PEERS", "`<NODE_ID>@<RAFT_ADVERTISE_ADDR>:<RAFT_ADVERTISE_PORT>`",
-		"the whole cluster, this node included, the same on every node: `node1@10.1.1.1:12000,node2@host2:12000,...`; "+
-			"hosts are IPv4, `[IPv6]` or DNS names, looked up at every dial",
-		(*loader).peers),
-	preset("READ_CONSISTENCY", string(Linearizable), "what a GET without `?consistency=` gets: `linearizable` or `stale`",
-		func(l *loader, v setting) {
-			l.cfg.ReadConsistency = Consistency(l.oneOf(v, string(Linearizable), string(Stale)))
-		}),
-	preset("LOG_LEVEL", "info", "`trace`, `debug`, `info`, `warn`, `error` or `off`",
-		func(l *loader, v setting) {
-			l.cfg.LogLevel = l.anyCase(v, "trace", "debug", "info", "warn", "error", "off")
-		}),
-	preset("LOG_FORMAT", "text", "`text` or `json`",
-		func(l *loader, v setting) { l.cfg.LogFormat = l.anyCase(v, "text", "json") }),
-	preset("MAX_BODY_BYTES", "524288", "the largest request body, `1` to `16777216` (16 MiB)",
-		func(l *loader, v setting) { l.cfg.MaxBodyBytes = int64(l.number(v, 1, maxBodyBytes)) }),
-	preset("SNAPSHOT_THRESHOLD", "8192", "how many new Raft log entries make a snapshot due, at least `1`",
-		func(l *loader, v setting) { l.cfg.SnapshotThreshold = l.number(v, 1, math.MaxInt64) }),
-	preset("SNAPSHOT_INTERVAL", "30s", "the time between two looks at whether a snapshot is due (up to twice that), at least `5ms`",
-		func(l *loader, v setting) { l.cfg.SnapshotInterval = l.duration(v, 5*time.Millisecond) }),
-	preset("TRAILING_LOGS", "4096", "how many Raft log entries stay after a snapshot, for peers that are a little behind; `0` or more",
-		func(l *loader, v setting) { l.cfg.TrailingLogs = l.number(v, 0, math.MaxInt64) }),
-	preset("SHUTDOWN_TIMEOUT", "8s", "bound on a graceful stop",
-		func(l *loader, v setting) { l.cfg.ShutdownTimeout = l.duration(v, 1) }),
-	derived("HTTP_TOKEN_FILE", "none", "a file with bearer tokens, one a line; set: every request but `/livez`, `/readyz` and `/metrics` needs one",
-		func(l *loader, v setting) { l.cfg.HTTPTokenFile = v.text }),
-	derived("TLS_CERT_FILE", "none", "this node's certificate, in PEM: the HTTP port speaks TLS with it, and peers mutual TLS; "+
-		"its id or its host in `PEERS` is a subject alternative name",
-		func(l *loader, v setting) { l.cfg.TLSCertFile = v.text }),
-	derived("TLS_KEY_FILE", "none", "the key of `TLS_CERT_FILE`, in PEM",
-		func(l *loader, v setting) { l.cfg.TLSKeyFile = v.text }),
-	derived("TLS_CA_FILE", "none", "the authority that signed the certificates of all nodes, in PEM; set with the two above or not at all",
-		func(l *loader, v setting) { l.cfg.TLSCAFile = v.text }),
-}
-
 // The cures that more than one message ends in.
 const (
-	idRule   = "ASCII letters, digits, `.`, `_` and `-`, at most 64, no leading `.` or `-`"
+	idRule   = "ASCII letters, digits, ., _ and -, at most 64, no leading . or -"
 	hostRule = "an IPv4 address, an IPv6 address or a DNS name"
 	portRule = "a number from 1 to 65535"
 )
 
+// helpText is what --help prints. README.md has the same as a table; a test holds both and loadConfig together.
+//
+//go:embed help.txt
+var helpText string
+
 // system is what the defaults need to know of the machine. main fills it, tests make one up.
 type system struct {
 	hostname string        // "" when it could not be told
+	addrs    []netip.Addr  // of its interfaces
 	hostIPv4 func() string // asked only when needed: it may look a name up
-	readFile func(path string) (content []byte, mode os.FileMode, err error)
 }
 
-// thisSystem is the real one, and all in this file that is not pure.
+// thisSystem is the real one.
 func thisSystem() system {
 	hostname, _ := os.Hostname() // loadConfig tells the operator what to do without one
-	return system{hostname: hostname, readFile: readSecret, hostIPv4: func() string {
+	sys := system{hostname: hostname}
+	addrs, _ := net.InterfaceAddrs() // without them there is no more than fewer defaults and warnings
+	for _, addr := range addrs {
+		if prefix, err := netip.ParsePrefix(addr.String()); err == nil {
+			sys.addrs = append(sys.addrs, prefix.Addr())
+		}
+	}
+	sys.hostIPv4 = func() string {
 		// A name server that does not answer must not hold up the start for long.
 		ctx, cancel := context.WithTimeout(context.Background(), 2*time.Second)
 		defer cancel()
@@ -175,241 +115,308 @@ func thisSystem() system {
 				return ip.String()
 			}
 		}
-		addrs, _ := net.InterfaceAddrs()
-		for _, addr := range addrs {
-			prefix, err := netip.ParsePrefix(addr.String())
-			if err == nil && prefix.Addr().Is4() && prefix.Addr().IsGlobalUnicast() {
-				return prefix.Addr().String()
+		for _, ip := range sys.addrs {
+			if ip.Is4() && ip.IsGlobalUnicast() {
+				return ip.String()
 			}
 		}
 		return "127.0.0.1"
-	}}
-}
-
-// setting is a variable as it was found, so that every complaint can name it.
-type setting struct{ name, text string }
-
-// loader carries a Config on its way, the parts it is put together from, and what was wrong. A host or port that could
-// not be parsed stays "", which keeps later checks from complaining of it a second time.
-type loader struct {
-	cfg                          Config
-	httpHost, httpPort           string
-	raftHost, raftPort           string
-	advertiseHost, advertisePort string
-	problems                     []error
-}
-
-// loadConfig makes the Config that getenv and sys amount to. Its error joins all that is wrong, one problem a line.
-func loadConfig(getenv func(string) string, sys system) (*Config, error) {
-	l := &loader{}
-	for _, vr := range variables {
-		if text := cmp.Or(getenv(vr.name), vr.def); text != "" {
-			vr.set(l, setting{vr.name, text})
-		}
 	}
-	l.checkListeners()
-	l.identify(sys)
-	l.checkFiles(sys)
-	if len(l.problems) > 0 {
-		return nil, errors.Join(l.problems...)
+	return sys
+}
+
+// owns says whether a host is this machine, as far as that can be told without asking anybody.
+func (sys system) owns(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return isLoopback(host) || strings.EqualFold(host, sys.hostname) || err == nil && slices.Contains(sys.addrs, ip)
+}
+
+// env reads variables, and collects what is wrong with them. A host or port that could not be parsed is "", which keeps
+// later checks from complaining of it a second time.
+type env struct {
+	get      func(name string) string
+	problems []error
+}
+
+func (e *env) fail(format string, args ...any) {
+	e.problems = append(e.problems, fmt.Errorf(format, args...))
+}
+
+// refuse says why what a variable holds will not do and what would.
+func (e *env) refuse(name, why, cure string) {
+	e.fail("%s=%q %s: set %s to %s", name, e.get(name), why, name, cure)
+}
+
+func (e *env) text(name, def string) string { return cmp.Or(e.get(name), def) }
+
+func (e *env) word(name, def string, choices ...string) string {
+	word := strings.ToLower(e.text(name, def))
+	if !slices.Contains(choices, word) {
+		e.refuse(name, "is not known", "one of "+strings.Join(choices, ", "))
 	}
-	l.cfg.HTTPAddr = net.JoinHostPort(l.httpHost, l.httpPort)
-	l.cfg.RaftAddr = net.JoinHostPort(l.raftHost, l.raftPort)
-	return &l.cfg, nil
+	return word
 }
 
-func (l *loader) fail(format string, args ...any) {
-	l.problems = append(l.problems, fmt.Errorf(format, args...))
-}
-
-// refuse says why v will not do and what would.
-func (l *loader) refuse(v setting, why, cure string) {
-	l.fail("%s=%q %s: set %s to %s", v.name, v.text, why, v.name, cure)
-}
-
-func (l *loader) oneOf(v setting, choices ...string) string {
-	if !slices.Contains(choices, v.text) {
-		l.refuse(v, "is not known", "one of "+strings.Join(choices, ", "))
-	}
-	return v.text
-}
-
-func (l *loader) anyCase(v setting, choices ...string) string {
-	if lower := strings.ToLower(v.text); slices.Contains(choices, lower) {
-		return lower
-	}
-	return l.oneOf(v, choices...)
-}
-
-func (l *loader) number(v setting, least, most uint64) uint64 {
-	n, err := strconv.ParseUint(v.text, 10, 64)
+func (e *env) number(name string, def, least, most uint64) uint64 {
+	n, err := strconv.ParseUint(e.text(name, strconv.FormatUint(def, 10)), 10, 64)
 	if err != nil || n < least || n > most {
-		l.refuse(v, "will not do", fmt.Sprintf("a whole number from %d to %d", least, most))
+		e.refuse(name, "will not do", fmt.Sprintf("a whole number from %d to %d", least, most))
 	}
 	return n
 }
 
-func (l *loader) duration(v setting, least time.Duration) time.Duration {
-	d, err := time.ParseDuration(v.text)
+func (e *env) duration(name string, def, least time.Duration) time.Duration {
+	d, err := time.ParseDuration(e.text(name, def.String()))
 	if err != nil {
-		l.refuse(v, "is not a duration", "one such as 8s or 1m30s")
+		e.refuse(name, "is not a duration", "one such as 8s or 1m30s")
 	} else if d < least {
-		l.refuse(v, "is too short", "at least "+least.String())
+		e.refuse(name, "is too short", "at least "+least.String())
 	}
 	return d
 }
 
-func (l *loader) port(v setting) string {
-	port, ok := parsePort(v.text)
-	if strings.HasPrefix(v.text, "tcp://") {
-		l.fail("%s=%q is a Kubernetes service link, not a port: set enableServiceLinks: false in the pod, or %s to %s", v.name, v.text, v.name, portRule)
-	} else if !ok {
-		l.refuse(v, "is not a port", portRule)
+func (e *env) port(name, def string) string {
+	text := e.text(name, def)
+	port, ok := parsePort(text)
+	if strings.HasPrefix(text, "tcp://") {
+		e.fail("%s=%q is a Kubernetes service link, not a port: set enableServiceLinks: false in the pod, or %s to %s",
+			name, text, name, portRule)
+	} else if !ok && text != "" {
+		e.refuse(name, "is not a port", portRule)
 	}
 	return port
 }
 
-// host takes parseHost for an address to listen on, parsePeerHost for one to be dialled.
-func (l *loader) host(v setting, parse func(string) (host, why string)) string {
-	host, why := parse(v.text)
+// host takes parseHost for an address to listen on, parsePeerHost for one to be dialed.
+func (e *env) host(name, def string, parse func(string) (host, why string)) string {
+	text := e.text(name, def)
+	if text == "" {
+		return ""
+	}
+	host, why := parse(text)
 	if why != "" {
-		l.refuse(v, why, hostRule+", without a port")
+		e.refuse(name, why, hostRule+", without a port")
 	}
 	return host
 }
 
-func (l *loader) peers(v setting) {
-	for i, entry := range strings.Split(v.text, ",") {
-		if entry = strings.TrimSpace(entry); entry == "" {
-			l.fail("PEERS=%q is empty at entry %d: remove the stray comma, or unset PEERS", v.text, i+1)
-		} else {
-			l.peer(entry)
-		}
+// directory refuses what only a shell would have made a path of: nothing expands it here.
+func (e *env) directory(name, def string) string {
+	dir := e.get(name)
+	if strings.HasPrefix(dir, "~") || strings.ContainsAny(dir, "\"'`$") || strings.ContainsFunc(dir, unicode.IsControl) {
+		e.refuse(name, "has quotes, control characters, a leading ~ or a $, which nobody has expanded",
+			"the path itself, such as /var/lib/raftstarter")
 	}
-	slices.SortFunc(l.cfg.Peers, func(a, b Peer) int { return strings.Compare(a.ID, b.ID) })
+	return cmp.Or(dir, def)
 }
 
-// peer adds one entry of PEERS, or says all that is wrong with it. One with a bad address is added without: its id is
-// there all the same, and a Config with a problem never gets out.
-func (l *loader) peer(entry string) {
-	id, addr, found := strings.Cut(entry, "@")
-	if !found {
-		l.fail("PEERS entry %q has no id: write it as id@host:port", entry)
-		return
-	}
-	if !validID(id) {
-		l.fail("PEERS entry %q has a bad id %q: use %s", entry, id, plainText(idRule))
-	}
-	peer := Peer{ID: id}
-	if colon := strings.LastIndexByte(addr, ':'); colon < 0 || strings.HasSuffix(addr, "]") {
-		l.fail("PEERS entry %q has no port: write it as id@host:port", entry)
-	} else {
-		host, why := parsePeerHost(addr[:colon])
-		if why != "" {
-			l.fail("PEERS entry %q: host %q %s: write it as id@host:port, the host being %s that peers reach it by", entry, addr[:colon], why, hostRule)
-		}
-		port, ok := parsePort(addr[colon+1:])
-		if !ok {
-			l.fail("PEERS entry %q has a bad port %q: use %s", entry, addr[colon+1:], portRule)
-		}
-		if why == "" && ok {
-			peer.Addr = net.JoinHostPort(host, port)
-		}
-	}
-	if slices.ContainsFunc(l.cfg.Peers, func(p Peer) bool { return p.ID == id }) {
-		l.fail("PEERS entry %q has the same id as one before it: give every node its own", entry)
-	}
-	if peer.Addr != "" && slices.ContainsFunc(l.cfg.Peers, func(p Peer) bool { return strings.EqualFold(p.Addr, peer.Addr) }) {
-		l.fail("PEERS entry %q has the same address as one before it: give every node its own", entry)
-	}
-	l.cfg.Peers = append(l.cfg.Peers, peer)
+func (e *env) httpAddr() (host, port string) {
+	return e.host("HTTP_ADDR", "0.0.0.0", parseHost), e.port("HTTP_PORT", "11000")
 }
 
-func (l *loader) checkListeners() {
-	if l.httpPort == "" || l.httpPort != l.raftPort || l.httpHost == "" || l.raftHost == "" {
+// loadConfig makes the Config that getenv and sys amount to. Its error joins all that is wrong, one problem a line.
+func loadConfig(getenv func(string) string, sys system) (*Config, error) {
+	e := &env{get: getenv}
+	c := &Config{NodeID: e.text("NODE_ID", sys.hostname)}
+	c.StateDir = e.directory("STATE_DIR", "/tmp/"+c.NodeID)
+	c.KVStore = e.word("KV_STORE", storeBolt, storeBolt, storeMemory)
+	httpHost, httpPort := e.httpAddr()
+	raftHost, raftPort := e.host("RAFT_ADDR", "0.0.0.0", parseHost), e.port("RAFT_PORT", "12000")
+	overlap := strings.EqualFold(httpHost, raftHost) || isUnspecified(httpHost) || isUnspecified(raftHost)
+	if overlap && httpPort == raftPort && httpPort != "" && httpHost != "" && raftHost != "" {
+		e.fail("HTTP_PORT=%q and RAFT_PORT=%q are one port, and HTTP_ADDR=%q and RAFT_ADDR=%q overlap: "+
+			"set HTTP_PORT or RAFT_PORT to another number", httpPort, raftPort, httpHost, raftHost)
+	}
+	c.HTTPAddr, c.RaftAddr = net.JoinHostPort(httpHost, httpPort), net.JoinHostPort(raftHost, raftPort)
+	e.identify(c, sys)
+	c.ReadConsistency = Consistency(e.word("READ_CONSISTENCY", string(Linearizable), string(Linearizable), string(Stale)))
+	c.LogLevel = e.word("LOG_LEVEL", "info", "trace", "debug", "info", "warn", "error", "off")
+	c.LogFormat = e.word("LOG_FORMAT", "text", "text", "json")
+	c.MaxBodyBytes = int64(e.number("MAX_BODY_BYTES", 512<<10, 1, maxBodyBytes))
+	c.SnapshotThreshold = e.number("SNAPSHOT_THRESHOLD", 8192, 1, math.MaxInt64)
+	c.SnapshotInterval = e.duration("SNAPSHOT_INTERVAL", 30*time.Second, 5*time.Millisecond)
+	c.TrailingLogs = e.number("TRAILING_LOGS", 4096, 0, math.MaxInt64)
+	c.ShutdownTimeout = e.duration("SHUTDOWN_TIMEOUT", 8*time.Second, 1)
+	c.HTTPTokenFile = e.text("HTTP_TOKEN_FILE", "")
+	c.TLSCertFile = e.text("TLS_CERT_FILE", "")
+	c.TLSKeyFile = e.text("TLS_KEY_FILE", "")
+	c.TLSCAFile = e.text("TLS_CA_FILE", "")
+	e.checkFiles(c)
+	if len(e.problems) > 0 {
+		return nil, errors.Join(e.problems...)
+	}
+	return c, nil
+}
+
+// loadHealthcheck makes as much of a Config as it takes to ask the node that runs with the same environment: whatever
+// has become of the rest of it, and of the files that it names, does that node no harm.
+func loadHealthcheck(getenv func(string) string) (*Config, error) {
+	e := &env{get: getenv}
+	host, port := e.httpAddr()
+	c := &Config{HTTPAddr: net.JoinHostPort(host, port), TLSCertFile: e.text("TLS_CERT_FILE", "")}
+	return c, errors.Join(e.problems...)
+}
+
+// identify settles who this node is, its place in PEERS and its advertised address.
+func (e *env) identify(c *Config, sys system) {
+	host, port := e.host("RAFT_ADVERTISE_ADDR", "", parsePeerHost), e.port("RAFT_ADVERTISE_PORT", "")
+	if text := e.get("PEERS"); text != "" {
+		var problems []error
+		c.Peers, problems = parsePeers(text)
+		e.problems = append(e.problems, problems...)
+	}
+	named := fmt.Sprintf("NODE_ID=%q", c.NodeID)
+	if e.get("NODE_ID") == "" {
+		named = fmt.Sprintf("NODE_ID is unset and the system hostname %q", sys.hostname)
+	}
+	if !validID(c.NodeID) {
+		e.fail("%s is not a node id: set NODE_ID to %s", named, idRule)
+		return // whatever the rest could say would come of this alone
+	}
+	_, raftPort, _ := net.SplitHostPort(c.RaftAddr)
+	if len(c.Peers) == 0 {
+		if host == "" {
+			host = sys.hostIPv4()
+		}
+		c.RaftAdvertise = net.JoinHostPort(host, cmp.Or(port, raftPort))
+		c.Peers = []Peer{{ID: c.NodeID, Addr: c.RaftAdvertise}}
 		return
 	}
-	if strings.EqualFold(l.httpHost, l.raftHost) || unspecified(l.httpHost) || unspecified(l.raftHost) {
-		l.fail("HTTP_PORT=%q and RAFT_PORT=%q are one port, and HTTP_ADDR=%q and RAFT_ADDR=%q overlap: set HTTP_PORT or RAFT_PORT to another number",
-			l.httpPort, l.raftPort, l.httpHost, l.raftHost)
+	i := slices.IndexFunc(c.Peers, func(p Peer) bool { return p.ID == c.NodeID })
+	if i < 0 {
+		e.fail("%s is not in PEERS, which has %q: set NODE_ID to one of these, or add this node to PEERS on every node",
+			named, peerIDs(c.Peers))
+		return
+	}
+	c.RaftAdvertise = c.Peers[i].Addr
+	c.warnOfPeers(host, port, sys)
+}
+
+// warnOfPeers notes what does not go together with this node's entry in PEERS, which wins over the advertised host and
+// port. When that entry is bad it says nonsense, which nobody sees.
+func (c *Config) warnOfPeers(host, port string, sys system) {
+	warn := func(format string, args ...any) { c.Warnings = append(c.Warnings, fmt.Sprintf(format, args...)) }
+	if c.KVStore == storeMemory && len(c.Peers) == 2 {
+		warn(`KV_STORE="memory" and PEERS has two nodes: neither can outlive the other's restart, since one of two is no ` +
+			"majority: name three nodes in PEERS on every node, or set KV_STORE to boltdb")
+	}
+	entryHost, entryPort, _ := net.SplitHostPort(c.RaftAdvertise)
+	listenHost, listenPort, _ := net.SplitHostPort(c.RaftAddr)
+	const wins = "%s=%q differs from %q, this node's entry in PEERS, which wins: unset %[1]s, or correct PEERS on every node"
+	if host != "" && !strings.EqualFold(host, entryHost) {
+		warn(wins, "RAFT_ADVERTISE_ADDR", host, c.RaftAdvertise)
+	}
+	if port != "" && port != entryPort {
+		warn(wins, "RAFT_ADVERTISE_PORT", port, c.RaftAdvertise)
+	}
+	if listenPort != entryPort && sys.owns(entryHost) {
+		warn("RAFT_PORT=%q is where this node listens, and %q, its entry in PEERS, is where the others look for it on this "+
+			"machine: set RAFT_PORT to %s, or correct PEERS on every node", listenPort, c.RaftAdvertise, entryPort)
+	}
+	if isLoopback(listenHost) && !isLoopback(entryHost) {
+		warn("RAFT_ADDR=%q can be reached from this machine alone, and %q, this node's entry in PEERS, is no such address: "+
+			"set RAFT_ADDR to 0.0.0.0 or to an address that the others reach", listenHost, c.RaftAdvertise)
 	}
 }
 
 // checkFiles reads the files of tokens, certificates and keys, to say now what is wrong with them.
-func (l *loader) checkFiles(sys system) {
-	c, before := &l.cfg, len(l.problems)
-	read := func(name, path string, secret bool) (content []byte) {
+func (e *env) checkFiles(c *Config) {
+	before := len(e.problems)
+	read := func(name, path string, secret bool) []byte {
 		if path == "" {
 			return nil
 		}
-		content, mode, err := sys.readFile(path)
+		content, mode, err := readSecret(path)
 		if err != nil {
-			l.fail("%s=%q will not do: %w: set %s to a file that this user can read and that is not empty", name, path, err, name)
-		} else if secret && mode&0o007 != 0 {
-			c.Warnings = append(c.Warnings, fmt.Sprintf("%s=%q can be read by every user of this machine (its mode is %#o): chmod o-rwx it", name, path, mode.Perm()))
+			e.refuse(name, "will not do: "+err.Error(),
+				"a file that holds something, that this user can read and that not everybody can write")
+		} else if secret && mode&0o004 != 0 {
+			c.Warnings = append(c.Warnings, fmt.Sprintf("%s=%q can be read by every user of this machine (its mode is %#o): "+
+				"chmod o-r it", name, path, mode.Perm()))
 		}
 		return content
 	}
 	if content := read("HTTP_TOKEN_FILE", c.HTTPTokenFile, true); content != nil {
 		if _, err := parseTokens(c.HTTPTokenFile, content); err != nil {
-			l.fail("HTTP_TOKEN_FILE: %w", err)
+			e.fail("HTTP_TOKEN_FILE: %w", err)
 		}
 	}
-	read("TLS_CERT_FILE", c.TLSCertFile, false)
-	read("TLS_KEY_FILE", c.TLSKeyFile, true)
-	read("TLS_CA_FILE", c.TLSCAFile, false)
-	switch some := c.TLSCertFile + c.TLSKeyFile + c.TLSCAFile; {
-	case some != "" && (c.TLSCertFile == "" || c.TLSKeyFile == "" || c.TLSCAFile == ""):
-		l.fail("TLS_CERT_FILE=%q, TLS_KEY_FILE=%q, TLS_CA_FILE=%q: set all three, or none of them", c.TLSCertFile, c.TLSKeyFile, c.TLSCAFile)
-	case some != "" && len(l.problems) == before && c.RaftAdvertise != "": // else it would be said twice, or nobody knows of whom
-		if _, err := readCertificates(c, sys.readFile); err != nil {
-			l.fail("%w", err)
+	cert, key := read("TLS_CERT_FILE", c.TLSCertFile, false), read("TLS_KEY_FILE", c.TLSKeyFile, true)
+	authority := read("TLS_CA_FILE", c.TLSCAFile, false)
+	set := c.TLSCertFile != "" && c.TLSKeyFile != "" && c.TLSCAFile != ""
+	switch {
+	case !set && c.TLSCertFile+c.TLSKeyFile+c.TLSCAFile != "":
+		e.fail("TLS_CERT_FILE=%q, TLS_KEY_FILE=%q, TLS_CA_FILE=%q: set all three, or none of them",
+			c.TLSCertFile, c.TLSKeyFile, c.TLSCAFile)
+	case set && len(e.problems) == before && c.RaftAdvertise != "": // else it would be said twice, or nobody knows of whom
+		if _, err := parseCertificates(c, cert, key, authority); err != nil {
+			e.fail("%w", err)
 		}
 	}
 }
 
-// identify settles who this node is, and with that its directory, its place in PEERS and its advertised address.
-func (l *loader) identify(sys system) {
-	c, named := &l.cfg, fmt.Sprintf("NODE_ID=%q", l.cfg.NodeID)
-	if c.NodeID == "" {
-		c.NodeID, named = sys.hostname, fmt.Sprintf("NODE_ID is unset and the system hostname %q", sys.hostname)
-	}
-	if !validID(c.NodeID) {
-		l.fail("%s is not a node id: set NODE_ID to %s", named, plainText(idRule))
-		return // whatever the rest could say would come of this alone
-	}
-	c.StateDir = cmp.Or(c.StateDir, "/tmp/"+c.NodeID)
-	if len(c.Peers) == 0 {
-		if l.advertiseHost == "" {
-			l.advertiseHost = sys.hostIPv4()
+// parsePeers reads what PEERS holds, and says all that is wrong with it. The peers come in the order of their ids; one
+// with a bad address comes without it.
+func parsePeers(text string) (peers []Peer, problems []error) {
+	for i, entry := range strings.Split(text, ",") {
+		if entry = strings.TrimSpace(entry); entry == "" {
+			problems = append(problems,
+				fmt.Errorf("PEERS=%q is empty at entry %d: remove the stray comma, or unset PEERS", text, i+1))
+			continue
 		}
-		c.RaftAdvertise = net.JoinHostPort(l.advertiseHost, cmp.Or(l.advertisePort, l.raftPort))
-		c.Peers = []Peer{{ID: c.NodeID, Addr: c.RaftAdvertise}}
-		return
-	}
-	var ids []string
-	for _, p := range c.Peers {
-		if ids = append(ids, p.ID); p.ID == c.NodeID {
-			c.RaftAdvertise = p.Addr
+		peer, whys := parsePeer(entry)
+		if slices.ContainsFunc(peers, func(p Peer) bool { return p.ID == peer.ID }) {
+			whys = append(whys, "has the same id as one before it: give every node its own")
+		}
+		if peer.Addr != "" && slices.ContainsFunc(peers, func(p Peer) bool { return strings.EqualFold(p.Addr, peer.Addr) }) {
+			whys = append(whys, "has the same address as one before it: give every node its own")
+		}
+		for _, why := range whys {
+			problems = append(problems, fmt.Errorf("PEERS entry %q %s", entry, why))
+		}
+		if peer.ID != "" {
+			peers = append(peers, peer)
 		}
 	}
-	if !slices.Contains(ids, c.NodeID) {
-		l.fail("%s is not in PEERS, which has %q: set NODE_ID to one of these, or add this node to PEERS on every node", named, ids)
-		return
+	slices.SortFunc(peers, func(a, b Peer) int { return strings.Compare(a.ID, b.ID) })
+	return peers, problems
+}
+
+// parsePeer reads one entry of PEERS, as far as that goes, and says why it will not do.
+func parsePeer(entry string) (peer Peer, whys []string) {
+	fail := func(format string, args ...any) { whys = append(whys, fmt.Sprintf(format, args...)) }
+	id, addr, found := strings.Cut(entry, "@")
+	switch {
+	case strings.Contains(addr, "@") && strings.ContainsAny(addr, "; \t\r\n"):
+		return Peer{}, []string{"is more than one: separate entries with commas"}
+	case !found:
+		return Peer{}, []string{"has no id: write it as id@host:port"}
+	case !validID(id):
+		fail("has a bad id %q: use %s", id, idRule)
 	}
-	if c.KVStore == storeMemory && len(c.Peers) == 2 {
-		c.Warnings = append(c.Warnings, `KV_STORE="memory" and PEERS has two nodes: neither can outlive the other's restart, since one `+
-			"of two is no majority: name three nodes in PEERS on every node, or set KV_STORE to boltdb")
+	peer.ID = id
+	colon := strings.LastIndexByte(addr, ':')
+	switch {
+	case isIPv6(addr) || colon > 0 && isIPv6(addr[:colon]):
+		fail("can be read in two ways: write an IPv6 host in brackets, as in id@[host]:port")
+		return peer, whys
+	case colon < 0 || strings.HasSuffix(addr, "]"):
+		fail("has no port: write it as id@host:port")
+		return peer, whys
 	}
-	host, port, _ := net.SplitHostPort(c.RaftAdvertise) // of no account when that entry is bad: then nobody sees the warnings
-	for _, v := range []struct{ name, text, wins string }{
-		{"RAFT_ADVERTISE_ADDR", l.advertiseHost, host}, {"RAFT_ADVERTISE_PORT", l.advertisePort, port},
-	} {
-		if v.text != "" && !strings.EqualFold(v.text, v.wins) {
-			c.Warnings = append(c.Warnings, fmt.Sprintf("%s=%q differs from %q, this node's entry in PEERS, which wins: unset %s, or correct PEERS on every node",
-				v.name, v.text, c.RaftAdvertise, v.name))
-		}
+	host, why := parsePeerHost(addr[:colon])
+	if why != "" {
+		fail("has a host %q that %s: write it as id@host:port, the host being %s that peers reach it by",
+			addr[:colon], why, hostRule)
 	}
+	port, ok := parsePort(addr[colon+1:])
+	if !ok {
+		fail("has a bad port %q: use %s", addr[colon+1:], portRule)
+	}
+	if why == "" && ok {
+		peer.Addr = net.JoinHostPort(host, port)
+	}
+	return peer, whys
 }
 
 func validID(s string) bool {
@@ -453,7 +460,7 @@ func parseHost(s string) (host, why string) {
 // parsePeerHost is parseHost for a host that other machines dial.
 func parsePeerHost(s string) (host, why string) {
 	host, why = parseHost(s)
-	if unspecified(host) {
+	if isUnspecified(host) {
 		return "", "is unspecified, which no peer can dial"
 	}
 	if strings.Contains(host, "%") {
@@ -462,7 +469,17 @@ func parsePeerHost(s string) (host, why string) {
 	return host, why
 }
 
-func unspecified(host string) bool { return host == "0.0.0.0" || host == "::" }
+func isUnspecified(host string) bool { return host == "0.0.0.0" || host == "::" }
+
+func isLoopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return strings.EqualFold(host, "localhost") || err == nil && ip.IsLoopback()
+}
+
+func isIPv6(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return err == nil && ip.Is6()
+}
 
 // logPairs returns the effective configuration as the keys and values of one log line. It holds no secret: only paths to them.
 func (c *Config) logPairs() []any {
@@ -478,54 +495,4 @@ func (c *Config) logPairs() []any {
 		"shutdown_timeout", c.ShutdownTimeout.String(), "http_token_file", c.HTTPTokenFile,
 		"tls_cert_file", c.TLSCertFile, "tls_key_file", c.TLSKeyFile, "tls_ca_file", c.TLSCAFile,
 	}
-}
-
-const helpHead = `usage: raftstarter [--help | --version | --healthcheck]
-
-flags:
-  -h, --help           print this and exit
-  --version            print the version and exit
-  --healthcheck        ask the node that runs here whether it is well, and exit 0 if so
-
-environment (an empty variable counts as unset):
-`
-
-// writeHelp prints what --help shows; an error of w, which is standard output, leaves nobody to tell.
-func writeHelp(w io.Writer) {
-	var b strings.Builder
-	b.WriteString(helpHead)
-	for _, vr := range variables {
-		lines := append(wrapText(plainText(vr.help), 76), wrapText("default: "+plainText(cmp.Or(vr.def, vr.unset)), 76)...)
-		fmt.Fprintf(&b, "  %-19s  %s\n", vr.name, strings.Join(lines, "\n"+strings.Repeat(" ", 23)))
-	}
-	_, _ = io.WriteString(w, b.String())
-}
-
-// configTable returns the same as the Markdown table of the README; a test keeps the two equal.
-func configTable() string {
-	var b strings.Builder
-	b.WriteString("| variable | default | meaning |\n|---|---|---|\n")
-	for _, vr := range variables {
-		def := vr.unset
-		if vr.def != "" {
-			def = "`" + vr.def + "`"
-		}
-		fmt.Fprintf(&b, "| `%s` | %s | %s |\n", vr.name, def, vr.help)
-	}
-	return b.String()
-}
-
-func plainText(markdown string) string { return strings.ReplaceAll(markdown, "`", "") }
-
-// wrapText breaks text at spaces into lines of at most width bytes, but for words that are longer.
-func wrapText(text string, width int) []string {
-	var lines []string
-	for _, word := range strings.Fields(text) {
-		if last := len(lines) - 1; last >= 0 && len(lines[last])+1+len(word) <= width {
-			lines[last] += " " + word
-		} else {
-			lines = append(lines, word)
-		}
-	}
-	return lines
 }

@@ -2,10 +2,16 @@ package main
 
 import (
 	"crypto/x509"
+	"errors"
 	"fmt"
+	"maps"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -14,7 +20,10 @@ import (
 
 // testSystem is a machine with a name and an address, neither of them from the one the test runs on.
 func testSystem() system {
-	return system{hostname: "node1", hostIPv4: func() string { return "10.1.1.1" }, readFile: readSecret}
+	return system{
+		hostname: "node1", hostIPv4: func() string { return "10.1.1.1" },
+		addrs: []netip.Addr{netip.MustParseAddr("10.1.1.7"), netip.MustParseAddr("fd00::9")},
+	}
 }
 
 type testEnv map[string]string
@@ -82,10 +91,14 @@ func TestLoadConfig(t *testing.T) {
 		}},
 		{"memory", testEnv{"KV_STORE": "memory"}, func(c *Config) { c.KVStore = storeMemory }},
 		{"stale", testEnv{"READ_CONSISTENCY": "stale"}, func(c *Config) { c.ReadConsistency = Stale }},
+		{"words in any case", testEnv{"KV_STORE": "Memory", "READ_CONSISTENCY": "STALE"}, func(c *Config) {
+			c.KVStore, c.ReadConsistency = storeMemory, Stale
+		}},
+		{"state dir", testEnv{"STATE_DIR": "./a b~/ü"}, func(c *Config) { c.StateDir = "./a b~/ü" }},
 		{"log in any case", testEnv{"LOG_LEVEL": "WARN", "LOG_FORMAT": "Json"}, func(c *Config) { c.LogLevel, c.LogFormat = "warn", "json" }},
 		{"log off", testEnv{"LOG_LEVEL": "off"}, func(c *Config) { c.LogLevel = "off" }},
 		{"smallest body", testEnv{"MAX_BODY_BYTES": "1"}, func(c *Config) { c.MaxBodyBytes = 1 }},
-		{"largest body", testEnv{"MAX_BODY_BYTES": "16777216"}, func(c *Config) { c.MaxBodyBytes = 16777216 }},
+		{"largest body", testEnv{"MAX_BODY_BYTES": "2097152"}, func(c *Config) { c.MaxBodyBytes = 2 << 20 }},
 		{"smallest snapshot settings", testEnv{"SNAPSHOT_THRESHOLD": "1", "SNAPSHOT_INTERVAL": "5ms", "TRAILING_LOGS": "0"}, func(c *Config) {
 			c.SnapshotThreshold, c.SnapshotInterval, c.TrailingLogs = 1, 5*time.Millisecond, 0
 		}},
@@ -131,7 +144,7 @@ func TestLoadConfigPeers(t *testing.T) {
 		{"sorted by id", testEnv{"PEERS": "node2@b:2,node1@a:1,node10@c:3"}, "a:1", []Peer{{"node1", "a:1"}, {"node10", "c:3"}, {"node2", "b:2"}}},
 		{"white space around entries", testEnv{"PEERS": " node1@a:1 ,\n\tnode2@b:2\n"}, "a:1", []Peer{{"node1", "a:1"}, {"node2", "b:2"}}},
 		{"alone", testEnv{"PEERS": "node1@a:1"}, "a:1", []Peer{{"node1", "a:1"}}},
-		{"ipv6", testEnv{"PEERS": "node1@[fd00::1]:1,node2@FD00::2:2"}, "[fd00::1]:1", []Peer{{"node1", "[fd00::1]:1"}, {"node2", "[fd00::2]:2"}}},
+		{"ipv6", testEnv{"PEERS": "node1@[fd00::1]:1,node2@[FD00::2]:2"}, "[fd00::1]:1", []Peer{{"node1", "[fd00::1]:1"}, {"node2", "[fd00::2]:2"}}},
 		{"ipv4 written as ipv6", testEnv{"PEERS": "node1@[::ffff:10.1.1.1]:1"}, "10.1.1.1:1", []Peer{{"node1", "10.1.1.1:1"}}},
 		{"names stay as they are", testEnv{"PEERS": "node1@raft_1.Ns-1.svc.:1,node2@10.example:2"}, "raft_1.Ns-1.svc.:1", []Peer{{"node1", "raft_1.Ns-1.svc.:1"}, {"node2", "10.example:2"}}},
 		{"longest name", testEnv{"PEERS": "node1@" + long + ":1"}, long + ":1", []Peer{{"node1", long + ":1"}}},
@@ -165,7 +178,10 @@ func TestLoadConfigProblem(t *testing.T) {
 		}
 		return path
 	}
-	some, none, folder := file("some", 0o600), file("", 0o600), t.TempDir()
+	some, none, folder, open, pipe := file("some", 0o600), file("", 0o600), t.TempDir(), file("token", 0o600), filepath.Join(t.TempDir(), "pipe")
+	if err := errors.Join(os.Chmod(open, 0o666), syscall.Mkfifo(pipe, 0o600)); err != nil {
+		t.Fatal(err)
+	}
 	ca, other := newTestCA(t), newTestCA(t)
 	good := ca.node("node1")
 	own := func(of map[string]string, pairs ...string) testEnv { return testEnv(of).with(pairs...) }
@@ -184,8 +200,12 @@ func TestLoadConfigProblem(t *testing.T) {
 		{"node id with an umlaut", testEnv{"NODE_ID": "kön"}, []string{`NODE_ID="kön"`, "ASCII"}},
 		{"node id of 65 bytes", testEnv{"NODE_ID": strings.Repeat("n", 65)}, []string{"NODE_ID=", "nnn", "at most 64"}},
 		{"bad node id and peers", testEnv{"NODE_ID": "a b", "PEERS": "n1@a:1", "RAFT_ADVERTISE_ADDR": "c"}, []string{`NODE_ID="a b"`}},
-		{"kv store", testEnv{"KV_STORE": "Memory"}, []string{`KV_STORE="Memory"`, "set KV_STORE to one of boltdb, memory"}},
-		{"read consistency", testEnv{"READ_CONSISTENCY": "STALE"}, []string{`READ_CONSISTENCY="STALE"`, "linearizable, stale"}},
+		{"state dir in a home that no shell knows", testEnv{"STATE_DIR": "~/state"}, []string{`STATE_DIR="~/state"`, "set STATE_DIR to"}},
+		{"state dir with a variable", testEnv{"STATE_DIR": "/data/${NODE_ID}"}, []string{`STATE_DIR="/data/${NODE_ID}"`, "expanded"}},
+		{"state dir in quotes", testEnv{"STATE_DIR": `"/data"`}, []string{`STATE_DIR="\"/data\""`, "quotes"}},
+		{"state dir with a newline", testEnv{"STATE_DIR": "/data\n"}, []string{`STATE_DIR="/data\n"`, "control characters"}},
+		{"kv store", testEnv{"KV_STORE": "Redis"}, []string{`KV_STORE="Redis"`, "set KV_STORE to one of boltdb, memory"}},
+		{"read consistency", testEnv{"READ_CONSISTENCY": "stale "}, []string{`READ_CONSISTENCY="stale "`, "linearizable, stale"}},
 		{"log level", testEnv{"LOG_LEVEL": "Loud"}, []string{`LOG_LEVEL="Loud"`, "one of trace, debug, info, warn, error, off"}},
 		{"log format", testEnv{"LOG_FORMAT": "xml"}, []string{`LOG_FORMAT="xml"`, "set LOG_FORMAT to one of text, json"}},
 		{"http port as a service link", testEnv{"HTTP_PORT": "tcp://10.0.0.1:11000"}, []string{
@@ -214,8 +234,8 @@ func TestLoadConfigProblem(t *testing.T) {
 		{"one port on one name", testEnv{"HTTP_PORT": "1", "RAFT_PORT": "1", "HTTP_ADDR": "localhost", "RAFT_ADDR": "LocalHost"}, []string{"HTTP_PORT", "RAFT_PORT"}},
 		{"one port, http everywhere", testEnv{"HTTP_PORT": "1", "RAFT_PORT": "1", "HTTP_ADDR": "::", "RAFT_ADDR": "10.0.0.1"}, []string{"HTTP_PORT", "RAFT_PORT"}},
 		{"one port, raft everywhere", testEnv{"HTTP_PORT": "1", "RAFT_PORT": "1", "HTTP_ADDR": "10.0.0.1"}, []string{"HTTP_PORT", "RAFT_PORT"}},
-		{"no body", testEnv{"MAX_BODY_BYTES": "0"}, []string{`MAX_BODY_BYTES="0"`, "a whole number from 1 to 16777216"}},
-		{"body too large", testEnv{"MAX_BODY_BYTES": "16777217"}, []string{`MAX_BODY_BYTES="16777217"`, "from 1 to 16777216"}},
+		{"no body", testEnv{"MAX_BODY_BYTES": "0"}, []string{`MAX_BODY_BYTES="0"`, "a whole number from 1 to 2097152"}},
+		{"body too large", testEnv{"MAX_BODY_BYTES": "2097153"}, []string{`MAX_BODY_BYTES="2097153"`, "from 1 to 2097152"}},
 		{"body with a unit", testEnv{"MAX_BODY_BYTES": "1MiB"}, []string{`MAX_BODY_BYTES="1MiB"`, "a whole number"}},
 		{"snapshot threshold", testEnv{"SNAPSHOT_THRESHOLD": "0"}, []string{`SNAPSHOT_THRESHOLD="0"`, "a whole number from 1"}},
 		{"trailing logs", testEnv{"TRAILING_LOGS": "-1"}, []string{`TRAILING_LOGS="-1"`, "a whole number from 0"}},
@@ -226,6 +246,12 @@ func TestLoadConfigProblem(t *testing.T) {
 		{"tokens that are not there", testEnv{"HTTP_TOKEN_FILE": "/no/such/file"}, []string{`HTTP_TOKEN_FILE="/no/such/file" will not do`, "no such file", "set HTTP_TOKEN_FILE to a file that"}},
 		{"no tokens", testEnv{"HTTP_TOKEN_FILE": none}, []string{"HTTP_TOKEN_FILE=", "is empty", "set HTTP_TOKEN_FILE to"}},
 		{"tokens in a directory", testEnv{"HTTP_TOKEN_FILE": folder}, []string{"HTTP_TOKEN_FILE=", "is a directory"}},
+		{"tokens in a pipe", testEnv{"HTTP_TOKEN_FILE": pipe}, []string{"HTTP_TOKEN_FILE=", "no regular file", "set HTTP_TOKEN_FILE to"}},
+		{"tokens in a device", testEnv{"HTTP_TOKEN_FILE": "/dev/zero"}, []string{"HTTP_TOKEN_FILE=", "no regular file"}},
+		{"tokens that everybody can add to", testEnv{"HTTP_TOKEN_FILE": open}, []string{"HTTP_TOKEN_FILE=", "everybody can write", "0666", "chmod o-w"}},
+		{"tls key that everybody can write", own(good, "TLS_KEY_FILE", open), []string{"TLS_KEY_FILE=", "everybody can write"}},
+		{"tls authority that everybody can write", own(good, "TLS_CA_FILE", open), []string{"TLS_CA_FILE=", "everybody can write"}},
+		{"tls key in a pipe", own(good, "TLS_KEY_FILE", pipe), []string{"TLS_KEY_FILE=", "no regular file"}},
 		{"blank lines for tokens", testEnv{"HTTP_TOKEN_FILE": file("\n \n", 0o600)}, []string{"HTTP_TOKEN_FILE: ", "holds no token", "write at least one"}},
 		{"tokens of other letters", testEnv{"HTTP_TOKEN_FILE": file("good\n\nnot good\n", 0o600)}, []string{"HTTP_TOKEN_FILE: line 3 of ", "is not a token: use letters"}},
 		{"tls certificate alone", testEnv{"TLS_CERT_FILE": some}, []string{"TLS_CERT_FILE=", `TLS_KEY_FILE=""`, all}},
@@ -249,6 +275,12 @@ func TestLoadConfigProblem(t *testing.T) {
 		{"peer without an id", testEnv{"PEERS": "node1@a:1,b:1"}, []string{`PEERS entry "b:1" has no id`, "id@host:port"}},
 		{"peer with a bad id", testEnv{"PEERS": "node1@a:1,b c@b:1"}, []string{`PEERS entry "b c@b:1"`, `id "b c"`, "ASCII letters"}},
 		{"peer with an empty id", testEnv{"PEERS": "node1@a:1,@b:1"}, []string{`PEERS entry "@b:1"`, `id ""`, "ASCII letters"}},
+		{"peers with blanks between", testEnv{"PEERS": "node1@a:1 node2@b:1"}, []string{`PEERS entry "node1@a:1 node2@b:1"`, "separate entries with commas"}},
+		{"peers with semicolons between", testEnv{"PEERS": "node1@a:1;node2@b:1"}, []string{`PEERS entry "node1@a:1;node2@b:1"`, "separate entries with commas"}},
+		{"peers on lines", testEnv{"PEERS": "node1@a:1\nnode2@b:1\n"}, []string{`PEERS entry "node1@a:1\nnode2@b:1"`, "separate entries with commas"}},
+		{"ipv6 peer without brackets", testEnv{"PEERS": "node1@::1:12000"}, []string{`PEERS entry "node1@::1:12000"`, "in two ways", "id@[host]:port"}},
+		{"long ipv6 peer without brackets", testEnv{"PEERS": "node1@1:2:3:4:5:6:7:8:9"}, []string{"in two ways", "id@[host]:port"}},
+		{"ipv6 peer without brackets or port", testEnv{"PEERS": "node1@fd00::1"}, []string{"in two ways", "id@[host]:port"}},
 		{"peer without a port", testEnv{"PEERS": "node1@a"}, []string{`PEERS entry "node1@a" has no port`, "id@host:port"}},
 		{"ipv6 peer without a port", testEnv{"PEERS": "node1@[fd00::1]"}, []string{`PEERS entry "node1@[fd00::1]" has no port`, "id@host:port"}},
 		{"peer with an empty port", testEnv{"PEERS": "node1@a:"}, []string{`PEERS entry "node1@a:"`, `port ""`, "a number from 1 to 65535"}},
@@ -268,7 +300,7 @@ func TestLoadConfigProblem(t *testing.T) {
 		{"peer with a zone", testEnv{"PEERS": "node1@[fe80::1%eth0]:1"}, []string{`PEERS entry "node1@[fe80::1%eth0]:1"`, "zone"}},
 		{"two peers with one id", testEnv{"PEERS": "node1@a:1,node1@b:1"}, []string{`PEERS entry "node1@b:1"`, "same id", "its own"}},
 		{"two peers with one name", testEnv{"PEERS": "node1@a:1,b@A:01"}, []string{`PEERS entry "b@A:01"`, "same address", "its own"}},
-		{"two peers with one ipv6", testEnv{"PEERS": "node1@[fd00::1]:1,b@FD00:0:0::1:1"}, []string{`PEERS entry "b@FD00:0:0::1:1"`, "same address", "its own"}},
+		{"two peers with one ipv6", testEnv{"PEERS": "node1@[fd00::1]:1,b@[FD00:0:0::1]:1"}, []string{`PEERS entry "b@[FD00:0:0::1]:1"`, "same address", "its own"}},
 		{"two peers with one ipv4", testEnv{"PEERS": "node1@10.1.1.1:1,b@[::ffff:10.1.1.1]:1"}, []string{`PEERS entry "b@[::ffff:10.1.1.1]:1"`, "same address", "its own"}},
 		{"node id not in peers", testEnv{"NODE_ID": "x", "PEERS": "b@b:1,a@a:1"}, []string{`NODE_ID="x"`, "PEERS", `"a" "b"`, "set NODE_ID to one of these, or add this node to PEERS"}},
 		{"hostname not in peers", testEnv{"PEERS": "a@a:1"}, []string{"NODE_ID", `hostname "node1"`, "PEERS", `"a"`, "set NODE_ID to"}},
@@ -362,7 +394,7 @@ func TestLoadConfigReadableSecrets(t *testing.T) {
 		}
 	}
 	got := mustLoadConfig(t, env).Warnings
-	if len(got) != 2 || !strings.HasPrefix(got[0], "HTTP_TOKEN_FILE=") || !strings.HasPrefix(got[1], "TLS_KEY_FILE=") || !strings.Contains(got[1], "chmod o-rwx") {
+	if len(got) != 2 || !strings.HasPrefix(got[0], "HTTP_TOKEN_FILE=") || !strings.HasPrefix(got[1], "TLS_KEY_FILE=") || !strings.Contains(got[1], "chmod o-r it") {
 		t.Errorf("got %q; want a warning of the tokens and one of the key, with the cure", got)
 	}
 }
@@ -389,7 +421,13 @@ func TestLoadConfigWarnings(t *testing.T) {
 		{"another address", base.with("RAFT_ADVERTISE_ADDR", "10.1.1.1"), []string{`RAFT_ADVERTISE_ADDR="10.1.1.1"`}},
 		{"another port", base.with("RAFT_ADVERTISE_PORT", "9"), []string{`RAFT_ADVERTISE_PORT="9"`}},
 		{"both", base.with("RAFT_ADVERTISE_ADDR", "a", "RAFT_ADVERTISE_PORT", "9"), []string{`RAFT_ADVERTISE_ADDR="a"`, `RAFT_ADVERTISE_PORT="9"`}},
-		{"another port to listen on", base.with("RAFT_PORT", "9"), nil},
+		{"another port to listen on, behind another address", base.with("RAFT_PORT", "9"), nil},
+		{"another port to listen on, here", testEnv{"PEERS": "node1@10.1.1.7:1,node2@b:2", "RAFT_PORT": "9"}, []string{`RAFT_PORT="9"`}},
+		{"another port to listen on, on localhost", testEnv{"PEERS": "node1@localhost:1,node2@b:2", "RAFT_PORT": "9"}, []string{`RAFT_PORT="9"`}},
+		{"another port to listen on, by this host's name", testEnv{"PEERS": "node1@Node1:1,node2@b:2"}, []string{`RAFT_PORT="12000"`}},
+		{"the port to listen on", testEnv{"PEERS": "node1@10.1.1.7:9,node2@b:2", "RAFT_PORT": "9"}, nil},
+		{"listening for this machine alone", base.with("RAFT_ADDR", "127.0.0.1"), []string{`RAFT_ADDR="127.0.0.1"`}},
+		{"a cluster on this machine alone", testEnv{"PEERS": "node1@127.0.0.1:1,node2@[::1]:2", "RAFT_ADDR": "127.0.0.1", "RAFT_PORT": "1"}, nil},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -398,12 +436,12 @@ func TestLoadConfigWarnings(t *testing.T) {
 				t.Fatalf("got %q; want %q", cfg.Warnings, tt.want)
 			}
 			for i, w := range cfg.Warnings {
-				if !strings.HasPrefix(w, tt.want[i]) || !strings.Contains(w, "PEERS") || !strings.Contains(w, "unset RAFT_ADVERTISE_") {
-					t.Errorf("got %s; want %s, PEERS and what to unset", w, tt.want[i])
+				if !strings.HasPrefix(w, tt.want[i]) || !strings.Contains(w, "PEERS") || !regexp.MustCompile(`: (unset|set) RAFT_`).MatchString(w) {
+					t.Errorf("got %s; want %s, PEERS and what to set or unset", w, tt.want[i])
 				}
 			}
-			if cfg.NodeID == "node1" && cfg.RaftAdvertise != "[fd00::1]:1" {
-				t.Errorf("advertised: got %v; want the entry in PEERS", cfg.RaftAdvertise)
+			if want := cfg.Peers[slices.IndexFunc(cfg.Peers, func(p Peer) bool { return p.ID == cfg.NodeID })].Addr; cfg.RaftAdvertise != want {
+				t.Errorf("advertised: got %v; want the entry in PEERS, %s", cfg.RaftAdvertise, want)
 			}
 		})
 	}
@@ -430,22 +468,6 @@ func TestParseConsistency(t *testing.T) {
 	}
 }
 
-// A row must be asked for once and have what the help and the table show.
-func TestEveryVariableIsRead(t *testing.T) {
-	asked := map[string]int{}
-	if _, err := loadConfig(func(name string) string { asked[name]++; return "" }, testSystem()); err != nil {
-		t.Fatal(err)
-	}
-	for _, vr := range variables {
-		if asked[vr.name] != 1 {
-			t.Errorf("%s: got %d reads; want 1", vr.name, asked[vr.name])
-		}
-		if (vr.def == "") == (vr.unset == "") || vr.help == "" || strings.ContainsAny(vr.def+vr.unset+vr.help, "|\n") {
-			t.Errorf("%s: want one default and a meaning, fit for a table", vr.name)
-		}
-	}
-}
-
 func TestLogPairs(t *testing.T) {
 	cfg := mustLoadConfig(t, testEnv{"PEERS": "node1@a:1,node2@b:2"})
 	pairs := cfg.logPairs()
@@ -466,46 +488,47 @@ func TestLogPairs(t *testing.T) {
 	}
 }
 
-func TestWriteHelp(t *testing.T) {
-	var b strings.Builder
-	writeHelp(&b)
-	help := b.String()
-	if !strings.HasPrefix(help, "usage: raftstarter ") {
-		t.Errorf("got %.40q; want a usage line first", help)
+// variableNames returns the variables that --help lists.
+func variableNames() (names []string) {
+	for _, row := range regexp.MustCompile(`(?m)^  ([A-Z_]+) `).FindAllStringSubmatch(helpText, -1) {
+		names = append(names, row[1])
 	}
-	for _, want := range []string{"-h, --help ", "--version ", "--healthcheck "} {
-		if !strings.Contains(help, want) {
-			t.Errorf("help: want %q in it", want)
-		}
-	}
-	for _, vr := range variables {
-		_, about, found := strings.Cut(help, "\n  "+vr.name+" ")
-		if !found {
-			t.Errorf("help: want %s in it", vr.name)
-		} else if !strings.Contains(about, "default: "+vr.def) {
-			t.Errorf("help: want the default of %s after it", vr.name)
-		}
-	}
-	for _, line := range strings.Split(help, "\n") {
-		if len(line) > 100 || strings.Contains(line, "`") || strings.HasSuffix(line, " ") {
-			t.Errorf("help: got %q; want at most 100 bytes, no mark-up, no space at the end", line)
-		}
-	}
+	return names
 }
 
-// The README's table is a copy of the code's; this keeps it one.
-func TestREADMETable(t *testing.T) {
+// README.md, --help and the code know the same variables, with the same defaults and meanings.
+func TestVariables(t *testing.T) {
+	asked := map[string]bool{}
+	plain, err := loadConfig(func(name string) string { asked[name] = true; return "" }, testSystem())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if names := variableNames(); !slices.Equal(slices.Sorted(slices.Values(names)), slices.Sorted(maps.Keys(asked))) {
+		t.Errorf("--help lists %q; the code asks for %q", names, slices.Sorted(maps.Keys(asked)))
+	}
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, after, found := strings.Cut(string(readme), "<!-- config -->")
-	table, _, closed := strings.Cut(after, "<!-- /config -->")
-	if !found || !closed {
-		t.Fatal("README.md: want the table between <!-- config --> and <!-- /config -->")
+	rows := regexp.MustCompile("(?m)^\\| `([A-Z_]+)` \\| (.+?) \\| (.+) \\|$").FindAllStringSubmatch(string(readme), -1)
+	var table strings.Builder
+	for _, row := range rows {
+		name, def, meaning := row[1], row[2], row[3]
+		fmt.Fprintf(&table, "%s %s default: %s ", name, meaning, def)
+		if value := strings.Trim(def, "`"); def == "`"+value+"`" && !strings.ContainsAny(value, "`<") {
+			if diff := cmp.Diff(plain, mustLoadConfig(t, testEnv{name: value})); diff != "" {
+				t.Errorf("%s=%s is not the default (-unset +set):\n%s", name, value, diff)
+			}
+		}
 	}
-	if diff := cmp.Diff(strings.TrimSpace(configTable()), strings.TrimSpace(table)); diff != "" {
-		t.Errorf("README.md differs from the code (-code +README):\n%s\nthe table should be:\n%s", diff, configTable())
+	_, help, _ := strings.Cut(helpText, "counts as unset):")
+	if diff := cmp.Diff(strings.Fields(strings.ReplaceAll(table.String(), "`", "")), strings.Fields(help)); diff != "" || len(rows) == 0 {
+		t.Errorf("README.md and --help differ (-README +help):\n%s", diff)
+	}
+	for line := range strings.Lines(helpText) {
+		if len(line) > 101 || strings.HasSuffix(line, " \n") {
+			t.Errorf("--help: got %q; want at most 100 bytes and no space at the end", line)
+		}
 	}
 }
 

@@ -14,6 +14,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -54,26 +55,38 @@ func run(args []string, getenv func(string) string, sig signals, stdout, stderr 
 	}
 	switch action {
 	case "help":
-		writeHelp(stdout)
+		_, _ = io.WriteString(stdout, helpText) // if standard output is gone, nobody is left to tell
 		return exitOK
 	case "version":
 		fmt.Fprintln(stdout, version)
 		return exitOK
+	case "healthcheck":
+		if err := checkHealth(getenv); err != nil {
+			fmt.Fprintln(stderr, "raftstarter:", err)
+			return exitFailed
+		}
+		return exitOK
 	}
-	cfg, err := loadConfig(getenv, thisSystem())
-	if err != nil {
-		fmt.Fprintln(stderr, err)
-		return exitUsage
+	var cfg *Config
+	loaded := make(chan error, 1)
+	go func() { // it may wait for files on a mount that is dead, or for a name server
+		var err error
+		cfg, err = loadConfig(getenv, thisSystem())
+		loaded <- err
+	}()
+	select {
+	case err := <-loaded:
+		if err != nil {
+			fmt.Fprintln(stderr, err)
+			return exitUsage
+		}
+	case <-sig.stop:
+		return exitOK
 	}
 	m := newMetrics()
 	log, flush := openLog(cfg, stderr, m.dropped)
 	defer flush()
-	if action == "healthcheck" {
-		err = checkHealth(cfg)
-	} else {
-		err = serve(cfg, sig, m, log)
-	}
-	if err != nil {
+	if err := serve(cfg, sig, m, log); err != nil {
 		log.SetLevel(min(log.GetLevel(), hclog.Error)) // an end has its reason told even where LOG_LEVEL is off
 		log.Error(err.Error())
 		return exitFailed
@@ -86,7 +99,7 @@ func parseArgs(args []string) (action string, err error) {
 		return "serve", nil
 	}
 	switch args[0] {
-	case "-h", "--help":
+	case "-h", "-help", "--help":
 		action = "help"
 	case "--version":
 		action = "version"
@@ -131,34 +144,37 @@ func serve(cfg *Config, sig signals, m *metrics, log hclog.Logger) error {
 	if err := m.collectRaft(); err != nil {
 		return err
 	}
-	certs, err := openCertificates(cfg, m, log)
-	if err != nil {
-		return err
-	}
-	tokens, err := openTokens(cfg, log)
-	if err != nil {
-		return err
-	}
-	warnOfOpenPorts(cfg, log)
 	machine := newMachine()
 	store := NewStore(cfg, machine, m, log)
-	store.certs = certs
 	store.OnChange(func(s RaftState) { // here a service of your own can react to being the leader, or no longer
 		log.Info("new raft state", "state", s.State, "leader", s.Leader, "term", s.Term)
 	})
 	handler := newServer(cfg, store, m, log.Named("http"), routes(cfg, store, machine))
-	handler.tokens = tokens
 	web := handler.listener()
-
-	listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.HTTPAddr)
-	if err != nil {
-		return fmt.Errorf("listen on HTTP_ADDR:HTTP_PORT %s: %w", cfg.HTTPAddr, err)
-	}
 	defer web.Close()
+
 	httpFailed := make(chan error, 1)
-	go func() { httpFailed <- web.Serve(handler.door(listener, certs)) }()
-	opened, open := make(chan error, 1), false // a large or locked database takes its time
-	go func() { opened <- store.Open() }()
+	start := func() error { // it may wait for files on a mount that is dead, and for a large or locked database
+		certs, err := openCertificates(cfg, m, log)
+		if err != nil {
+			return err
+		}
+		tokens, err := openTokens(cfg, log)
+		if err != nil {
+			return err
+		}
+		warnOfOpenPorts(cfg, log)
+		go reloadForever(certs, tokens, sig.reload, log)
+		store.certs, handler.tokens = certs, tokens
+		listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.HTTPAddr)
+		if err != nil {
+			return fmt.Errorf("listen on HTTP_ADDR:HTTP_PORT %s: %w", cfg.HTTPAddr, err)
+		}
+		go func() { httpFailed <- web.Serve(handler.door(listener, certs)) }()
+		return store.Open()
+	}
+	opened, open := make(chan error, 1), false
+	go func() { opened <- start() }()
 
 	current := store.Current()
 	for {
@@ -178,18 +194,30 @@ func serve(cfg *Config, sig signals, m *metrics, log hclog.Logger) error {
 			}
 			log.Info("stopping; a second signal ends the process at once", "signal", s.String())
 			return shutdown(handler, web, cfg.ShutdownTimeout, sig)
-		case <-sig.reload:
-			log.Info("SIGHUP: reading certificates and tokens again; nothing else can change without a restart", "certificates", certs != nil, "tokens", tokens != nil)
-			certs.reload()
-			tokens.reload()
 		case err := <-store.Failed():
-			_ = listener.Close()
 			if open {
 				store.Abandon() // the process itself may hang in the kernel until the disk answers
 			}
 			return err
 		case err := <-httpFailed:
 			return fmt.Errorf("serve HTTP: %w", err)
+		}
+	}
+}
+
+// reloadForever reads the files that may be renewed again and again, for as long as the process runs: they may be on a
+// mount that is dead.
+func reloadForever(certs *reloaded[*certificates], tokens *reloaded[tokens], asked <-chan os.Signal, log hclog.Logger) {
+	for tick := time.Tick(reloadInterval); ; {
+		select {
+		case <-tick:
+			certs.reload(false)
+			tokens.reload(false)
+		case <-asked:
+			log.Info("SIGHUP: reading certificates and tokens again; nothing else can change without a restart",
+				"certificates", certs != nil, "tokens", tokens != nil)
+			certs.reload(true)
+			tokens.reload(true)
 		}
 	}
 }
@@ -243,18 +271,18 @@ func localURL(cfg *Config) string {
 	return scheme + "://" + net.JoinHostPort(host, port)
 }
 
-// checkHealth asks the node that runs with the same environment whether it is alive.
-func checkHealth(cfg *Config) error {
+// checkHealth asks the node that runs with the same environment whether it is alive. It tells it no secret, and believes
+// whatever certificate it shows: that of a live node may have expired, and its files may be in the middle of a change.
+func checkHealth(getenv func(string) string) error {
+	cfg, err := loadHealthcheck(getenv)
+	if err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()
-	client := &http.Client{}
-	if cfg.TLSCertFile != "" {
-		certs, err := readCertificates(cfg, readSecret)
-		if err != nil {
-			return err
-		}
-		client.Transport = &http.Transport{TLSClientConfig: certs.toOurselves()}
-	}
+	client := &http.Client{Transport: &http.Transport{ // through no proxy
+		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true}, //nolint:gosec // see above
+	}}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, localURL(cfg)+"/livez", http.NoBody)
 	if err != nil {
 		return err

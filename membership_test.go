@@ -66,7 +66,7 @@ func TestMembershipIsFoundAgain(t *testing.T) {
 			t.Errorf("start %d (-want +got):\n%s", start, diff)
 		}
 		if start == 1 { // what Raft writes changes nothing about that
-			entry := &raft.Log{Index: 1, Term: 7}
+			entry := &raft.Log{Index: 1, Term: 7, Type: raft.LogNoop}
 			if err := errors.Join(st.stable.SetUint64(keyCurrentTerm, 7), st.logs.StoreLog(entry)); err != nil {
 				t.Fatal(err)
 			}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"os"
 	"slices"
@@ -98,7 +99,47 @@ type port interface {
 
 type tcpPort struct {
 	net.Listener
-	net.Dialer
+	dialer net.Dialer
+}
+
+// DialContext tries all addresses of a name at once: net's own lets the first that swallows packets use up the time.
+func (p *tcpPort) DialContext(ctx context.Context, network, addr string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	host, port, err := net.SplitHostPort(addr)
+	if err != nil {
+		return nil, err
+	}
+	ips, err := p.dialer.Resolver.LookupNetIP(ctx, "ip", host)
+	if err != nil {
+		return nil, err
+	}
+	conns, failed := make(chan net.Conn), make(chan error, len(ips))
+	for _, ip := range ips {
+		go func() { // until cancel at most
+			conn, err := p.dialer.DialContext(ctx, network, net.JoinHostPort(ip.Unmap().String(), port))
+			if err != nil {
+				failed <- err
+				return
+			}
+			select {
+			case conns <- conn:
+			case <-ctx.Done(): // another was quicker, or it comes too late
+				_ = conn.Close()
+				failed <- ctx.Err()
+			}
+		}()
+	}
+	var errs []error
+	for range ips {
+		select {
+		case conn := <-conns:
+			return conn, nil
+		case err := <-failed:
+			errs = append(errs, err)
+		}
+	}
+	return nil, errors.Join(errs...)
 }
 
 // listenForPeers opens the Raft port; addr is host:port.
@@ -107,7 +148,7 @@ func listenForPeers(addr string) (port, error) {
 	if err != nil {
 		return nil, fmt.Errorf("listen for peers on RAFT_ADDR:RAFT_PORT %s: %w", addr, err)
 	}
-	return &tcpPort{l, net.Dialer{Timeout: dialTimeout}}, nil
+	return &tcpPort{Listener: l}, nil
 }
 
 // directory is what network must know of this node and the others. Its methods are called by many goroutines.
@@ -136,7 +177,7 @@ type network struct {
 	closing   chan struct{} // closed by Close
 	wg        sync.WaitGroup
 
-	mu       sync.Mutex // guards what follows, and the chain of each connection
+	mu       sync.Mutex // guards what follows
 	conns    map[*tracked]struct{}
 	warned   time.Time // when a refusal was last logged as a warning
 	unwarned int       // refusals since then that were worth one
@@ -163,7 +204,8 @@ func newNetwork(node string, p port, certs *reloaded[*certificates], d directory
 		conns:     make(map[*tracked]struct{}),
 	}
 	if certs != nil {
-		certs.onChange(n.recheck)
+		authority := certs.get().roots // of all connections that will be made, until followAuthority sees another
+		n.wg.Go(func() { n.followAuthority(authority) })
 	}
 	n.wg.Go(n.run)
 	return n
@@ -221,7 +263,7 @@ func (n *network) greet(conn net.Conn) (net.Conn, hello, error) {
 			return conn, hello{}, fmt.Errorf("TLS: %w", err)
 		}
 		cert = inner.ConnectionState().PeerCertificates[0]
-		conn = n.secure(conn, inner)
+		conn = &secured{inner, conn}
 	}
 	h, err := readHello(conn)
 	if err != nil {
@@ -345,7 +387,7 @@ func (n *network) connect(ctx context.Context, h hello) (net.Conn, error) {
 			_ = conn.Close()
 			return nil, fmt.Errorf("TLS: %w", err)
 		}
-		conn = n.secure(conn, inner)
+		conn = &secured{inner, conn}
 	}
 	if err := introduce(ctx, conn, h); err != nil {
 		_ = conn.Close()
@@ -376,32 +418,28 @@ func introduce(ctx context.Context, conn net.Conn, h hello) error {
 	return conn.SetDeadline(time.Time{})
 }
 
-// secure returns a connection after its TLS handshake, and remembers whose certificate the other end has shown. If the
-// authority has changed meanwhile the connection is closed, here or by recheck: one of the two sees what the other has done.
-func (n *network) secure(raw net.Conn, inner *tls.Conn) net.Conn {
-	chain := inner.ConnectionState().PeerCertificates
-	n.mu.Lock()
-	raw.(*tracked).chain = chain
-	n.mu.Unlock()
-	if n.certs.get().verify(chain, x509.ExtKeyUsageAny) != nil {
-		_ = raw.Close()
-	}
-	return &secured{inner, raw}
-}
-
-// recheck closes the connections whose certificates are not good any more under a new authority.
-func (n *network) recheck(certs *certificates) {
-	n.mu.Lock()
-	var bad []*tracked
-	for conn := range n.conns {
-		if conn.chain != nil && certs.verify(conn.chain, x509.ExtKeyUsageAny) != nil {
-			bad = append(bad, conn)
+// followAuthority closes every connection when there is another authority than the given one, until the network closes:
+// whom the new one has not signed must not stay, and the others come back at once. A handshake takes the certificates
+// when its connection is already tracked, so none goes by the old authority unseen.
+func (n *network) followAuthority(authority *x509.CertPool) {
+	for {
+		select {
+		case <-n.certs.changed:
+		case <-n.closing:
+			return
 		}
-	}
-	n.mu.Unlock()
-	for _, conn := range bad {
-		n.log.Warn("closing a connection: its certificate is not good any more", "remote", conn.RemoteAddr().String())
-		_ = conn.Close()
+		now := n.certs.get().roots
+		if now.Equal(authority) {
+			continue
+		}
+		authority = now
+		n.log.Info("closing all connections to other nodes: there is another authority")
+		n.mu.Lock()
+		conns := slices.Collect(maps.Keys(n.conns))
+		n.mu.Unlock()
+		for _, conn := range conns {
+			_ = conn.Close()
+		}
 	}
 }
 
@@ -409,8 +447,7 @@ func (n *network) recheck(certs *certificates) {
 type tracked struct {
 	net.Conn
 	n      *network
-	target string              // the server, or node, that this one has called; "" for a connection that it has accepted
-	chain  []*x509.Certificate // that the other end has shown under TLS, its own first
+	target string // the server, or node, that this one has called; "" for a connection that it has accepted
 }
 
 // Read hides the error of a connection that network has closed: its end was wanted.

@@ -3,11 +3,13 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"maps"
 	"net"
+	"net/netip"
 	"os"
 	"slices"
 	"strings"
@@ -421,6 +423,74 @@ func TestNetworkCarriesConnections(t *testing.T) {
 	}
 	if got := nodes[1].Addr(); got.String() != "node2#1" || got.Network() != "node" {
 		t.Errorf("got address %v of %v; want the server's name", got, got.Network())
+	}
+}
+
+// answerDNS answers one question on conn, over TCP, with the addresses, if it is for those of IPv4.
+func answerDNS(conn net.Conn, addrs ...netip.Addr) {
+	defer conn.Close()
+	var size [2]byte
+	_, _ = io.ReadFull(conn, size[:])
+	query := make([]byte, binary.BigEndian.Uint16(size[:]))
+	_, _ = io.ReadFull(conn, query)
+	question := query[12 : 12+bytes.IndexByte(query[12:], 0)+5]
+	if question[len(question)-3] != 1 { // not for an A record
+		addrs = nil
+	}
+	answer := append(append(query[:2:2], 0x81, 0x80, 0, 1, 0, byte(len(addrs)), 0, 0, 0, 0), question...)
+	for _, addr := range addrs {
+		answer = append(append(answer, 0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 1, 0, 4), addr.AsSlice()...)
+	}
+	_, _ = conn.Write(append(binary.BigEndian.AppendUint16(nil, uint16(len(answer))), answer...))
+}
+
+// A name is reached by any of its addresses, also when those before it swallow packets.
+func TestAllAddressesOfANameAreTried(t *testing.T) {
+	checkLeaks(t)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	_, port, _ := net.SplitHostPort(l.Addr().String())
+	good, refuses, swallows := netip.MustParseAddr("127.0.0.1"), netip.MustParseAddr("127.0.0.9"), netip.MustParseAddr("127.0.0.2")
+	swallows2 := netip.MustParseAddr("127.0.0.3")
+	for _, tt := range []struct {
+		name  string
+		addrs []netip.Addr
+		err   string // "" for none
+	}{
+		{"the only one", []netip.Addr{good}, ""},
+		{"the last of several", []netip.Addr{swallows, refuses, swallows2, good}, ""},
+		{"the first of two", []netip.Addr{good, swallows}, ""},
+		{"one refuses, one swallows", []netip.Addr{refuses, swallows}, "connection refused"},
+		{"no address", nil, "no such host"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			p := &tcpPort{dialer: net.Dialer{
+				Resolver: &net.Resolver{PreferGo: true, Dial: func(context.Context, string, string) (net.Conn, error) {
+					near, far := net.Pipe()
+					go answerDNS(far, tt.addrs...)
+					return near, nil
+				}},
+				ControlContext: func(ctx context.Context, _, addr string, _ syscall.RawConn) error {
+					if strings.HasPrefix(addr, "127.0.0.2:") || strings.HasPrefix(addr, "127.0.0.3:") {
+						<-ctx.Done()
+						return ctx.Err()
+					}
+					return nil
+				},
+			}}
+			ctx, cancel := context.WithTimeout(t.Context(), rpcTimeout)
+			defer cancel()
+			conn, err := p.DialContext(ctx, "tcp", net.JoinHostPort("node2.example.", port))
+			if tt.err == "" && err != nil || tt.err != "" && (err == nil || !strings.Contains(err.Error(), tt.err)) {
+				t.Errorf("got error %v; want %q", err, tt.err)
+			}
+			if conn != nil {
+				_ = conn.Close()
+			}
+		})
 	}
 }
 

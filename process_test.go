@@ -466,6 +466,7 @@ func TestProcessThatDoesNotServe(t *testing.T) {
 	}{
 		{"help", "--help", nil, 0, help, `^$`},
 		{"help in short, with a bad configuration", "-h", env{"HTTP_PORT": "x"}, 0, help, `^$`},
+		{"help with one dash", "-help", nil, 0, help, `^$`},
 		{"version", "--version", nil, 0, `^v0\.0\.0-test\n$`, `^$`},
 		{"an unknown flag", "--port=1", nil, 2, `^$`, `--port=1`},
 		{"a word", "serve", nil, 2, `^$`, `serve`},
@@ -497,6 +498,72 @@ func TestProcessThatDoesNotServe(t *testing.T) {
 		})
 	}
 	running.put("k", "1") // none of this has harmed it
+}
+
+// The health check asks the node, whatever has become of the rest of its environment, and through no proxy.
+func TestProcessHealthcheck(t *testing.T) {
+	t.Parallel()
+	for name, ca := range map[string]*testCA{"plain": nil, "tls": newTestCA(t)} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			tokenFile := filepath.Join(dir, "tokens")
+			if err := os.WriteFile(tokenFile, []byte("token\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			host := thisSystem().hostIPv4() // loopback would never be asked for through a proxy
+			p := newProc(t, map[string]string{"HTTP_ADDR": host, "HTTP_TOKEN_FILE": tokenFile})
+			if ca != nil {
+				maps.Copy(p.env, ca.node(host))
+				p.tls = ca.client(nil)
+			}
+			startAll(p)
+			for _, file := range []string{tokenFile, p.env["TLS_CERT_FILE"], p.env["TLS_CA_FILE"]} {
+				if file != "" {
+					if err := os.WriteFile(file, nil, 0o600); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			_ = os.Remove(p.env["TLS_KEY_FILE"])
+			check := *p
+			check.env = maps.Clone(p.env)
+			maps.Copy(check.env, map[string]string{
+				"PEERS": ";", "NODE_ID": "?", "RAFT_PORT": "x", "STATE_DIR": "~", "HTTP_PROXY": "http://127.0.0.1:1", "HTTPS_PROXY": "http://127.0.0.1:1",
+			})
+			check.start("--healthcheck")
+			check.exits(exitOK, 5*time.Second)
+			p.end(syscall.SIGTERM, exitOK)
+			check.start("--healthcheck")
+			check.exits(exitFailed, 5*time.Second)
+		})
+	}
+}
+
+// A signal ends the process also while it waits for what may never come: files on a mount that is dead, say.
+func TestSignalWhileTheNodeStarts(t *testing.T) {
+	sig := signals{stop: make(chan os.Signal, 1), reload: make(chan os.Signal)}
+	asked, hang := make(chan struct{}), make(chan struct{})
+	defer close(hang)
+	code := make(chan int)
+	go func() {
+		code <- run(nil, func(name string) string {
+			if name == "TLS_CA_FILE" {
+				close(asked)
+				<-hang
+			}
+			return ""
+		}, sig, io.Discard, io.Discard)
+	}()
+	<-asked
+	sig.stop <- syscall.SIGTERM
+	select {
+	case got := <-code:
+		if got != exitOK {
+			t.Errorf("got exit code %d; want %d", got, exitOK)
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("the process goes on")
+	}
 }
 
 // A node that waits for its database is asked already: by load balancers, if by nobody else.
@@ -813,16 +880,18 @@ func TestProcessSingleNodeEnds(t *testing.T) {
 	for _, tc := range []struct {
 		name, timeout string
 		signals       []os.Signal
-		slow          string // what comes of a request under way: "ab" when it is brought to its end
+		gap           time.Duration // between them
+		slow          string        // what comes of a request under way: "ab" when it is brought to its end
 		code          int
 		limit         time.Duration
 	}{
-		{"by sigterm", "8s", []os.Signal{syscall.SIGTERM}, `"ab"`, exitOK, 2 * time.Second},
-		{"by sigint", "8s", []os.Signal{syscall.SIGINT}, `"ab"`, exitOK, 2 * time.Second},
-		{"by kill -9", "8s", []os.Signal{syscall.SIGKILL}, "null", -1, slack},
-		{"in time, while a request hangs", "1s", []os.Signal{syscall.SIGTERM}, "null", exitOK, time.Second + slack},
-		{"by a second signal", "1m", []os.Signal{syscall.SIGTERM, syscall.SIGTERM}, "null", exitFailed, slack},
-		{"by a second signal of another kind", "1m", []os.Signal{syscall.SIGINT, syscall.SIGTERM}, "null", exitFailed, slack},
+		{"by sigterm", "8s", []os.Signal{syscall.SIGTERM}, 0, `"ab"`, exitOK, 2 * time.Second},
+		{"by sigint", "8s", []os.Signal{syscall.SIGINT}, 0, `"ab"`, exitOK, 2 * time.Second},
+		{"by kill -9", "8s", []os.Signal{syscall.SIGKILL}, 0, "null", -1, slack},
+		{"in time, while a request hangs", "1s", []os.Signal{syscall.SIGTERM}, 0, "null", exitOK, time.Second + slack},
+		{"by a second signal", "1m", []os.Signal{syscall.SIGTERM, syscall.SIGTERM}, 2 * sameSignal, "null", exitFailed, slack},
+		{"by a second signal of another kind", "1m", []os.Signal{syscall.SIGINT, syscall.SIGTERM}, 2 * sameSignal, "null", exitFailed, slack},
+		{"by one signal that comes twice", "8s", []os.Signal{syscall.SIGINT, syscall.SIGTERM}, 20 * time.Millisecond, `"ab"`, exitOK, 2 * time.Second},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := startAll(newProc(t, map[string]string{"SHUTDOWN_TIMEOUT": tc.timeout}))[0]
@@ -831,11 +900,14 @@ func TestProcessSingleNodeEnds(t *testing.T) {
 			p.put("k", `{"n":1.0}`)
 			finishPut := beginPut(p, "slow")
 			var began time.Time
-			for _, sig := range tc.signals {
+			for i, sig := range tc.signals {
+				if i > 0 {
+					time.Sleep(tc.gap)
+				}
 				began = time.Now()
 				p.signal(sig)
-				p.awaitStopping()
 			}
+			p.awaitStopping()
 			if tc.slow != "null" {
 				if got := finishPut(); got != http.StatusOK {
 					t.Errorf("got %d for a request under way; want 200", got)

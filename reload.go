@@ -1,22 +1,27 @@
 package main
 
 import (
+	"bytes"
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"os"
-	"slices"
-	"sync"
 	"sync/atomic"
+	"syscall"
+	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
 
-// maxSecretFile is the most that a file of certificates, keys or tokens may hold, in bytes.
-const maxSecretFile = 1 << 20
+const (
+	reloadInterval = 5 * time.Second // between two looks at the files that may be renewed
+	maxSecretFile  = 1 << 20         // bytes that a file of certificates, keys or tokens may hold
+)
 
-// readSecret returns what a file holds and who may read it. A file with nothing in it is an error.
+// readSecret returns what a file holds and who may read it. A file with nothing in it is an error, as is one to which
+// everybody can add a token or an authority, and one that could have the reader wait, such as a named pipe.
 func readSecret(path string) (content []byte, mode os.FileMode, err error) {
-	f, err := os.Open(path)
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // or the call would wait for a pipe's other end
 	if err != nil {
 		return nil, 0, err
 	}
@@ -24,6 +29,13 @@ func readSecret(path string) (content []byte, mode os.FileMode, err error) {
 	info, err := f.Stat()
 	if err != nil {
 		return nil, 0, err
+	}
+	mode = info.Mode()
+	switch {
+	case !mode.IsRegular():
+		return nil, 0, fmt.Errorf("%s is a directory, a pipe or a device, and no regular file", path)
+	case mode&0o002 != 0:
+		return nil, 0, fmt.Errorf("everybody can write %s (its mode is %#o; chmod o-w it)", path, mode.Perm())
 	}
 	content, err = io.ReadAll(io.LimitReader(f, maxSecretFile+1))
 	switch {
@@ -34,28 +46,27 @@ func readSecret(path string) (content []byte, mode os.FileMode, err error) {
 	case len(content) > maxSecretFile:
 		return nil, 0, fmt.Errorf("%s has more than %d bytes", path, maxSecretFile)
 	}
-	return content, info.Mode(), nil
+	return content, mode, nil
 }
 
-// reloaded is what some files say, read again when they have changed: whoever renews them, Kubernetes for one, sends no
-// signal. After a change for the worse, which is logged, what was read before stays.
+// reloaded is what some files say. Whoever renews them, Kubernetes for one, sends no signal, so they are read again
+// every few seconds. After a change for the worse, which is logged, what was read before stays.
 type reloaded[T fmt.Stringer] struct {
-	name  string // of what the files hold, for the log
-	paths []string
-	read  func() (T, error)
-	log   hclog.Logger
-
-	now   atomic.Pointer[T]
-	mu    sync.Mutex    // guards what follows; held while files are read
-	seen  []os.FileInfo // of paths, before they were last read; nil for one that was not there
-	taken func(T)       // if not nil, it is called with what has replaced something else
+	name    string // of what the files hold, for the log
+	paths   []string
+	parse   func(contents [][]byte) (T, error)
+	log     hclog.Logger
+	now     atomic.Pointer[T]
+	seen    [sha256.Size]byte // of what the files held, or of why they could not be read; only reload uses it
+	changed chan struct{}     // receives when now has changed
 }
 
 // newReloaded reads the files, which must be good this first time.
-func newReloaded[T fmt.Stringer](name string, log hclog.Logger, read func() (T, error), paths ...string) (*reloaded[T], error) {
-	r := &reloaded[T]{name: name, paths: paths, read: read, log: log}
-	r.seen = r.look()
-	value, err := read()
+func newReloaded[T fmt.Stringer](name string, log hclog.Logger, parse func(contents [][]byte) (T, error),
+	paths ...string,
+) (*reloaded[T], error) {
+	r := &reloaded[T]{name: name, paths: paths, parse: parse, log: log, changed: make(chan struct{}, 1)}
+	value, err := r.read()
 	if err != nil {
 		return nil, err
 	}
@@ -65,59 +76,38 @@ func newReloaded[T fmt.Stringer](name string, log hclog.Logger, read func() (T, 
 }
 
 // get returns what the files say, or said when they were last good.
-func (r *reloaded[T]) get() T {
-	if r.mu.TryLock() { // who comes while another looks takes what there is
-		if seen := r.look(); !slices.EqualFunc(r.seen, seen, sameFile) {
-			r.refresh(seen)
-		}
-		r.mu.Unlock()
-	}
-	return *r.now.Load()
-}
+func (r *reloaded[T]) get() T { return *r.now.Load() }
 
-// onChange has f called with what replaces what there is now. It may be set while others call get.
-func (r *reloaded[T]) onChange(f func(T)) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.taken = f
-}
-
-// reload reads the files, changed or not. Where there are none it does nothing.
-func (r *reloaded[T]) reload() {
+// reload reads the files again, and does nothing if they have not changed, unless somebody has asked for it. It may wait
+// for as long as the files let it, and is for one goroutine at a time. Where there are no files it does nothing.
+func (r *reloaded[T]) reload(asked bool) {
 	if r == nil {
 		return
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.refresh(r.look())
-}
-
-// refresh is called with mu held.
-func (r *reloaded[T]) refresh(seen []os.FileInfo) {
-	r.seen = seen
+	before := r.seen
 	value, err := r.read()
-	if err != nil {
+	switch {
+	case r.seen == before && !asked:
+	case err != nil:
 		r.log.Error(r.name+" cannot be used as they are now; what was read before stays in use", "error", err)
-		return
-	}
-	r.now.Store(&value)
-	r.log.Info(r.name+" read again", "what", value.String())
-	if r.taken != nil {
-		r.taken(value)
+	default:
+		r.now.Store(&value)
+		r.log.Info(r.name+" read again", "what", value.String())
+		select {
+		case r.changed <- struct{}{}:
+		default:
+		}
 	}
 }
 
-func (r *reloaded[T]) look() []os.FileInfo {
-	infos := make([]os.FileInfo, len(r.paths))
+func (r *reloaded[T]) read() (value T, err error) {
+	contents := make([][]byte, len(r.paths))
 	for i, path := range r.paths {
-		infos[i], _ = os.Stat(path) // one that is not there is read, to say so
+		if contents[i], _, err = readSecret(path); err != nil {
+			r.seen = sha256.Sum256([]byte(err.Error()))
+			return value, err
+		}
 	}
-	return infos
-}
-
-func sameFile(a, b os.FileInfo) bool {
-	if a == nil || b == nil {
-		return a == nil && b == nil
-	}
-	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size()
+	r.seen = sha256.Sum256(bytes.Join(contents, []byte{0}))
+	return r.parse(contents)
 }

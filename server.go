@@ -253,9 +253,11 @@ var noSniff = []string{"nosniff"} // the answer is of the type that it says
 
 // admit says why a request is not served for whoever it comes from, if it is not.
 func (s *server) admit(answer http.Header, r *http.Request, rt route) error {
-	if s.tokens != nil && !rt.open && !s.tokens.get().admit(r) {
-		answer.Set("WWW-Authenticate", `Bearer realm="raftstarter"`)
-		return &httpError{http.StatusUnauthorized, "a token is needed here, in a header such as Authorization: Bearer <token>; HTTP_TOKEN_FILE holds those that are good"}
+	if s.tokens != nil && !rt.open {
+		if err := s.tokens.get().admit(r); err != nil {
+			answer.Set("WWW-Authenticate", `Bearer realm="raftstarter"`)
+			return &httpError{http.StatusUnauthorized, err.Error()}
+		}
 	}
 	if s.origins.Check(r) != nil {
 		return &httpError{http.StatusForbidden, "a web page of another origin may not change anything here"}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"crypto/subtle"
+	"errors"
 	"fmt"
 	"net/http"
 	"regexp"
@@ -44,28 +45,32 @@ func openTokens(cfg *Config, log hclog.Logger) (*reloaded[tokens], error) {
 	if cfg.HTTPTokenFile == "" {
 		return nil, nil // no tokens is not an error
 	}
-	return newReloaded("tokens", log, func() (tokens, error) {
-		content, _, err := readSecret(cfg.HTTPTokenFile)
-		if err != nil {
-			return nil, err
-		}
-		return parseTokens(cfg.HTTPTokenFile, content)
+	return newReloaded("tokens", log, func(contents [][]byte) (tokens, error) {
+		return parseTokens(cfg.HTTPTokenFile, contents[0])
 	}, cfg.HTTPTokenFile)
 }
 
 // String says how many tokens there are, and nothing of what they are.
 func (t tokens) String() string { return fmt.Sprintf("%d tokens", len(t)) }
 
-// admit says whether a request carries one of the tokens. How long it takes says nothing about them.
-func (t tokens) admit(r *http.Request) bool {
+// admit says why a request is not let in, if it is not: it must carry one of the tokens. How long it takes says nothing
+// about them.
+func (t tokens) admit(r *http.Request) error {
 	header := r.Header["Authorization"]
-	if len(header) != 1 {
-		return false
+	if len(header) == 0 {
+		return errors.New("a token is needed here, in a header such as Authorization: Bearer <token>; " +
+			"HTTP_TOKEN_FILE holds those that are good")
 	}
 	scheme, token, _ := strings.Cut(header[0], " ")
+	if len(header) > 1 || !strings.EqualFold(scheme, "Bearer") {
+		return errors.New("the Authorization header must come once, and be Bearer <token>")
+	}
 	digest, known := sha256.Sum256([]byte(strings.TrimSpace(token))), 0
 	for i := range t {
 		known |= subtle.ConstantTimeCompare(digest[:], t[i][:])
 	}
-	return known == 1 && strings.EqualFold(scheme, "Bearer")
+	if known != 1 {
+		return errors.New("this token is not good: HTTP_TOKEN_FILE of this node does not hold it")
+	}
+	return nil
 }
