@@ -156,44 +156,43 @@ func TestCrossOriginWrites(t *testing.T) {
 	}
 }
 
-// Large bodies share a bounded memory; small ones and reads go on beside them.
-func TestRoomForLargeRequests(t *testing.T) {
+// Bodies that have come in part share a bounded memory. Who sends the rest slowly goes when others need it.
+func TestSlowBodiesKeepNobodyOut(t *testing.T) {
 	n := newTestNode(t, storeMemory)
-	large := `"` + strings.Repeat("x", 400<<10) + `"`
-	put(t, n, "large", large)
-	put(t, n, "small", "1")
-	used := func() int64 { return n.server.room.used.Load() }
-	waitFor(t, "the room to be given back", func() bool { return used() == 0 })
-	n.server.room.most = 500 << 10
-
-	// A client that sends its body slowly holds what it has sent.
+	l := n.web.Listener.(*limiter)
+	taken := func() int64 {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		return l.taken
+	}
 	const part = 300 << 10
-	begin := func() net.Conn {
-		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", n.web.Listener.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		_, _ = fmt.Fprintf(conn, "PUT /key/large HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%s", len(large), large[:part])
-		waitFor(t, "the body to arrive", func() bool { return used() >= part-smallBytes })
-		return conn
+	l.memory = 500 << 10
+	large := `"` + strings.Repeat("x", 400<<10) + `"`
+	conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
 	}
-	conn := begin()
 	defer conn.Close()
-	if a := request(t, http.MethodPut, n.url+"/key/large", large); a.status != 503 || a.header.Get("Retry-After") == "" {
-		t.Errorf("got %d, %v; want 503 and Retry-After", a.status, a.header)
-	}
-	wantValue(t, n, "large", large)
-	want(t, n, 200, http.MethodGet, "/key?prefix=", "")
-	put(t, n, "small", "2")
-	wantValue(t, n, "small", "2")
-	_, _ = io.WriteString(conn, large[part:])
-	waitFor(t, "the room to be given back", func() bool { return used() == 0 })
+	_, _ = fmt.Fprintf(conn, "PUT /key/slow HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%s", len(large), large[:part])
+	waitFor(t, "the body to arrive", func() bool { return taken() >= part-2*freeBytes })
+	put(t, n, "small", "1")
 	put(t, n, "large", large)
 	wantValue(t, n, "large", large)
+	_, _ = io.WriteString(conn, large[part:])
+	if said, _ := io.ReadAll(conn); strings.Contains(string(said), " 200 ") {
+		t.Errorf("got %.40q for the slow body; want its connection closed", said)
+	}
+	wantValue(t, n, "slow", "null")
+	waitFor(t, "the memory to be given back", func() bool { return taken() == 0 })
 
-	// Nor does one that goes away keep any.
-	_ = begin().Close()
-	waitFor(t, "the room to be given back", func() bool { return used() == 0 })
+	// Where all bodies are here and worked on, none can go.
+	l.memory = 1
+	a := want(t, n, 503, http.MethodPut, "/key/large", large[:10<<10]+`"`)
+	if a.header.Get("Retry-After") == "" {
+		t.Errorf("got %v; want Retry-After", a.header)
+	}
+	put(t, n, "small", "2")
+	waitFor(t, "the memory to be given back", func() bool { return taken() == 0 })
 }
 
 // secureProcs returns three nodes under TLS, with one token.
@@ -308,6 +307,61 @@ func flood(ctx context.Context, wg *sync.WaitGroup, n int, addr string, say func
 				stop()
 				_ = conn.Close()
 			}
+		})
+	}
+}
+
+// standing makes n connections to addr, says text on each and leaves it at that until the test ends.
+func standing(t *testing.T, n int, addr, text string) {
+	t.Helper()
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range n / 8 {
+				conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", addr)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				t.Cleanup(func() { _ = conn.Close() })
+				_, _ = io.WriteString(conn, text) // it may be closed already
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// Connections that announce bodies, or send long headers, and stop there take a bounded memory and keep nobody out, at the limit
+// of the manifests.
+func TestProcessSilentConnections(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("memory is read from /proc")
+	}
+	for _, tc := range []struct {
+		name  string
+		conns int
+		text  string
+	}{
+		{"announced bodies", 6000, "PUT /key/a HTTP/1.1\r\nHost: test\r\nContent-Length: 65536\r\n\r\n"},
+		{"bodies in part", 2000, "PUT /key/a HTTP/1.1\r\nHost: test\r\nContent-Length: 65536\r\n\r\n" + strings.Repeat("1", 60000)},
+		{"long headers", 8000, "GET /key/a HTTP/1.1\r\nHost: test\r\nX: " + strings.Repeat("x", 31000)},
+		{"headers of many lines", 4000, "GET /key/a HTTP/1.1\r\nHost: test\r\n" + strings.Repeat("X: 1\r\n", 2500)},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			p := startAll(newProc(t, map[string]string{"KV_STORE": storeMemory, "GOMEMLIMIT": "384MiB"}))[0]
+			standing(t, tc.conns, p.env["HTTP_ADDR"]+":"+p.env["HTTP_PORT"], tc.text)
+			var slowest time.Duration
+			for i := range 20 {
+				p.client.CloseIdleConnections()
+				asked := time.Now()
+				p.put("served", `"`+strings.Repeat("x", 20000)+fmt.Sprint(i)+`"`)
+				slowest = max(slowest, time.Since(asked))
+			}
+			mb := residentMB(t, p.cmd.Process.Pid)
+			if mb > 250 || slowest > 5*time.Second {
+				t.Errorf("got %d MB resident at most and %v for the slowest write; want 250 and 5s", mb, slowest)
+			}
+			t.Logf("%d MB resident at most, slowest write %v", mb, slowest)
 		})
 	}
 }

@@ -70,6 +70,9 @@ func ask(t *testing.T, n *testNode, method, target, body string, headers ...stri
 		t.Fatalf("%s %.200s: %v", method, target, err)
 	}
 	id := []string{n.cfg.NodeID}
+	if got := a.header.Get("Cache-Control"); got != "no-cache" {
+		t.Errorf("%s %.200s: got Cache-Control %q; want no-cache", method, target, got)
+	}
 	if h := a.header; !slices.Equal(h["Raft-Served-By"], id) || !slices.Equal(h["Raft-Leader"], id) || h["Raft-Stale"] != nil {
 		t.Errorf("%s %.200s: got %v; want it served and led by %s, and nothing stale", method, target, h, id)
 	}
@@ -748,7 +751,7 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 			t.Errorf("no test for %v", row.err)
 		}
 	}
-	a := &server{log: testLogger(t, "http")}
+	n := newTestNode(t, storeMemory)
 	for tested, status := range statuses {
 		t.Run(tested.Error(), func(t *testing.T) {
 			outcome := "not-applied"
@@ -758,7 +761,8 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 			for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete} {
 				for _, err := range []error{tested, fmt.Errorf("in /secret: %w", tested)} {
 					recorder := httptest.NewRecorder()
-					a.writeError(recorder, httptest.NewRequestWithContext(t.Context(), method, "/key/k", nil), err)
+					a := &answer{ResponseWriter: recorder, server: n.server, client: new(client)}
+					n.server.writeError(a, httptest.NewRequestWithContext(t.Context(), method, "/key/k", nil), err)
 					got := answerTo{recorder.Code, recorder.Header(), recorder.Body.String()}
 					if got.status != status || strings.Contains(got.body, "secret") || strings.Contains(got.body, "node7") {
 						t.Errorf("%s: got %v; want %d and nothing of what is inside", method, got, status)

@@ -181,7 +181,7 @@ func TestListingWithoutATurn(t *testing.T) {
 		began, w := time.Now(), httptest.NewRecorder()
 		r := httptest.NewRequestWithContext(ctx, http.MethodGet, "/key?prefix=", http.NoBody)
 		err := a.listKeys(w, r)
-		node.server.writeError(w, r, err)
+		node.server.writeError(&answer{ResponseWriter: w, server: node.server, client: new(client)}, r, err)
 		if took := time.Since(began); w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || took > 5*time.Second {
 			t.Errorf("got %v, %d, after %v; want 503 within 5 s", err, w.Code, took)
 		}

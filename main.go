@@ -18,10 +18,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -36,11 +38,15 @@ const (
 )
 
 // ballastBytes are never touched, so they take no memory. The garbage collector counts them: it lets as much more of
-// garbage pile up before it runs, where a small state under load would have it run dozens of times a second.
+// garbage pile up before it runs, where a small state under load would have it run dozens of times a second. It counts them
+// towards GOMEMLIMIT, too, which is meant for memory that is there, so that is raised by them.
 const ballastBytes = 24 << 20
 
 func main() {
 	ballast := make([]byte, ballastBytes)
+	if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 {
+		debug.SetMemoryLimit(limit + ballastBytes)
+	}
 	code := run(os.Args[1:], os.Getenv, notifySignals(), os.Stdout, os.Stderr)
 	runtime.KeepAlive(ballast)
 	os.Exit(code)

@@ -2,11 +2,8 @@ package main
 
 import (
 	"fmt"
-	"maps"
 	"net/http"
 	"strconv"
-	"sync"
-	"sync/atomic"
 	"time"
 
 	raftmetrics "github.com/armon/go-metrics"
@@ -31,19 +28,12 @@ type metrics struct {
 	refusals      prometheus.Counter   // connections to the Raft port
 	crowded       prometheus.Counter
 	dropped       prometheus.Counter // lines of the log
-
-	mu   sync.Mutex                             // guards changes of seen
-	seen atomic.Pointer[map[requestKind]series] // of requests, so that each need not be looked up by its labels' text
 }
 
-// requestKind is what tells requests apart; method is one of the known.
-type requestKind struct {
-	route, method string
-	status        int
-}
-
+// series count the requests of one method to one route.
 type series struct {
-	requests prometheus.Counter
+	requests *prometheus.CounterVec // by status
+	ok       prometheus.Counter     // of requests, that for 200: most need no look-up
 	latency  prometheus.Observer
 }
 
@@ -75,7 +65,6 @@ func newMetrics() *metrics {
 		crowded:       counter("http_crowded_connections_total", "Connections to the HTTP port closed because there were too many."),
 		dropped:       counter("log_lines_dropped_total", "Lines of the log that stderr did not take in time, or at all."),
 	}
-	m.seen.Store(&map[requestKind]series{})
 	m.registry.MustRegister(m.requests, m.latency, m.leaderChanges, m.commit, m.apply, m.stored, m.batch, m.round, m.forwarded, m.refusals, m.crowded, m.dropped,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
@@ -117,25 +106,29 @@ func (m *metrics) collectRaft() error {
 	return err
 }
 
-// answered takes note of an HTTP request. Only known methods may become labels.
-func (m *metrics) answered(route, method string, status int, took time.Duration) {
+// series makes the counters of one method of a route.
+func (m *metrics) series(route, method string) *series {
+	requests := m.requests.MustCurryWith(prometheus.Labels{"route": route, "method": method})
+	return &series{requests, requests.WithLabelValues("200"), m.latency.WithLabelValues(route, method)}
+}
+
+// answered takes note of a request.
+func (s *series) answered(status int, took time.Duration) {
+	if status == http.StatusOK {
+		s.ok.Inc()
+	} else {
+		s.requests.WithLabelValues(strconv.Itoa(status)).Inc()
+	}
+	s.latency.Observe(took.Seconds())
+}
+
+// methodLabel returns a method, if it is known: only then it may become a label.
+func methodLabel(method string) string {
 	switch method {
 	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete:
-	default:
-		method = "other"
+		return method
 	}
-	k := requestKind{route, method, status}
-	s, known := (*m.seen.Load())[k]
-	if !known {
-		s = series{m.requests.WithLabelValues(route, method, strconv.Itoa(status)), m.latency.WithLabelValues(route, method)}
-		m.mu.Lock()
-		more := maps.Clone(*m.seen.Load())
-		more[k] = s
-		m.seen.Store(&more)
-		m.mu.Unlock()
-	}
-	s.requests.Inc()
-	s.latency.Observe(took.Seconds())
+	return "other"
 }
 
 // handler serves the metrics in Prometheus' text format.

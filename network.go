@@ -166,7 +166,7 @@ type directory interface {
 type network struct {
 	node      string
 	port      port
-	listener  *doorman // the port's, as long as it has room
+	listener  *limiter // the port's; a connection keeps us waiting until it has said hello
 	certs     *reloaded[*certificates]
 	directory directory
 	refusals  prometheus.Counter // of connections
@@ -194,10 +194,9 @@ type accepted struct {
 func newNetwork(node string, p port, certs *reloaded[*certificates], d directory, refusals prometheus.Counter,
 	log hclog.Logger,
 ) *network {
-	most := min(maxRaftConns, maxFiles()/8)
 	n := &network{
 		node: node, port: p, certs: certs, directory: d, refusals: refusals, log: log,
-		listener:  newDoorman(p, most, most*3/4, refusals.Inc),
+		listener:  newLimiter(p, min(maxRaftConns, maxFiles()/8), 0, refusals),
 		raftConns: make(chan accepted),
 		peerConns: make(chan accepted),
 		closing:   make(chan struct{}),
@@ -239,7 +238,7 @@ func (n *network) receive(raw net.Conn) {
 		_ = conn.Close()
 		return
 	}
-	raw.(*guest).served()
+	raw.(*limited).served()
 	takers := n.raftConns
 	if h.kind != kindRaft {
 		takers = n.peerConns

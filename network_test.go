@@ -179,11 +179,9 @@ func (n *testNetNode) refused() int { return int(testutil.ToFloat64(n.refusals))
 func (n *testNetNode) unheard() (count int) {
 	n.listener.mu.Lock()
 	defer n.listener.mu.Unlock()
-	for _, guests := range n.listener.guests {
-		for g := range guests {
-			if g.since.Load() != 0 {
-				count++
-			}
+	for c := range n.listener.open {
+		if c.since.Load() != 0 {
+			count++
 		}
 	}
 	return count
@@ -597,13 +595,14 @@ func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer established.Close()
-	idle := make([]net.Conn, nodes[1].listener.each+500)
+	most := nodes[1].listener.conns
+	idle := make([]net.Conn, most+500)
 	for i := range idle {
 		idle[i] = dialRaw(t, nodes[1])
 	}
-	waitFor(t, "all to be taken", func() bool { return nodes[1].refused() == len(idle)+1-nodes[1].listener.each })
-	if got := nodes[1].unheard(); got != nodes[1].listener.each-1 {
-		t.Errorf("got %d connections that have not said who they are; want %d, and the one that has", got, nodes[1].listener.each-1)
+	waitFor(t, "all to be taken", func() bool { return nodes[1].refused() == len(idle)+1-most })
+	if got := nodes[1].unheard(); got != most-1 {
+		t.Errorf("got %d connections that have not said who they are; want %d, and the one that has", got, most-1)
 	}
 	checkEchoOn(t, established)      // those that have said who they are do not suffer
 	checkEcho(t, nodes[0], nodes[1]) // nor who comes and says so

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -918,6 +919,20 @@ func TestProcessSingleNodeEnds(t *testing.T) {
 			p.has("k", `{"n":1.0}`, "")
 			p.has("slow", tc.slow, "")
 		})
+	}
+}
+
+// GOMEMLIMIT is for memory that is there: what is only held against garbage collection is not part of it.
+func TestProcessMemoryLimit(t *testing.T) {
+	t.Parallel()
+	for limit, want := range map[string]float64{"384MiB": 384<<20 + ballastBytes, "": math.MaxInt64} {
+		p := newProc(t, map[string]string{"KV_STORE": storeMemory, "GOMEMLIMIT": limit})
+		startAll(p)
+		text := p.expect(http.StatusOK, http.MethodGet, "/metrics", "").body
+		found := regexp.MustCompile(`(?m)^go_gc_gomemlimit_bytes (.*)$`).FindStringSubmatch(text)
+		if got, err := strconv.ParseFloat(found[1], 64); err != nil || got != want {
+			t.Errorf("GOMEMLIMIT=%s: got %v; want %v", limit, got, want)
+		}
 	}
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"encoding/json"
@@ -11,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,16 +27,15 @@ import (
 // The routes of this service are in http.go.
 
 const (
-	maxHeader     = 32 << 10
+	maxHeader     = 12 << 10         // net/http reads 4 KiB more; a key of 1024 bytes is 3 KiB in a path
 	answerTimeout = 14 * time.Second // for the answer to a request with a body, from the end of its header on
-	smallBytes    = 16 << 10         // of a body: so much of each is not counted
-	largeBytes    = 64 << 20         // what bodies may have of memory beyond that, or more where MAX_BODY_BYTES is large
-	sendBuffer    = 32 << 10         // of a connection, in the kernel, which makes it twice that
+	largeWrite    = 4 << 10          // of an answer may wait for the other end to read
 	jsonType      = "application/json"
 	textType      = "text/plain; charset=utf-8"
 )
 
-// handlerFunc answers a request, or returns the error with which server answers it.
+// handlerFunc answers a request, or returns the error with which server answers it. When it has begun to answer and then returns
+// an error, the connection is closed, so that the client sees that the answer is not whole.
 type handlerFunc func(w http.ResponseWriter, r *http.Request) error
 
 // route is what can be done at a path, or, if it ends in a slash, at all longer ones. HEAD is GET without the body.
@@ -42,6 +43,16 @@ type route struct {
 	path                   string
 	get, post, put, delete handlerFunc // nil for not allowed
 	open                   bool        // to those without a token, too
+
+	// Made by register:
+	methods map[string]endpoint
+	allow   string // the names of methods; "" for no such path
+}
+
+// endpoint is a method of a route.
+type endpoint struct {
+	handle handlerFunc // nil for not allowed
+	series *series
 }
 
 // server answers HTTP requests: those of its routes, and the probes' and operators'. It is an http.Handler.
@@ -53,20 +64,32 @@ type server struct {
 	routes   []route
 	tokens   *reloaded[tokens] // nil for none; set before the first request
 	origins  *http.CrossOriginProtection
-	room     room
 	servedBy []string
 	stopping atomic.Bool // the node is about to stop, and says so to load balancers
 }
 
 func newServer(cfg *Config, store *Store, m *metrics, log hclog.Logger, routes []route) *server {
 	s := &server{cfg: cfg, store: store, metrics: m, log: log, origins: http.NewCrossOriginProtection(), servedBy: []string{cfg.NodeID}}
-	s.room.most = max(largeBytes, 8*cfg.MaxBodyBytes)
 	s.routes = append(slices.Clone(routes),
 		route{path: "/livez", get: s.livez, open: true},
 		route{path: "/readyz", get: s.readyz, open: true},
 		route{path: "/status", get: s.status},
 		route{path: "/metrics", get: s.scrape, open: true})
+	for i := range s.routes {
+		s.routes[i].register(m)
+	}
 	return s
+}
+
+func (rt *route) register(m *metrics) {
+	rt.methods = make(map[string]endpoint)
+	names := []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete}
+	for i, handle := range []handlerFunc{rt.get, rt.get, rt.post, rt.put, rt.delete} {
+		if handle != nil {
+			rt.methods[names[i]] = endpoint{handle, m.series(rt.path, names[i])}
+		}
+	}
+	rt.allow = strings.Join(slices.DeleteFunc(names, func(name string) bool { return rt.methods[name].handle == nil }), ", ")
 }
 
 // listener returns an http.Server for s, with all of its limits on requests.
@@ -83,176 +106,213 @@ func (s *server) listener() *http.Server {
 			if t, ok := conn.(*tls.Conn); ok {
 				conn = t.NetConn()
 			}
-			if g, ok := conn.(*guest); ok {
-				ctx = context.WithValue(ctx, guestKey{}, g)
+			if l, ok := conn.(*limited); ok {
+				ctx = withClient(ctx, &client{limited: l})
 			}
 			return ctx
 		},
 	}
 }
 
-type guestKey struct{} // of a connection in the context of its requests
-
 // door returns a listener over l with the limits on connections, under TLS if there are certificates.
 func (s *server) door(l net.Listener, certs *reloaded[*certificates]) net.Listener {
-	most := min(maxWebConns, maxFiles()/2)
-	l = newDoorman(sparing{l}, most, most*3/4, s.metrics.crowded.Inc)
+	l = newLimiter(sparing{l}, min(maxWebConns, maxFiles()/2), requestBytes, s.metrics.crowded)
 	if certs != nil {
 		l = tls.NewListener(l, webConfig(certs))
 	}
 	return l
 }
 
-// sparing is a listener whose connections have the kernel keep little of what their clients do not read. It would else keep a
-// megabyte for each of however many, and hide from us that they do not read.
-type sparing struct{ net.Listener }
+// client is a connection to the HTTP port, in the context of its requests, which come one after the other.
+type client struct {
+	*limited
+	applied atomic.Bool // a command of the request under way may have been executed
+}
 
-func (l sparing) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		_ = tcp.SetWriteBuffer(sendBuffer)
-	}
-	return conn, err
+type clientKey struct{} // of a *client in a context
+
+func withClient(ctx context.Context, c *client) context.Context {
+	return withApplied(context.WithValue(ctx, clientKey{}, c), &c.applied)
 }
 
 // ServeHTTP answers a request and takes note of it.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	began := time.Now()
-	x := &metered{ResponseWriter: w, status: http.StatusOK, room: &s.room}
-	x.guest, _ = r.Context().Value(guestKey{}).(*guest)
+	c, ok := r.Context().Value(clientKey{}).(*client)
+	if !ok { // it came by another listener
+		c = &client{limited: &limited{limiter: new(limiter)}}
+		r = r.WithContext(withClient(r.Context(), c))
+	}
+	c.applied.Store(false)
+	a := &answer{ResponseWriter: w, server: s, client: c}
 	rt := s.find(rawPath(r))
-	defer func() { // also when a handler panics
+	e, ok := rt.methods[r.Method]
+	if !ok {
+		e.series = s.metrics.series(rt.path, methodLabel(r.Method))
+	}
+	defer func() {
+		failure := recover()
+		if failure != nil && failure != http.ErrAbortHandler { //nolint:errorlint // net/http compares it so, too
+			err := fmt.Errorf("the handler panicked: %v\n%s", failure, debug.Stack())
+			if a.status == 0 {
+				s.writeError(a, r, err)
+				failure = nil
+			} else {
+				s.log.Error("a request failed", "method", r.Method, "error", err)
+				a.status, failure = http.StatusInternalServerError, http.ErrAbortHandler
+			}
+		}
 		took := time.Since(began)
-		s.room.give(x.taken)
-		x.guest.waits(began.Add(took))
-		s.metrics.answered(rt.path, r.Method, x.status, took)
+		c.give()
+		c.waits(began.Add(took), headerWeight)
+		e.series.answered(cmp.Or(a.status, http.StatusInternalServerError), took)
+		if failure != nil {
+			panic(failure)
+		}
 	}()
-	if err := s.serve(x, r, rt); err != nil {
-		s.writeError(x, r, err)
+	if err := s.serve(a, r, rt, e.handle); err != nil {
+		s.writeError(a, r, err)
 	}
+	a.begin(http.StatusOK)
 }
 
-// room is memory for large bodies, which many clients at once could else use up.
-type room struct {
-	most int64
-	used atomic.Int64
-}
-
-func (r *room) take(n int64) bool {
-	if r.used.Add(n) > r.most {
-		r.used.Add(-n)
-		return false
-	}
-	return true
-}
-
-func (r *room) give(n int64) { r.used.Add(-n) }
-
-var errCrowded = &httpError{http.StatusServiceUnavailable, "too many large requests are under way"}
-
-// metered is the answer to a request, of which it remembers the status, and the body of a request that has one, which
-// takes room as far as it is large.
-type metered struct {
+// answer is the answer to a request. It remembers the status.
+type answer struct {
 	http.ResponseWriter
-	status int
-	room   *room
-	taken  int64 // of room
-	guest  *guest
-
-	body io.ReadCloser
-	read int64 // of body
-}
-
-func (x *metered) WriteHeader(status int) {
-	x.status = status
-	x.ResponseWriter.WriteHeader(status)
+	server *server
+	client *client
+	status int // 0 until it begins
 }
 
 // Unwrap is for http.ResponseController.
-func (x *metered) Unwrap() http.ResponseWriter { return x.ResponseWriter }
+func (a *answer) Unwrap() http.ResponseWriter { return a.ResponseWriter }
 
-// take makes sure that there is room for n bytes, but for the first smallBytes of them.
-func (x *metered) take(n int64) error {
-	more := n - smallBytes - x.taken
-	if more > 0 && !x.room.take(more) {
-		return errCrowded
+// begin is called before the header is written. What it says of the leader is as known now.
+func (a *answer) begin(status int) {
+	if a.status != 0 || status < http.StatusOK {
+		return
 	}
-	x.taken += max(more, 0)
-	return nil
+	a.status = status
+	h := a.Header()
+	if leader := a.server.store.Leader(); leader != "" {
+		h["Raft-Leader"] = []string{leader}
+	}
+	if a.server.stopping.Load() {
+		h["Connection"] = []string{"close"}
+	}
 }
 
-func (x *metered) Read(p []byte) (int, error) {
-	n, err := x.body.Read(p)
-	x.read += int64(n)
-	if crowded := x.take(x.read); crowded != nil {
-		return n, crowded
+// WriteHeader is that of http.ResponseWriter.
+func (a *answer) WriteHeader(status int) {
+	a.begin(status)
+	a.ResponseWriter.WriteHeader(status)
+}
+
+// Write is that of http.ResponseWriter. It may wait for the other end to read.
+func (a *answer) Write(p []byte) (int, error) {
+	a.begin(http.StatusOK)
+	if len(p) > largeWrite {
+		a.client.since.Store(time.Now().UnixNano())
+		defer a.client.served()
 	}
-	if errors.Is(err, io.EOF) {
-		x.guest.served()
+	return a.ResponseWriter.Write(p)
+}
+
+// Flush makes an answer an http.Flusher.
+func (a *answer) Flush() { _ = a.FlushError() }
+
+// FlushError is what http.ResponseController calls.
+func (a *answer) FlushError() error {
+	a.begin(http.StatusOK)
+	return http.NewResponseController(a.ResponseWriter).Flush()
+}
+
+// linger is for an answer to a client that may still be sending: were its connection closed at once, the answer would be lost.
+// net/http waits half a second when a MaxBytesReader has met its limit, so it gets one to do so.
+func (a *answer) linger() {
+	_, _ = http.MaxBytesReader(a.ResponseWriter, io.NopCloser(strings.NewReader("x")), 0).Read(make([]byte, 1))
+}
+
+// body is that of a request, which keeps us waiting until all of it has come. Its errors are *httpError.
+type body struct {
+	io.ReadCloser
+	answer *answer
+}
+
+func (b body) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	tooLarge := new(http.MaxBytesError)
+	switch {
+	case err == nil:
+	case errors.Is(err, io.EOF):
+		b.answer.client.served()
+	case errors.As(err, &tooLarge):
+		err = errTooLarge(tooLarge.Limit)
+	case errors.Is(err, errCrowded):
+		b.answer.linger()
+		err = &httpError{http.StatusServiceUnavailable, errCrowded.Error()}
+	default:
+		err = badRequest("the body did not arrive: %v", err)
 	}
 	return n, err
 }
 
-func (x *metered) Close() error { return x.body.Close() }
+func errTooLarge(limit int64) error {
+	return &httpError{
+		status: http.StatusRequestEntityTooLarge,
+		detail: fmt.Sprintf("the body has more than %d bytes, the limit set by MAX_BODY_BYTES", limit),
+	}
+}
 
 // find goes by the path as it was sent: net/http's mux would clean and redirect paths that are keys.
-func (s *server) find(path string) route {
-	for _, rt := range s.routes {
+func (s *server) find(path string) *route {
+	for i := range s.routes {
+		rt := &s.routes[i]
 		if path == rt.path || strings.HasSuffix(rt.path, "/") && strings.HasPrefix(path, rt.path) {
 			return rt
 		}
 	}
-	return route{path: "none"}
+	return &route{path: "none"}
 }
 
-func (s *server) serve(w *metered, r *http.Request, rt route) error {
-	h := w.Header()
+// serve has handle answer a request if whoever it comes from may ask so. It is nil where the method is not allowed.
+func (s *server) serve(a *answer, r *http.Request, rt *route, handle handlerFunc) error {
+	h := a.Header()
 	h["X-Content-Type-Options"] = noSniff
+	h["Cache-Control"] = noCache
 	h["Raft-Served-By"] = s.servedBy
-	if s.stopping.Load() {
-		h["Connection"] = []string{"close"}
-	}
-	if leader := s.store.Leader(); leader != "" {
-		h["Raft-Leader"] = []string{leader}
-	}
-	handle := rt.get
-	switch r.Method {
-	case http.MethodGet, http.MethodHead:
-	case http.MethodPost:
-		handle = rt.post
-	case http.MethodPut:
-		handle = rt.put
-	case http.MethodDelete:
-		handle = rt.delete
-	default:
-		handle = nil
-	}
 	if err := s.admit(h, r, rt); err != nil {
 		return err
 	}
-	if r.ContentLength == 0 {
-		w.guest.served()
-	} else if handle != nil { // a body may take its time, of which the Store knows nothing
-		ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
-		defer cancel()
-		r = r.WithContext(ctx)
-		w.body, r.Body = http.MaxBytesReader(w.ResponseWriter, r.Body, s.cfg.MaxBodyBytes), w
-	}
-	if handle != nil {
-		return handle(w, r)
-	}
-	allow := rt.allow()
-	if allow == "" {
+	switch {
+	case rt.allow == "":
 		return &httpError{http.StatusNotFound, "there is no such path"}
+	case handle == nil:
+		h.Set("Allow", rt.allow)
+		return &httpError{http.StatusMethodNotAllowed, r.Method + " is not allowed here; allowed are " + rt.allow}
+	case r.ContentLength > s.cfg.MaxBodyBytes:
+		a.linger() // without a look at the body, so that it is not asked for
+		return errTooLarge(s.cfg.MaxBodyBytes)
+	case r.ContentLength == 0:
+		a.client.served()
+		return handle(a, r)
 	}
-	h.Set("Allow", allow)
-	return &httpError{http.StatusMethodNotAllowed, r.Method + " is not allowed here; allowed are " + allow}
+	a.client.waits(time.Now(), 1)
+	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout) // a body may take its time, of which the Store knows nothing
+	defer cancel()
+	r = r.WithContext(ctx)
+	r.Body = body{http.MaxBytesReader(a.ResponseWriter, r.Body, s.cfg.MaxBodyBytes), a}
+	return handle(a, r)
 }
 
-var noSniff = []string{"nosniff"} // the answer is of the type that it says
+// What every answer says, unless its handler says otherwise.
+var (
+	noSniff = []string{"nosniff"}  // it is of the type that it says
+	noCache = []string{"no-cache"} // a cache asks again before it uses it: else it would make a linearizable read stale
+)
 
 // admit says why a request is not served for whoever it comes from, if it is not.
-func (s *server) admit(answer http.Header, r *http.Request, rt route) error {
+func (s *server) admit(answer http.Header, r *http.Request, rt *route) error {
 	if s.tokens != nil && !rt.open {
 		if err := s.tokens.get().admit(r); err != nil {
 			answer.Set("WWW-Authenticate", `Bearer realm="raftstarter"`)
@@ -263,24 +323,6 @@ func (s *server) admit(answer http.Header, r *http.Request, rt route) error {
 		return &httpError{http.StatusForbidden, "a web page of another origin may not change anything here"}
 	}
 	return nil
-}
-
-// allow lists the methods of a route, "" if it has none.
-func (rt route) allow() string {
-	var methods []string
-	if rt.get != nil {
-		methods = append(methods, http.MethodGet, http.MethodHead)
-	}
-	if rt.post != nil {
-		methods = append(methods, http.MethodPost)
-	}
-	if rt.put != nil {
-		methods = append(methods, http.MethodPut)
-	}
-	if rt.delete != nil {
-		methods = append(methods, http.MethodDelete)
-	}
-	return strings.Join(methods, ", ")
 }
 
 func (s *server) livez(w http.ResponseWriter, _ *http.Request) error {
@@ -332,23 +374,12 @@ func pathRest(r *http.Request, prefix string) (string, error) {
 	return rest, nil
 }
 
-// readBody returns the body.
+// readBody returns the body. Memory is taken as it arrives, and not as it is announced.
 func readBody(r *http.Request) ([]byte, error) {
 	var body bytes.Buffer
-	body.Grow(int(min(max(r.ContentLength, 0), 64<<10)) + bytes.MinRead)
-	if _, err := body.ReadFrom(r.Body); err != nil {
-		if tooLarge := new(http.MaxBytesError); errors.As(err, &tooLarge) {
-			return nil, &httpError{
-				status: http.StatusRequestEntityTooLarge,
-				detail: fmt.Sprintf("the body has more than %d bytes, the limit set by MAX_BODY_BYTES", tooLarge.Limit),
-			}
-		}
-		if errors.Is(err, errCrowded) {
-			return nil, err
-		}
-		return nil, badRequest("the body did not arrive: %v", err)
-	}
-	return body.Bytes(), nil
+	body.Grow(int(min(max(r.ContentLength, 0), bytes.MinRead)) + bytes.MinRead)
+	_, err := body.ReadFrom(r.Body)
+	return body.Bytes(), err
 }
 
 // consistency returns what a read asks for, or what is configured where it does not say.
@@ -370,12 +401,20 @@ func markStale(w http.ResponseWriter, store *Store, read Consistency) {
 	}
 }
 
-// writeBody writes an answer.
-func writeBody(w http.ResponseWriter, contentType string, body []byte) error {
+// writeBody writes an answer, whose parts are not copied together.
+func writeBody(w http.ResponseWriter, contentType string, parts ...[]byte) error {
+	size := 0
+	for _, part := range parts {
+		size += len(part)
+	}
 	h := w.Header()
 	h["Content-Type"] = []string{contentType}
-	h["Content-Length"] = []string{strconv.Itoa(len(body))}
-	_, _ = w.Write(body) // an error means that nobody listens any more
+	h["Content-Length"] = []string{strconv.Itoa(size)}
+	for _, part := range parts {
+		if _, err := w.Write(part); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 
@@ -414,8 +453,12 @@ type problem struct {
 	Outcome string `json:"outcome,omitempty"` // of a write
 }
 
-// writeError is the one place where an error becomes an answer.
-func (s *server) writeError(w http.ResponseWriter, r *http.Request, err error) {
+// writeError is the one place where an error becomes an answer. Where one has begun it is cut short.
+func (s *server) writeError(w *answer, r *http.Request, err error) {
+	if w.status != 0 {
+		s.log.Debug("an answer was cut short", "method", r.Method, "error", err)
+		panic(http.ErrAbortHandler)
+	}
 	p := problem{Type: "about:blank", Status: http.StatusInternalServerError, Detail: "internal error"}
 	known := new(httpError)
 	if errors.As(err, &known) {
@@ -429,7 +472,8 @@ func (s *server) writeError(w http.ResponseWriter, r *http.Request, err error) {
 	p.Title = http.StatusText(p.Status)
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		p.Outcome = "not-applied"
-		if p.Status == http.StatusGatewayTimeout || p.Status == http.StatusInternalServerError {
+		applied := w.client.applied.Load() && p.Status != http.StatusPreconditionFailed // which says that nothing was done
+		if applied || p.Status == http.StatusGatewayTimeout || p.Status == http.StatusInternalServerError {
 			p.Outcome = "unknown"
 		}
 	}

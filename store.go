@@ -311,10 +311,21 @@ func (s *Store) Apply(ctx context.Context, command []byte) (Result, error) {
 		o = s.writes.submit(ctx, command)
 		return o.err
 	})
+	if applied, ok := ctx.Value(appliedKey{}).(*atomic.Bool); ok && (err == nil || errors.Is(err, ErrUnknownOutcome)) {
+		applied.Store(true)
+	}
 	if err != nil {
 		return Result{}, err
 	}
 	return Result{Index: o.index, Data: o.results[0]}, nil
+}
+
+type appliedKey struct{} // of a *atomic.Bool in a context
+
+// withApplied returns a context in which Apply notes that it has had a command executed, or may have: whoever answers a request
+// must not say then that nothing was done.
+func withApplied(ctx context.Context, applied *atomic.Bool) context.Context {
+	return context.WithValue(ctx, appliedKey{}, applied)
 }
 
 // Read calls f, which reads the state machine, while no command is executed. With Linearizable, f sees every command

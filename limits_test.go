@@ -1,0 +1,156 @@
+package main
+
+import (
+	"errors"
+	"net"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+)
+
+// endless is a listener to which somebody connects whenever it accepts.
+type endless struct{ net.Listener }
+
+func (endless) Accept() (net.Conn, error) {
+	conn, other := net.Pipe()
+	return &piped{Conn: conn, other: other}, nil
+}
+
+type piped struct {
+	net.Conn
+	other  net.Conn
+	closed bool
+}
+
+func (p *piped) Close() error {
+	p.closed = true
+	return p.Conn.Close()
+}
+
+// hear has n bytes arrive on a connection of a limiter, and reads them.
+func hear(t *testing.T, c *limited, n int) error {
+	t.Helper()
+	go func() { _, _ = c.Conn.(*piped).other.Write(make([]byte, n)) }()
+	got, err := c.Read(make([]byte, n))
+	if got != n {
+		t.Errorf("got %d bytes; want %d", got, n)
+	}
+	return err
+}
+
+func newTestLimiter(conns int, memory int64) *limiter {
+	return newLimiter(endless{}, conns, memory, newMetrics().crowded)
+}
+
+// come has n clients connect, the first of which keeps us waiting for longest.
+func (l *limiter) come(t *testing.T, n int) (all []*limited) {
+	t.Helper()
+	for i := range n {
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := conn.(*limited)
+		c.since.Store(time.Now().Add(time.Duration(i-n) * time.Minute).UnixNano())
+		all = append(all, c)
+	}
+	return all
+}
+
+func isClosed(c *limited) bool { return c.Conn.(*piped).closed }
+
+func checkClosed(t *testing.T, l *limiter, all []*limited, want ...bool) {
+	t.Helper()
+	count := 0
+	for i, c := range all {
+		if isClosed(c) != want[i] {
+			t.Errorf("connection %d: got closed %v; want %v", i, isClosed(c), want[i])
+		}
+		if want[i] {
+			count++
+		}
+	}
+	if got := int(testutil.ToFloat64(l.crowded)); got != count {
+		t.Errorf("got %d counted; want %d", got, count)
+	}
+	var held int64
+	for c := range l.open {
+		held += c.held.Load()
+	}
+	if held != l.taken {
+		t.Errorf("got %d bytes taken; want %d, what is held", l.taken, held)
+	}
+}
+
+func TestLimiterClosesWhoKeepsItWaitingForLongest(t *testing.T) {
+	l := newTestLimiter(3, 0)
+	all := l.come(t, 3)
+	all[0].served() // it came first, but we are at work for it
+	all = append(all, l.come(t, 1)...)
+	checkClosed(t, l, all, false, true, false, false)
+	all[2].served()
+	all[3].served()
+	all = append(all, l.come(t, 1)...) // nobody else can go
+	checkClosed(t, l, all, false, true, false, false, true)
+	_ = all[0].Close()
+	_ = all[0].Close() // it is counted once
+	newest := l.come(t, 1)
+	if isClosed(newest[0]) || len(l.open) != 3 {
+		t.Errorf("got %d open, the newest closed %v; want the newest in for one that left", len(l.open), isClosed(newest[0]))
+	}
+}
+
+// Who announces takes nothing, who sends does, and who sends and stops goes first.
+func TestLimiterBoundsMemory(t *testing.T) {
+	const part = 10 << 10
+	l := newTestLimiter(100, 2*part)
+	all := l.come(t, 5)
+	for _, c := range all {
+		c.waits(time.Unix(0, c.since.Load()), 1)
+	}
+	for _, i := range []int{1, 2} {
+		if err := hear(t, all[i], freeBytes+part); err != nil {
+			t.Fatal(err)
+		}
+	}
+	checkClosed(t, l, all, false, false, false, false, false)
+	if l.taken != 2*part {
+		t.Errorf("got %d bytes taken; want %d", l.taken, 2*part)
+	}
+	if err := hear(t, all[3], freeBytes+part); err != nil {
+		t.Errorf("got %v; want the oldest that holds something closed for it", err)
+	}
+	checkClosed(t, l, all, false, true, false, false, false)
+	all[2].served() // all of its body is here, and it is worked on
+	all[3].served()
+	if err := hear(t, all[4], freeBytes+1); !errors.Is(err, errCrowded) {
+		t.Errorf("got %v; want %v", err, errCrowded)
+	}
+	checkClosed(t, l, all, false, true, false, false, false)
+	all[2].give()
+	if err := hear(t, all[4], part); err != nil {
+		t.Errorf("got %v after memory was given back", err)
+	}
+	if l.taken != 2*part {
+		t.Errorf("got %d bytes taken; want %d", l.taken, 2*part)
+	}
+	for _, c := range all {
+		_ = c.Close()
+	}
+	if l.taken != 0 || len(l.open) != 0 {
+		t.Errorf("got %d bytes and %d connections kept; want none", l.taken, len(l.open))
+	}
+}
+
+// A byte of a header costs more than one of a body.
+func TestLimiterWeighsHeaders(t *testing.T) {
+	l := newTestLimiter(100, 1<<20)
+	c := l.come(t, 1)[0]
+	if err := hear(t, c, freeBytes+100); err != nil {
+		t.Fatal(err)
+	}
+	if want := int64(100 * headerWeight); l.taken != want {
+		t.Errorf("got %d bytes taken; want %d", l.taken, want)
+	}
+}
