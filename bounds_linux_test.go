@@ -21,10 +21,10 @@ func TestProcessIsBoundedByItsState(t *testing.T) {
 		wantMemory  int // MiB
 		wantDisk    int // MiB
 	}{
-		{storeMemory, 400, 500_000, 150, 0},
-		{storeMemory, 4_000, 50_000, 150, 0},
-		{storeBolt, 60, 2_000_000, 220, 100},
-		{storeBolt, 2_000, 100_000, 150, 100},
+		{storeMemory, 300, 500_000, 150, 0},
+		{storeMemory, 3_000, 50_000, 150, 0},
+		{storeBolt, 48, 2_000_000, 220, 80}, // four bodies at once, and raft.db is mapped
+		{storeBolt, 1_200, 100_000, 150, 80},
 	} {
 		t.Run(fmt.Sprintf("%s, %d writes of %d bytes", tt.store, tt.writes, tt.len), func(t *testing.T) {
 			p := newProc(t, map[string]string{"KV_STORE": tt.store, "MAX_BODY_BYTES": "2097152", "NODE_ID": "node1"})

@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -223,5 +224,29 @@ func TestMemorySnapshotIsKeptAsItWasCaptured(t *testing.T) {
 	_, source, err := st.snapshots.Open(sink.ID())
 	if err != nil || source.Close() != nil { // whoever writes it ends, as goleak would tell
 		t.Errorf("got error %v; want none", err)
+	}
+}
+
+// Each node of a cluster bounds its own log, whatever the others do.
+func TestEveryNodeBoundsItsLog(t *testing.T) {
+	t.Parallel()
+	for _, store := range []string{storeMemory, storeBolt} {
+		t.Run(store, func(t *testing.T) {
+			t.Parallel()
+			c := newTestCluster(t, 3, store)
+			value := `"` + strings.Repeat("v", 1_000_000) + `"`
+			for range 2 * dueBytes / len(value) {
+				c.nodes[0].set(t, value)
+			}
+			for _, node := range c.nodes {
+				waitFor(t, node.cfg.NodeID+" to have shortened its log", func() bool {
+					rules := node.storage.rules
+					rules.mu.Lock()
+					defer rules.mu.Unlock()
+					first, err := rules.FirstIndex()
+					return err == nil && first > 1 && rules.view.since(0) < dueBytes+tailBytes+2*int64(len(value))
+				})
+			}
+		})
 	}
 }
