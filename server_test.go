@@ -26,10 +26,17 @@ type forked struct {
 // fork serves a node's Store at /fork with handle.
 func fork(t *testing.T, n *testNode, handle handlerFunc) *forked {
 	t.Helper()
+	return forkWithin(t, n, 15*time.Second, handle)
+}
+
+// forkWithin is fork with a timeout for requests and answers.
+func forkWithin(t *testing.T, n *testNode, timeout time.Duration, handle handlerFunc) *forked {
+	t.Helper()
 	f := &forked{testNode: n, lines: new(logLines), web: httptest.NewUnstartedServer(nil)}
 	log := hclog.New(&hclog.LoggerOptions{Output: f.lines})
 	s := newServer(n.cfg, n.Store, n.metrics, log, []route{{path: "/fork", get: handle, post: handle}})
 	f.web.Config = s.listener()
+	f.web.Config.ReadTimeout, f.web.Config.WriteTimeout = timeout, timeout
 	f.web.Listener = s.door(f.web.Listener, nil)
 	f.web.Start()
 	t.Cleanup(f.web.Close)
@@ -200,7 +207,7 @@ func TestLeaderIsAsKnownAtTheAnswer(t *testing.T) {
 func TestHandlersCanStream(t *testing.T) {
 	n := newTestNode(t, storeMemory)
 	const timeout = 200 * time.Millisecond
-	f := fork(t, n, func(w http.ResponseWriter, r *http.Request) error {
+	f := forkWithin(t, n, timeout, func(w http.ResponseWriter, r *http.Request) error {
 		control := http.NewResponseController(w)
 		if err := errors.Join(control.SetReadDeadline(time.Time{}), control.SetWriteDeadline(time.Time{})); err != nil {
 			return err
@@ -222,8 +229,7 @@ func TestHandlersCanStream(t *testing.T) {
 		}
 		return nil
 	})
-	f.web.Config.ReadTimeout, f.web.Config.WriteTimeout = timeout, timeout // before the first connection
-	response, err := http.Get(f.web.URL + "/fork")                         //nolint:noctx // it ends by itself
+	response, err := http.Get(f.web.URL + "/fork") //nolint:noctx // it ends by itself
 	if err != nil {
 		t.Fatal(err)
 	}
