@@ -278,7 +278,7 @@ func TestAnswersThatCountAsSilence(t *testing.T) {
 	checkLeaks(t)
 	a := newAsker(t)
 	fits := strings.Repeat("x", maxName-len("node2#"))
-	members, err := json.Marshal(slices.Repeat([]member{{"node3#1", "127.0.0.1:1", true}}, 100_000))
+	members, err := json.Marshal(slices.Repeat([]member{{"node3#1", "127.0.0.1:1", true}}, 40_000))
 	if err != nil {
 		t.Fatal(err)
 	}
