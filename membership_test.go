@@ -101,7 +101,9 @@ func TestMembershipIsRefused(t *testing.T) {
 		},
 		{
 			"an entry without a name",
-			func(_ *testing.T, st *storage) error { return st.logs.StoreLog(&raft.Log{Index: 1, Term: 1}) },
+			func(_ *testing.T, st *storage) error {
+				return st.logs.StoreLog(&raft.Log{Index: 1, Term: 1, Type: raft.LogNoop})
+			},
 			[]string{"first version"},
 		},
 		{"a snapshot without a name", func(t *testing.T, st *storage) error {
@@ -153,7 +155,7 @@ func TestBootstrapBeginsALogOnce(t *testing.T) {
 		}, true},
 		{"a server that did not bootstrap", nil, func(*testing.T, *storage) error { return nil }, false},
 		{"a log", members, func(_ *testing.T, st *storage) error {
-			return errors.Join(st.stable.SetUint64(keyCurrentTerm, 7), st.logs.StoreLog(&raft.Log{Index: 5, Term: 7}))
+			return errors.Join(st.stable.SetUint64(keyCurrentTerm, 7), st.logs.StoreLog(&raft.Log{Index: 5, Term: 7, Type: raft.LogNoop}))
 		}, false},
 		{"a snapshot", members, func(t *testing.T, st *storage) error {
 			t.Helper()
