@@ -331,7 +331,7 @@ func standing(t *testing.T, n int, addr, text string) {
 	wg.Wait()
 }
 
-// Connections that announce bodies, or send long headers, and stop there take a bounded memory and keep nobody out, at the limit
+// Connections that announce bodies, send long headers or do not read answers, and stop there, take a bounded memory and keep nobody out, at the limit
 // of the manifests.
 func TestProcessSilentConnections(t *testing.T) {
 	if runtime.GOOS != "linux" {
@@ -345,10 +345,12 @@ func TestProcessSilentConnections(t *testing.T) {
 		{"announced bodies", 6000, "PUT /key/a HTTP/1.1\r\nHost: test\r\nContent-Length: 65536\r\n\r\n"},
 		{"bodies in part", 2000, "PUT /key/a HTTP/1.1\r\nHost: test\r\nContent-Length: 65536\r\n\r\n" + strings.Repeat("1", 60000)},
 		{"long headers", 8000, "GET /key/a HTTP/1.1\r\nHost: test\r\nX: " + strings.Repeat("x", 31000)},
+		{"answers not read", 2000, "GET /key/large HTTP/1.1\r\nHost: test\r\n\r\n"},
 		{"headers of many lines", 4000, "GET /key/a HTTP/1.1\r\nHost: test\r\n" + strings.Repeat("X: 1\r\n", 2500)},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			p := startAll(newProc(t, map[string]string{"KV_STORE": storeMemory, "GOMEMLIMIT": "384MiB"}))[0]
+			p.put("large", `"`+strings.Repeat("x", 500_000)+`"`)
 			standing(t, tc.conns, p.env["HTTP_ADDR"]+":"+p.env["HTTP_PORT"], tc.text)
 			var slowest time.Duration
 			for i := range 20 {
