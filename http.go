@@ -28,7 +28,7 @@ const (
 const (
 	maxListings = 32
 	listingWait = 4 * time.Second // for a turn
-	pieceBytes  = 32 << 10        // of a large answer, which the client has to take
+	pieceBytes  = 16 << 10        // of a large answer, which the client has to take
 	pieceWait   = 2 * time.Second // in that time
 )
 

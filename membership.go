@@ -270,16 +270,16 @@ func (v view) toJoin() string {
 			return info.Cluster
 		}
 	}
-	founder := v.answers[v.bootstrapper()].Server
+	bootstrapped := v.answers[v.bootstrapper()].Server
 	if v.self == v.bootstrapper() || !v.allEmpty() {
 		return ""
 	}
 	for _, p := range v.peers {
-		if c := v.answers[p.ID].Cluster; c != "" && c != founder {
+		if c := v.answers[p.ID].Cluster; c != "" && c != bootstrapped {
 			return ""
 		}
 	}
-	return founder
+	return bootstrapped
 }
 
 // toBootstrap returns the configuration with which this server is to begin a cluster, nil while it is not: every other
