@@ -1,11 +1,11 @@
-# The binary, a directory for its state, and nothing else. README.md says how to build and run it.
+# An image with the binary, a directory for its state, and nothing else. docs/operations.md says how to build and run it.
 ARG GO_VERSION=1.26.8
 
 FROM golang:${GO_VERSION} AS build
 WORKDIR /src
-# Set it where the default proxy of Go modules cannot be reached.
+# Set this if the default proxy of Go modules cannot be reached.
 ARG GOPROXY
-# A layer of their own: modules are downloaded again only when these two files change.
+# The modules are a layer of their own, so they are downloaded again only when these two files change.
 COPY go.mod go.sum ./
 RUN go mod download
 COPY . .
@@ -18,7 +18,7 @@ LABEL org.opencontainers.image.title="Raft Starter" \
       org.opencontainers.image.description="A highly available key-value service: JSON over HTTP, replicated with Raft" \
       org.opencontainers.image.version="$VERSION"
 COPY --from=build /out/raftstarter /raftstarter
-# A new volume takes over whom this directory belongs to. Kubernetes can tell that a user is not root only by a number.
+# A new volume gets the owner of this directory. The user is a number, because Kubernetes cannot tell from a name that it is not root.
 COPY --from=build --chown=65532:65532 /out/state/ /
 USER 65532:65532
 ENV STATE_DIR=/data

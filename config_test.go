@@ -496,7 +496,7 @@ func variableNames() (names []string) {
 	return names
 }
 
-// README.md, --help and the code know the same variables, with the same defaults and meanings.
+// docs/configuration.md, --help and the code know the same variables, with the same defaults and meanings.
 func TestVariables(t *testing.T) {
 	asked := map[string]bool{}
 	plain, err := loadConfig(func(name string) string { asked[name] = true; return "" }, testSystem())
@@ -506,11 +506,11 @@ func TestVariables(t *testing.T) {
 	if names := variableNames(); !slices.Equal(slices.Sorted(slices.Values(names)), slices.Sorted(maps.Keys(asked))) {
 		t.Errorf("--help lists %q; the code asks for %q", names, slices.Sorted(maps.Keys(asked)))
 	}
-	readme, err := os.ReadFile("README.md")
+	doc, err := os.ReadFile("docs/configuration.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	rows := regexp.MustCompile("(?m)^\\| `([A-Z_]+)` \\| (.+?) \\| (.+) \\|$").FindAllStringSubmatch(string(readme), -1)
+	rows := regexp.MustCompile("(?m)^\\| `([A-Z_]+)` \\| (.+?) \\| (.+) \\|$").FindAllStringSubmatch(string(doc), -1)
 	var table strings.Builder
 	for _, row := range rows {
 		name, def, meaning := row[1], row[2], row[3]
@@ -523,7 +523,7 @@ func TestVariables(t *testing.T) {
 	}
 	_, help, _ := strings.Cut(helpText, "counts as unset):")
 	if diff := cmp.Diff(strings.Fields(strings.ReplaceAll(table.String(), "`", "")), strings.Fields(help)); diff != "" || len(rows) == 0 {
-		t.Errorf("README.md and --help differ (-README +help):\n%s", diff)
+		t.Errorf("docs/configuration.md and --help differ (-table +help):\n%s", diff)
 	}
 	for line := range strings.Lines(helpText) {
 		if len(line) > 101 || strings.HasSuffix(line, " \n") {

@@ -70,10 +70,10 @@ func TestMetrics(t *testing.T) {
 	checkWatched(t, own)
 }
 
-// checkWatched compares what the README, the alert rules and the dashboard speak of with what there is.
+// checkWatched compares what docs/metrics.md, the alert rules and the dashboard speak of with what there is.
 func checkWatched(t *testing.T, own []string) {
 	t.Helper()
-	readme, err1 := os.ReadFile("README.md")
+	doc, err1 := os.ReadFile("docs/metrics.md")
 	rules, err2 := os.ReadFile("k8s/variants/monitoring/prometheusrule.yaml")
 	board, err3 := os.ReadFile("k8s/variants/monitoring/dashboard.yaml")
 	if err := errors.Join(err1, err2, err3); err != nil {
@@ -83,12 +83,12 @@ func checkWatched(t *testing.T, own []string) {
 	if !found || !json.Valid([]byte(dashboard)) {
 		t.Error("the dashboard is not JSON")
 	}
-	_, table, _ := strings.Cut(string(readme), "### Metrics\n")
+	_, table, _ := strings.Cut(string(doc), "# Metrics\n")
 	table, _, _ = strings.Cut(table, "\n\nThose that begin")
 	for _, cell := range regexp.MustCompile("(?m)^\\| (`.*?) \\|").FindAllStringSubmatch(table, -1) {
 		table += "\nraftstarter_" + strings.NewReplacer("`", "", ", ", " raftstarter_").Replace(cell[1])
 	}
-	for from, text := range map[string]string{"README.md": table, "the rules": string(rules), "the dashboard": dashboard} {
+	for from, text := range map[string]string{"docs/metrics.md": table, "the rules": string(rules), "the dashboard": dashboard} {
 		names := regexp.MustCompile(`raftstarter_[a-z_]+`).FindAllString(text, -1)
 		if len(names) < 10 {
 			t.Errorf("%s: got %d metrics; want 10 or more", from, len(names))

@@ -7,7 +7,7 @@
 # after commas other names and addresses of it (node1,host1.example,10.1.1.1). localhost and 127.0.0.1 are always among them,
 # for curl on this machine. An authority that is there already signs the new certificates; those that are there are replaced.
 set -euo pipefail
-(($# >= 2)) || { sed -n 's/^# \{0,1\}//; 2,9p' "$0"; exit 2; }
+(($# >= 2)) || { sed -n 's/^# \{0,1\}//; 2,8p' "$0"; exit 2; }
 dir=$1
 shift
 umask 077

@@ -154,7 +154,7 @@ func (m *manifests) env(t *testing.T, pod string) map[string]string {
 	return env
 }
 
-// mountSecrets makes the Secrets that the pods mount as README.md has them made, and lets env point to their files.
+// mountSecrets makes the Secrets that the pods mount as docs/kubernetes.md has them made, and lets env point to their files.
 func (m *manifests) mountSecrets(t *testing.T, env map[string]string) {
 	t.Helper()
 	dir := t.TempDir()
