@@ -9,9 +9,9 @@ import (
 	"slices"
 )
 
-// This file helps a state machine with its bytes: appendString and decoder for commands and results, snapshotEncoder and
-// snapshotDecoder for snapshots. A number is a uvarint, as in encoding/binary, or 8 bytes in big-endian order where the
-// method's name says so. A string or a slice of bytes follows its length, which is a uvarint.
+// This file helps a state machine with its bytes: appendString and decoder for commands and results, snapshotEncoder
+// and snapshotDecoder for snapshots. A number is a uvarint, as in encoding/binary, or 8 bytes in big-endian order
+// where the method's name says so. A string or a slice of bytes follows its length, which is a uvarint.
 
 // appendString appends s, after its length, to b and returns the extended slice.
 func appendString[T string | []byte](b []byte, s T) []byte {
@@ -79,8 +79,8 @@ func (e *snapshotEncoder) string(s string) {
 	}
 }
 
-// snapshotDecoder reads what a snapshotEncoder wrote. After an error all values are zero; callers check end once, and in
-// loops err, since the number of rounds may be damaged, too.
+// snapshotDecoder reads what a snapshotEncoder wrote. After an error all values are zero; callers check end once, and
+// in loops err, since the number of rounds may be damaged, too.
 type snapshotDecoder struct {
 	r       *bufio.Reader
 	longest uint64 // length of a string that is read; the longer ones are errors

@@ -15,18 +15,18 @@ import (
 
 const (
 	deleteStep   = 512 // log entries that one transaction deletes
-	checksumSize = 4   // bytes of a CRC-32C
+	checksumSize = 4   // bytes of a CRC-32C in our formats
 )
 
-// diskStore is the database on the disk: a raft.LogStore and a raft.StableStore that stop the process when the database
-// fails. Raft itself goes on after an error with a wrong idea of what is stored, and after a failed fsync nobody can know
-// what reached the disk (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020). So any error but "not
-// found" goes to node.fail, which does not return: Raft never answers from broken storage. The watchdog stops the process
-// when a call to the database hangs.
+// diskStore is the database on the disk: a raft.LogStore and a raft.StableStore that stop the process when the
+// database fails. Raft itself goes on after an error with a wrong idea of what is stored, and after a failed fsync
+// nobody can know what reached the disk (Rebello et al., "Can Applications Recover from fsync Failures?", ATC 2020).
+// So any error but "not found" goes to node.fail, which does not return: Raft never answers from broken storage. The
+// watchdog stops the process when a call to the database hangs.
 //
 // While this node leads, StoreLogs returns before the entries are on the disk. So the followers get them while the
-// leader's own disk is at work, and not after (10.2.1 in Ongaro's dissertation). Such entries are pending. Nobody may rely
-// on them before they are stored: see "Storing while sending" in DESIGN.md.
+// leader's own disk is at work, and not after (10.2.1 in Ongaro's dissertation). Such entries are pending. Nobody may
+// rely on them before they are stored: see "Storing while sending" in DESIGN.md.
 type diskStore struct {
 	db       database
 	path     string // of db, for messages
@@ -53,19 +53,20 @@ func newDiskStore(db database, path string, w *watchdog, m *metrics, node storag
 	return d
 }
 
-// do makes a call to the database. The op names it in messages.
+// do makes a call to the database, and stops the process if that fails. The call does little, so it has a time limit.
+// The op names it in messages.
 func (d *diskStore) do(op string, call func() error) error {
 	err := d.watchdog.watch(op, lostTicks, func() error { return recovered(d.path, call) })
-	if err != nil && !errors.Is(err, raft.ErrLogNotFound) && !isNotFound(err) {
+	if err != nil && !isNotFound(err) {
 		d.node.fail(fmt.Errorf("storage: %s: %w", op, err))
 	}
 	return err
 }
 
-// isNotFound says whether a StableStore has no such key. Each store has an error of its own for that, but Raft compares
-// the text, so the text is always this one.
+// isNotFound says whether a store has no such entry or key. For a key each store has an error of its own, but always
+// with the same text, since Raft compares that.
 func isNotFound(err error) bool {
-	return err != nil && err.Error() == raftboltdb.ErrKeyNotFound.Error()
+	return errors.Is(err, raft.ErrLogNotFound) || err != nil && err.Error() == raftboltdb.ErrKeyNotFound.Error()
 }
 
 // waitStored waits until all log entries up to index are on the disk.
@@ -96,6 +97,8 @@ func (d *diskStore) FirstIndex() (uint64, error) { return d.index("first index",
 
 func (d *diskStore) LastIndex() (uint64, error) { return d.index("last index", d.db.LastIndex) }
 
+// index reads the first or last index of the log when no entry is pending any more: whoever asks must not hear of an
+// entry that a crash can still take away.
 func (d *diskStore) index(op string, read func() (uint64, error)) (index uint64, err error) {
 	if err := d.waitAllStored(); err != nil {
 		return 0, err
@@ -104,6 +107,8 @@ func (d *diskStore) index(op string, read func() (uint64, error)) (index uint64,
 	return index, err
 }
 
+// GetLog reads an entry from the disk. Each command was checksummed when it was encoded, so a damaged one is found
+// here.
 func (d *diskStore) GetLog(index uint64, l *raft.Log) error {
 	if err := d.waitStored(index); err != nil {
 		return err
@@ -111,7 +116,7 @@ func (d *diskStore) GetLog(index uint64, l *raft.Log) error {
 	return d.do("get log", func() error {
 		var stored raft.Log
 		err := d.db.GetLog(index, &stored)
-		if errors.Is(err, raft.ErrLogNotFound) || isNotFound(err) {
+		if isNotFound(err) {
 			return err
 		}
 		if err == nil && stored.Index != index {
@@ -132,8 +137,8 @@ func (d *diskStore) StoreLog(l *raft.Log) error {
 	return d.StoreLogs([]*raft.Log{l})
 }
 
-// StoreLogs stores entries. On a leader it returns at once and the entries are pending, unless one changes the membership:
-// Raft uses a new configuration as soon as this returns.
+// StoreLogs stores entries. On a leader it returns at once and the entries are pending, unless one changes the
+// membership: Raft uses a new configuration as soon as this returns.
 func (d *diskStore) StoreLogs(l []*raft.Log) error {
 	changesMembers := slices.ContainsFunc(l, func(l *raft.Log) bool { return l.Type == raft.LogConfiguration })
 	if changesMembers || !d.node.commitsWithOthers() {
@@ -190,8 +195,9 @@ func (d *diskStore) removePending(n int) []*raft.Log {
 	return d.pending
 }
 
-// DeleteRange deletes entries. The oldest go in several transactions, as new entries must wait for each. The newest, which
-// the leader does not have, go in one: after a crash between two, the log would be neither the old one nor the leader's.
+// DeleteRange deletes entries. The oldest go in several transactions, as new entries must wait for each. The newest,
+// which the leader does not have, go in one: after a crash between two, the log would be neither the old one nor the
+// leader's.
 func (d *diskStore) DeleteRange(first, last uint64) error {
 	end, err := d.LastIndex()
 	if err != nil {
@@ -207,8 +213,8 @@ func (d *diskStore) DeleteRange(first, last uint64) error {
 	return d.do("delete logs", func() error { return d.db.DeleteRange(first, last) })
 }
 
-// Set stores a value when no entry is pending any more. Raft stores a new term before it follows another leader or votes,
-// and then this node's entries of the last term count as stored.
+// Set stores a value when no entry is pending any more. Raft stores a new term before it follows another leader or
+// votes, and then this node's entries of the last term count as stored.
 func (d *diskStore) Set(key, val []byte) error {
 	if err := d.waitAllStored(); err != nil {
 		return err

@@ -25,7 +25,7 @@ type logStore struct {
 	raft.LogStore
 	node         storageNode
 	trailingLogs uint64 // number of entries that stay after a snapshot, at most
-	inMemory     bool   // KV_STORE=memory: a snapshot shares memory with the state, so it costs nothing
+	inMemory     bool   // KV_STORE=memory: a snapshot shares its memory with the state, so it costs little
 
 	snapshotIndex atomic.Uint64 // last entry that the newest snapshot covers
 	stateSize     atomic.Int64  // bytes of the state when it was last written, sent or received
@@ -43,7 +43,8 @@ func newLogStore(store raft.LogStore, cfg *Config, node storageNode) *logStore {
 	}
 }
 
-// readSizes reads the entries after the newest snapshot, to know their sizes. Those before it do not count any more.
+// readSizes reads the entries after the newest snapshot when the node starts, to know their sizes. Those before it
+// count for nothing: they can only be deleted.
 func (s *logStore) readSizes() error {
 	first, err1 := s.FirstIndex()
 	last, err2 := s.LastIndex()
@@ -94,8 +95,8 @@ func (s *logStore) GetLog(index uint64, l *raft.Log) error {
 	return nil
 }
 
-// isSnapshotDue says whether the log since the newest snapshot has too many bytes, or at least threshold entries; 0 is no
-// threshold.
+// isSnapshotDue says whether a snapshot is due: the log since the newest snapshot has too many bytes, or at least
+// threshold entries; 0 is no threshold.
 func (s *logStore) isSnapshotDue(threshold uint64) bool {
 	limit := int64(maxLogBytes)
 	if !s.inMemory {
@@ -107,10 +108,10 @@ func (s *logStore) isSnapshotDue(threshold uint64) bool {
 	return s.sizes.bytesFrom(after) > limit || threshold > 0 && s.sizes.next >= after+threshold
 }
 
-// setSnapshot records the newest snapshot by its last entry, and deletes entries that contradict it. Raft itself would keep
-// them when it installs a snapshot. Example: node1 holds entries 8 to 10 of a leader that nobody else heard. It installs a
-// snapshot up to entry 50, and leads later. node3 comes back without its state, and Raft on node1 would send it entries 8
-// to 10, which were never committed.
+// setSnapshot records the newest snapshot by its last entry, and deletes entries that contradict it. Raft itself would
+// keep them when it installs a snapshot. Example: node1 holds entries 8 to 10 of a leader that nobody else heard. It
+// installs a snapshot up to entry 50, and leads later. node3 comes back without its state, and Raft on node1 would
+// send it entries 8 to 10, which were never committed.
 //
 // If entry index has the snapshot's term it is the same entry, and so all before it are the same. If not, all up to
 // index go. What comes after index stays: it is from older terms, and Raft replaces it when the leader's entries come.
@@ -134,9 +135,9 @@ func (s *logStore) setSnapshot(index, term uint64) error {
 
 // DeleteRange is how Raft deletes the oldest entries after a snapshot, and the newest where the leader has others.
 //
-// Of the oldest it asks to delete all that the snapshot covers; those that are to stay are chosen here, by number and by
-// bytes. Of the newest none may go that has been executed: then this node has executed what the leader does not have, and
-// must stop.
+// Of the oldest it asks to delete all that the snapshot covers; those that are to stay are chosen here, by number and
+// by bytes. Of the newest none may go that has been executed: then this node has executed what the leader does not
+// have, and must stop.
 func (s *logStore) DeleteRange(first, last uint64) error {
 	end, err := s.LastIndex()
 	if err != nil || end == 0 || last == 0 { // an empty log. raft.InmemStore would count its indexes below 0
@@ -150,9 +151,10 @@ func (s *logStore) DeleteRange(first, last uint64) error {
 			return nil
 		}
 	} else if applied := s.node.lastApplied(); last >= end && first <= applied {
-		err := fmt.Errorf("the leader's log differs from entry %d on, but this node has executed its own up to %d: a node "+
-			"of the cluster has lost what it had stored; nothing was changed: compare the nodes' data, then move the state "+
-			"directory of each that is wrong away and start it without state, to be filled by the others", first, applied)
+		err := fmt.Errorf("the leader's log differs from entry %d on, but this node has executed its own up to %d: "+
+			"a node of the cluster has lost what it had stored; nothing was changed: compare the nodes' data, then "+
+			"move the state directory of each that is wrong away and start it without state, to be filled by the "+
+			"others", first, applied)
 		s.node.fail(err)
 		return err
 	}
@@ -170,8 +172,8 @@ func (s *logStore) deleteEntries(first, last uint64) error {
 	return nil
 }
 
-// logSizes knows the sizes of the entries from some index to the end of the log, and holds the newest entries themselves.
-// Its zero value is that of an empty log.
+// logSizes knows the sizes of the entries from some index to the end of the log, and holds the newest entries
+// themselves. Its zero value is that of an empty log.
 type logSizes struct {
 	next   uint64      // index of the entry that comes next
 	before []int64     // for each entry, the bytes of all entries before it since logSizes began
@@ -184,6 +186,8 @@ func (s *logSizes) first() uint64 { return s.next - uint64(len(s.before)) }
 
 func (s *logSizes) firstCached() uint64 { return s.next - uint64(len(s.cached)) }
 
+// add adds the entry at the end of the log. The newest entry is always in memory, however large it is; others are while
+// they and all after them have at most maxCachedBytes.
 func (s *logSizes) add(l *raft.Log) {
 	if l.Index != s.next { // the first entry, or the first after a snapshot that covers more than the log held
 		*s = logSizes{next: l.Index}
@@ -200,10 +204,11 @@ func (s *logSizes) add(l *raft.Log) {
 
 // bytesFrom returns the size of the entries from index to the end.
 func (s *logSizes) bytesFrom(index uint64) int64 {
+	index = max(index, s.first())
 	if index >= s.next {
 		return 0
 	}
-	return s.total - s.before[max(index, s.first())-s.first()]
+	return s.total - s.before[index-s.first()]
 }
 
 // cachedEntry returns an entry that is in memory, or nil.
@@ -214,7 +219,7 @@ func (s *logSizes) cachedEntry(index uint64) *raft.Log {
 	return s.cached[index-s.firstCached()]
 }
 
-// tail returns the index from which on there are at most count entries and so many bytes.
+// tail returns the first index of the longest end of the log that has at most count entries and so many bytes.
 func (s *logSizes) tail(count uint64, bytes int64) uint64 {
 	from := s.next - min(count, uint64(len(s.before)))
 	for from < s.next && s.bytesFrom(from) > bytes {

@@ -14,17 +14,17 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// StateMachine is the state that the cluster replicates. To build another service, write one of these. It needs no locks:
-// the Store calls one method at a time, and none while the func given to Store.Read or Store.Capture runs. Restore is the
-// exception.
+// StateMachine is the state that the cluster replicates. To build another service, write one of these. It needs no
+// locks: the Store calls one method at a time, and none while the func given to Store.Read or Store.Capture runs.
+// Restore is the exception.
 type StateMachine interface {
-	// Apply executes one committed command and returns its result, which Store.Apply returns on the node that was asked.
-	// An empty result arrives as nil or as empty. Apply must not keep the command's memory.
+	// Apply executes one committed command and returns its result, which Store.Apply returns on the node that was
+	// asked. An empty result arrives as nil or as empty. Apply must not keep the command's memory.
 	//
 	// Every node executes every command. So that all get the same state, Apply uses nothing but the state, the command
-	// and at: no clock, no random numbers, no iteration over a Go map. at is the leader's clock when it took the command.
-	// It can go back: node1 leads with a clock that is 2 s fast, and then node2 leads. A machine with deadlines therefore
-	// keeps the latest time that it has seen in its state, and writes it into its snapshots:
+	// and at: no clock, no random numbers, no iteration over a Go map. at is the leader's clock when it took the
+	// command. It can go back: node1 leads with a clock that is 2 s fast, and then node2 leads. A machine with
+	// deadlines therefore keeps the latest time that it has seen in its state, and writes it into its snapshots:
 	//
 	//	if at.After(m.now) {
 	//		m.now = at
@@ -35,8 +35,8 @@ type StateMachine interface {
 	// would have another state than the others. A command should begin with a byte for its version or kind.
 	Apply(command []byte, at time.Time) (result []byte, err error)
 	// Snapshot captures the state and returns at once. The func that it returns writes what was captured, while later
-	// commands are applied. With KV_STORE=memory that func is kept until the next snapshot, and called for each node that
-	// needs the snapshot, perhaps for two at once. Equal states must give equal bytes.
+	// commands are applied. With KV_STORE=memory that func is kept until the next snapshot, and called for each node
+	// that needs the snapshot, perhaps for two at once. Equal states must give equal bytes.
 	Snapshot() (write func(io.Writer) error)
 	// Restore reads what a snapshot's func wrote, up to io.EOF (as io.ReadAll does; json.Decoder may not). It must not
 	// change the state: other methods and Read may run meanwhile. The func that it returns replaces the state; it is
@@ -115,8 +115,8 @@ func (r *replica) Snapshot() (raft.FSMSnapshot, error) {
 	return &snapshot{index: r.applied.load(), write: r.machine.Snapshot(), released: r.released}, nil
 }
 
-// Restore replaces the state by that of a snapshot. If it cannot be read the process stops: Raft would go on with an older
-// snapshot.
+// Restore replaces the state by that of a snapshot. If it cannot be read the process stops: Raft would go on with an
+// older snapshot.
 func (r *replica) Restore(source io.ReadCloser) error {
 	err := r.restore(source)
 	if err != nil {
@@ -125,8 +125,8 @@ func (r *replica) Restore(source io.ReadCloser) error {
 	return err
 }
 
-// restore replaces the state when the whole snapshot has been read and its checksum is right. Until then readers see the
-// old state.
+// restore replaces the state when the whole snapshot has been read and its checksum is right. Until then readers see
+// the old state.
 func (r *replica) restore(source io.Reader) error {
 	reader := &snapshotReader{r: bufio.NewReaderSize(source, snapshotBuffer)}
 	index, err := reader.header()

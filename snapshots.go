@@ -24,21 +24,21 @@ const (
 	metaName      = "meta.json" // in a snapshot's directory. This is the name in Raft's file store
 )
 
-// snapshotStore is the raft.SnapshotStore of this node, over one on the disk or in memory. It stores no snapshot that is
-// older than the newest, and tells the log of each new one. Like diskStore it stops the process when a snapshot cannot be
-// written, or reads otherwise than it was written: Raft would log that and go on without the snapshot.
+// snapshotStore is the raft.SnapshotStore of this node, over one on the disk or in memory. It stores no snapshot that
+// is older than the newest, and tells the log of each new one. Like diskStore it stops the process when a snapshot
+// cannot be written, or reads otherwise than it was written: Raft would log that and go on without the snapshot.
 type snapshotStore struct {
 	store    raft.SnapshotStore // Raft's file store, or memorySnapshots
 	dir      string             // of the file store; "" in memory
 	watchdog *watchdog          // nil in memory
 	log      *logStore
 
-	storing sync.Mutex   // held while a snapshot is completed: one after the other, so that the newest is known
+	storing sync.Mutex   // held while a snapshot is completed, so that none is completed between look and action
 	begun   atomic.Int64 // when this node began to write the newest snapshot, in Unix milliseconds; 0 for none
 }
 
-// errNewerSnapshot is why a snapshot is not stored: while this node wrote it, the leader sent a newer one. Raft would use
-// the older one from then on, and refuse all entries that follow the newer.
+// errNewerSnapshot is why a snapshot is not stored: while this node wrote it, the leader sent a newer one. Raft would
+// use the older one from then on, and refuse all entries that follow the newer.
 var errNewerSnapshot = errors.New("a newer snapshot has come meanwhile")
 
 // newSnapshotStore returns a store of the snapshots in store. It makes the log agree with the newest of them.
@@ -54,8 +54,8 @@ func newSnapshotStore(store raft.SnapshotStore, dir string, w *watchdog, log *lo
 	return s, err
 }
 
-// setNewest records the newest snapshot. Its size is 0 if nothing has been written yet (see lateSink). Its id ends in the
-// time, in Raft's file store and in memorySnapshots.
+// setNewest records the newest snapshot. Its size is 0 if nothing has been written yet (see lateSink). Its id ends in
+// the time, in Raft's file store and in memorySnapshots.
 func (s *snapshotStore) setNewest(id string, index, term uint64, size int64) error {
 	if size > 0 {
 		s.log.stateSize.Store(size)
@@ -65,7 +65,8 @@ func (s *snapshotStore) setNewest(id string, index, term uint64, size int64) err
 	return s.log.setSnapshot(index, term)
 }
 
-// do makes a call to the store. The op names it in messages.
+// do makes a call to the store, and stops the process if that fails. It has no time limit, since the call may read or
+// write a large state. The op names it in messages.
 func (s *snapshotStore) do(op string, call func() error) error {
 	err := s.watchdog.watch(op, noLimit, call)
 	if err != nil {
@@ -99,7 +100,8 @@ func (s *snapshotStore) newest() (raft.SnapshotMeta, error) {
 	return *list[0], nil
 }
 
-// Open returns a snapshot. Raft's file store reads all of it first, to compare its checksum.
+// Open returns a snapshot, which the caller closes. Raft's file store reads all of it first, to compare its checksum. A
+// snapshot that does not match is damage and stops the process: Raft would restore the one before.
 func (s *snapshotStore) Open(id string) (meta *raft.SnapshotMeta, state io.ReadCloser, err error) {
 	var gone error
 	err = s.do("open a snapshot", func() (err error) {
@@ -145,7 +147,7 @@ func (s *snapshotState) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// snapshotSink is a snapshot, being written.
+// snapshotSink is a snapshot that this node or, through Raft, the leader writes. Its Close makes it the newest.
 type snapshotSink struct {
 	raft.SnapshotSink
 	store  *snapshotStore
@@ -166,7 +168,8 @@ func (s *snapshotSink) writeLater(write func(io.Writer) error) bool {
 	return ok && late.writeLater(write)
 }
 
-// Close completes the snapshot, unless there is a newer one.
+// Close completes the snapshot, unless there is a newer one. Example: this node is writing its own snapshot up to
+// entry 40 while it receives and completes the leader's, up to 90. Its own must not become the newest after that.
 func (s *snapshotSink) Close() error {
 	if s.closed { // Raft closes it again after Persist
 		return nil
@@ -188,9 +191,9 @@ func (s *snapshotSink) Cancel() error {
 	return s.store.do("remove a snapshot", s.SnapshotSink.Cancel)
 }
 
-// openSnapshotFiles opens the snapshots in a directory of the state directory, and removes those that a crash has left half
-// written. It fails if Raft's file store does not list the newest one, since that would pass over it for the one before,
-// after which the log may lack entries. An older one that is damaged does not matter.
+// openSnapshotFiles opens the snapshots in a directory of the state directory, and removes those that a crash has left
+// half written. It fails if Raft's file store does not list the newest one, since that would pass over it for the one
+// before, after which the log may lack entries. An older one that is damaged does not matter.
 func openSnapshotFiles(stateDir string, log hclog.Logger) (*raft.FileSnapshotStore, error) {
 	store, err := raft.NewFileSnapshotStoreWithLogger(stateDir, snapshotsKept, log)
 	if err != nil {
@@ -206,8 +209,11 @@ func openSnapshotFiles(stateDir string, log hclog.Logger) (*raft.FileSnapshotSto
 	if err := errors.Join(err, err2, err3); err != nil || newest == "" {
 		return store, err
 	}
-	if len(list) > 0 && list[0].ID == newest && strings.HasPrefix(newest, fmt.Sprintf("%d-%d-", list[0].Term, list[0].Index)) {
-		return store, nil
+	if len(list) > 0 && list[0].ID == newest {
+		// The name must agree with what the file says: meta.json has no checksum.
+		if strings.HasPrefix(newest, fmt.Sprintf("%d-%d-", list[0].Term, list[0].Index)) {
+			return store, nil
+		}
 	}
 	return nil, damaged(filepath.Join(dir, newest), errors.New(metaName+" is missing, or not what was written"))
 }
@@ -227,9 +233,9 @@ func newestSnapshot(dir string) (name string, err error) {
 	return name, err
 }
 
-// memorySnapshots keeps the newest complete snapshot in memory. One of this node's own is kept as the func that writes it,
-// and shares with the state what has not changed since; one that the leader sent is kept as bytes. (Raft's own in-memory
-// store lists a snapshot before its bytes are there.)
+// memorySnapshots keeps the newest complete snapshot in memory. One of this node's own is kept as the func that writes
+// it, and shares with the state what has not changed since; one that the leader sent is kept as bytes. (Raft's own
+// in-memory store lists a snapshot before its bytes are there.)
 type memorySnapshots struct {
 	mu     sync.Mutex      // guards newest
 	newest *memorySnapshot // nil before the first
@@ -271,25 +277,23 @@ func (m *memorySnapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, er
 	if s == nil || s.meta.ID != id {
 		return nil, nil, fmt.Errorf("snapshot %q is gone", id)
 	}
-	var size byteCount
-	if err := s.write(&size); err != nil {
+	size, err := io.Copy(io.Discard, s.reader()) // Raft sends the size before the snapshot
+	if err != nil {
 		return nil, nil, err
 	}
 	meta := s.meta
-	meta.Size = int64(size)
+	meta.Size = size
+	return &meta, s.reader(), nil
+}
+
+// reader returns the snapshot's bytes. A goroutine writes them until all are read, or the reader is closed.
+func (s *memorySnapshot) reader() io.ReadCloser {
 	r, w := io.Pipe()
-	go func() { w.CloseWithError(s.write(w)) }() // until all is read, or the reader is closed
-	return &meta, r, nil
+	go func() { w.CloseWithError(s.write(w)) }()
+	return r
 }
 
-// byteCount counts the bytes that are written to it.
-type byteCount int64
-
-func (n *byteCount) Write(p []byte) (int, error) {
-	*n += byteCount(len(p))
-	return len(p), nil
-}
-
+// writeChunks writes a snapshot that the leader sent.
 func (s *memorySnapshot) writeChunks(w io.Writer) error {
 	for _, p := range s.chunks {
 		if _, err := w.Write(p); err != nil {

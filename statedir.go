@@ -11,16 +11,16 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// What is in STATE_DIR.
+// The names in STATE_DIR are a format: a node that did not find them would start without state.
 const (
 	dbName       = "raft.db"
 	snapshotsDir = "snapshots" // the name in Raft's file store
 	tmpSuffix    = ".tmp"      // of what is not complete
 )
 
-// openStateDir creates the state directory if there is none. If there is one, nobody else may have been able to write to it:
-// this node would believe what it finds. (The default is in /tmp, where anybody can create it first.) A directory that is
-// refused is not changed. uid is the user's that runs this process.
+// openStateDir creates the state directory if there is none. If there is one, nobody else may have been able to write
+// to it: this node would believe what it finds. (The default is in /tmp, where anybody can create it first.) A
+// directory that is refused is not changed. uid is the user's that runs this process.
 func openStateDir(dir string, uid int, log hclog.Logger) error {
 	// What this process creates from now on is for its user alone, also where a library asks for more.
 	syscall.Umask(0o077)
@@ -42,8 +42,8 @@ func openStateDir(dir string, uid int, log hclog.Logger) error {
 	return nil
 }
 
-// checkStateDir returns an error that says what is wrong with the state directory, and what to do. A group may write to it:
-// Kubernetes gives volumes to one.
+// checkStateDir returns an error that says what is wrong with the state directory, and what to do. A group may write
+// to it: Kubernetes gives volumes to one.
 func checkStateDir(dir string, uid int) (fs.FileInfo, error) {
 	info, err := os.Lstat(dir)
 	if err != nil {
@@ -56,11 +56,11 @@ func checkStateDir(dir string, uid int) (fs.FileInfo, error) {
 	case !info.IsDir():
 		err = errors.New("it is no directory: set STATE_DIR to a directory, or to a name that is not taken")
 	case owner != uid && owner != 0:
-		err = fmt.Errorf("it belongs to user %d, neither to root nor to user %d, who runs this node: chown it if it is "+
-			"this node's, or set another STATE_DIR", owner, uid)
+		err = fmt.Errorf("it belongs to user %d, neither to root nor to user %d, who runs this node: chown it if it "+
+			"is this node's, or set another STATE_DIR", owner, uid)
 	case info.Mode().Perm()&0o002 != 0:
-		err = errors.New("it can be written by everybody: if nobody has put anything there, chmod o-w it; otherwise set " +
-			"another STATE_DIR")
+		err = errors.New("it can be written by everybody: if nobody has put anything there, chmod o-w it; otherwise " +
+			"set another STATE_DIR")
 	}
 	return info, err
 }

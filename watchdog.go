@@ -23,12 +23,12 @@ const (
 	noLimit    = math.MaxInt // for a call that may have a lot to do
 )
 
-// watchdog ends the process when its disk hangs. A call that does not return is as bad as one that fails, and nothing can
-// interrupt it. When the storage is open every call to the disk is made through watch.
+// watchdog ends the process when its disk hangs. A call that does not return is as bad as one that fails, and nothing
+// can interrupt it. When the storage is open every call to the disk is made through watch.
 //
 // Two things look like a disk that hangs and are none. In both the watchdog must wait:
-//   - The process is paused, or gets no processor time. So the watchdog does not look at a clock: it counts ticks, and in
-//     each it sleeps in a system call. A tick shows that goroutines that return from the kernel get to run.
+//   - The process is paused, or gets no processor time. So the watchdog looks at no clock: it counts ticks, and in each
+//     it sleeps in a system call. A tick shows that goroutines that return from the kernel get to run.
 //   - The call has a lot to do, such as reading a large snapshot. So before the watchdog ends the process it writes to
 //     the disk itself (the probe). If that returns, the disk works.
 //
@@ -106,8 +106,8 @@ func (w *watchdog) run() {
 	}
 }
 
-// countTick counts a tick. When a call has been running for half of stuckTicks it starts the probe. When all of them are
-// over and neither has returned, it returns an error.
+// countTick counts a tick. When a call has been running for half of stuckTicks it starts the probe. When all of them
+// are over and neither has returned, it returns an error.
 func (w *watchdog) countTick() error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -117,7 +117,8 @@ func (w *watchdog) countTick() error {
 		overdue := call.ticks >= stuckTicks/2 && w.sinceProbe >= stuckTicks/2
 		switch {
 		case overdue && w.probing && call.ticks >= stuckTicks:
-			return fmt.Errorf("storage: %s has not returned for %v, nor has a small write: the disk hangs", call.op, stuckAfter)
+			return fmt.Errorf("storage: %s has not returned for %v, nor has a small write: the disk hangs",
+				call.op, stuckAfter)
 		case call.ticks >= call.limit:
 			return fmt.Errorf("storage: %s has not returned for %v, though small writes do: the disk hangs in part",
 				call.op, lostAfter)
