@@ -33,7 +33,7 @@ type snapshotStore struct {
 	watchdog *watchdog          // nil in memory
 	log      *logStore
 
-	storing sync.Mutex   // held while a snapshot is completed, so that none is completed between look and action
+	storing sync.Mutex   // held while a snapshot is compared with the newest and completed
 	begun   atomic.Int64 // when this node began to write the newest snapshot, in Unix milliseconds; 0 for none
 }
 
@@ -128,7 +128,7 @@ func (s *snapshotStore) isGone(id string) bool {
 	return s.dir == "" || errors.Is(err, fs.ErrNotExist)
 }
 
-// snapshotState is the state in a snapshot, being read.
+// snapshotState is the state in a snapshot. An error while it is read stops the process.
 type snapshotState struct {
 	io.ReadCloser
 	store *snapshotStore
@@ -200,6 +200,7 @@ func openSnapshotFiles(stateDir string, log hclog.Logger) (*raft.FileSnapshotSto
 		return nil, err
 	}
 	dir := filepath.Join(stateDir, snapshotsDir)
+	// A directory whose name ends in tmpSuffix is not complete.
 	half, err := filepath.Glob(filepath.Join(dir, "*"+tmpSuffix))
 	for _, path := range half {
 		err = errors.Join(err, os.RemoveAll(path))
@@ -303,6 +304,8 @@ func (s *memorySnapshot) writeChunks(w io.Writer) error {
 	return nil
 }
 
+// writeLater keeps the func: while it is kept, the snapshot shares memory with the state instead of being a second
+// copy.
 func (s *memorySnapshot) writeLater(write func(io.Writer) error) bool {
 	s.write = write
 	return true
