@@ -353,8 +353,8 @@ func slowCluster(t *testing.T) (c *testCluster, delay *atomic.Int64) {
 	t.Helper()
 	c, delay = unstartedCluster(t, 3, storeMemory), new(atomic.Int64)
 	for i, node := range c.nodes {
-		node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
-			st, err := openStorage(cfg, log, fail)
+		node.open = func(cfg *Config, log hclog.Logger, m *metrics, n storageNode) (*storage, error) {
+			st, err := openStorage(cfg, log, m, n)
 			if err == nil {
 				st.logs = slowLogs{st.logs, delay}
 			}
@@ -438,11 +438,11 @@ func TestStorageFailureStopsTheNode(t *testing.T) {
 	c := unstartedCluster(t, 1, storeMemory)
 	broken := new(atomic.Bool)
 	node := c.nodes[0]
-	node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
-		st, err := openStorage(cfg, log, fail)
+	node.open = func(cfg *Config, log hclog.Logger, m *metrics, n storageNode) (*storage, error) {
+		st, err := openStorage(cfg, log, m, n)
 		if err == nil {
-			mem := st.rules.LogStore.(*raft.InmemStore)
-			st.logs = &guard{db: failingStore{mem, broken}, fail: fail}
+			mem := st.log.LogStore.(*raft.InmemStore)
+			st.logs = newDiskStore(failingStore{mem, broken}, "", nil, m, n)
 		}
 		return st, err
 	}

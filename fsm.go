@@ -1,13 +1,11 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
-	"slices"
 	"strings"
 	"time"
 
@@ -171,59 +169,34 @@ func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
 func (m *kvMachine) Snapshot() func(io.Writer) error {
 	items, lastTag := m.items.Copy(), m.lastTag
 	return func(w io.Writer) error {
-		b := binary.BigEndian.AppendUint64(nil, uint64(lastTag))
-		b = binary.BigEndian.AppendUint64(b, uint64(items.Len()))
-		_, err := w.Write(b)
+		e := snapshotEncoder{w: w}
+		e.uint64(uint64(lastTag))
+		e.uint64(uint64(items.Len()))
 		items.Scan(func(key string, item Item) bool {
-			if err == nil {
-				b = appendString(appendString(b[:0], key), item.Value)
-				_, err = w.Write(binary.AppendUvarint(b, uint64(item.Tag)))
-			}
-			return err == nil
+			e.string(key)
+			e.string(item.Value)
+			e.uvarint(uint64(item.Tag))
+			return e.err == nil
 		})
-		return err
+		return e.err
 	}
 }
 
 // Restore reads a snapshot into a new map.
 func (m *kvMachine) Restore(source io.Reader) (install func(), err error) {
-	r := bufio.NewReader(source)
-	var head [16]byte
-	if _, err := io.ReadFull(r, head[:]); err != nil {
-		return nil, err
-	}
-	lastTag, count := Tag(binary.BigEndian.Uint64(head[:])), binary.BigEndian.Uint64(head[8:])
+	d := newSnapshotDecoder(source, maxBodyBytes)
+	lastTag, count := Tag(d.uint64()), d.uint64()
 	items := new(btree.Map[string, Item])
 	var key, value []byte
-	for range count {
-		var err1, err2 error
-		key, err1 = readBytes(r, key)
-		value, err2 = readBytes(r, value)
-		tag, err3 := binary.ReadUvarint(r)
-		if err := errors.Join(err1, err2, err3); err != nil {
-			return nil, err
-		}
+	for i := uint64(0); i < count && d.err == nil; i++ {
+		key, value = d.bytes(key), d.bytes(value)
 		p := newPair(key, value)
-		items.Load(p.Key, Item{Value: p.Value, Tag: Tag(tag)}) // quicker than Set: the keys come in order
+		items.Load(p.Key, Item{Value: p.Value, Tag: Tag(d.uvarint())}) // quicker than Set: the keys come in order
 	}
-	if _, err := r.ReadByte(); !errors.Is(err, io.EOF) {
-		return nil, errors.Join(errors.New("bytes follow the last key"), err)
+	if err := d.end(); err != nil {
+		return nil, err
 	}
 	return func() { m.items, m.lastTag = items, lastTag }, nil
-}
-
-// readBytes reads a length and so many bytes, into buf if they fit.
-func readBytes(r *bufio.Reader, buf []byte) ([]byte, error) {
-	size, err := binary.ReadUvarint(r)
-	if err != nil {
-		return buf, err
-	}
-	if size > maxBodyBytes {
-		return buf, fmt.Errorf("a string of %d bytes is longer than allowed", size)
-	}
-	buf = slices.Grow(buf[:0], int(size))[:size]
-	_, err = io.ReadFull(r, buf)
-	return buf, err
 }
 
 // The format of a command, in the log and between nodes: a version byte, the operation, the condition, the number of
@@ -308,9 +281,9 @@ func decodeCommand(b []byte) (c command, err error) {
 	c.condition.NoneMatch = d.tags(bits&bitNoneMatch != 0, bits&bitNoneMatchAny != 0)
 	count := d.uvarint()
 	for i := uint64(0); i < count && !d.bad; i++ {
-		key, value := d.take(d.uvarint()), []byte(nil)
+		key, value := d.bytes(), []byte(nil)
 		if c.op == opSet {
-			value = d.take(d.uvarint())
+			value = d.bytes()
 		}
 		c.pairs = append(c.pairs, newPair(key, value))
 	}
@@ -318,41 +291,6 @@ func decodeCommand(b []byte) (c command, err error) {
 		return c, errors.New("malformed command")
 	}
 	return c, nil
-}
-
-func appendString(b []byte, s string) []byte {
-	return append(binary.AppendUvarint(b, uint64(len(s))), s...)
-}
-
-// decoder takes values off the front of b; once bad, all that it returns is zero.
-type decoder struct {
-	b   []byte
-	bad bool
-}
-
-func (d *decoder) take(n uint64) []byte {
-	if d.bad = d.bad || n > uint64(len(d.b)); d.bad {
-		return nil
-	}
-	taken := d.b[:n]
-	d.b = d.b[n:]
-	return taken
-}
-
-func (d *decoder) byte() byte {
-	if b := d.take(1); b != nil {
-		return b[0]
-	}
-	return 0
-}
-
-func (d *decoder) uvarint() uint64 {
-	v, n := binary.Uvarint(d.b)
-	if d.bad = d.bad || n <= 0; d.bad {
-		return 0
-	}
-	d.b = d.b[n:]
-	return v
 }
 
 func (d *decoder) tags(present, anyTag bool) *Tags {

@@ -132,8 +132,8 @@ func FuzzRaftPort(f *testing.F) {
 	n := newNetwork("node1", port, nil, port, newMetrics().refusals, hclog.NewNullLogger())
 	f.Cleanup(func() { _ = n.Close() })
 	newPeers(n, nil)
-	st := &storage{rules: &entries{}}
-	st.rules.covered.advance(7)
+	st := &storage{log: &logStore{}}
+	st.log.snapshotIndex.Store(7)
 	raftPort := newTransport(n, st, port, newRaftLog(hclog.NewNullLogger()))
 	go func() { // as Raft's main thread, for as long as the process is there
 		for rpc := range raftPort.Consumer() {
@@ -255,7 +255,7 @@ func newAsker(t testing.TB) *asker {
 		}
 	}
 	var err error
-	if a.storage, err = openStorage(cfg, a.log, a.fail); err != nil {
+	if a.storage, err = openStorage(cfg, a.log, a.metrics, a); err != nil {
 		t.Fatal(err)
 	}
 	if err := a.membership.open(a.storage); err != nil {

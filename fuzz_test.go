@@ -201,15 +201,15 @@ func FuzzSnapshotRoundTrip(f *testing.F) {
 }
 
 // What beside the log is kept with a checksum.
-func FuzzSealed(f *testing.F) {
+func FuzzChecksum(f *testing.F) {
 	f.Add([]byte("Vote"), []byte("12345678node1"))
-	f.Add([]byte("Vote"), seal([]byte("Vote"), []byte("12345678node1")))
+	f.Add([]byte("Vote"), appendChecksum([]byte("Vote"), []byte("12345678node1")))
 	f.Add([]byte{}, []byte{})
 	f.Fuzz(func(t *testing.T, key, b []byte) {
-		if value, err := unseal(key, b); err == nil && !bytes.Equal(seal(key, value), b) {
-			t.Errorf("got %q out of %q, whose seal is another", value, b)
+		if value, err := checkChecksum(key, b); err == nil && !bytes.Equal(appendChecksum(key, value), b) {
+			t.Errorf("got %q out of %q, whose checksum is another", value, b)
 		}
-		if value, err := unseal(key, seal(key, b)); err != nil || !bytes.Equal(value, b) {
+		if value, err := checkChecksum(key, appendChecksum(key, b)); err != nil || !bytes.Equal(value, b) {
 			t.Errorf("got %q, error %v; want %q", value, err, b)
 		}
 	})

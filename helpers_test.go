@@ -80,8 +80,8 @@ type testNode struct {
 
 	roundsBegun atomic.Int64 // of linearizable reads
 
-	open func(*Config, hclog.Logger, func(error)) (*storage, error) // nil for openStorage
-	deaf bool                                                       // it gets none of Raft's observations
+	open func(*Config, hclog.Logger, *metrics, storageNode) (*storage, error) // nil for openStorage
+	deaf bool                                                                 // it gets none of Raft's observations
 }
 
 // stop shuts the node down gracefully.

@@ -13,14 +13,14 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// Whatever becomes of the log, the view knows its entries' sizes, and the newest of them.
-func TestViewOfTheLog(t *testing.T) {
-	var v logView
+// Whatever happens to the log, logSizes knows its entries' sizes, and the newest of them.
+func TestLogSizes(t *testing.T) {
+	var v logSizes
 	var model []*raft.Log // the entries, in order
 	sizeAfter := func(index uint64) (size int64) {
 		for _, l := range model {
 			if l.Index > index {
-				size += int64(len(l.Data) + entryBytes)
+				size += int64(len(l.Data) + entryOverhead)
 			}
 		}
 		return size
@@ -31,16 +31,16 @@ func TestViewOfTheLog(t *testing.T) {
 		switch random := rand.IntN(20); {
 		case random == 0 && len(model) > 0: // the beginning goes, all of it perhaps
 			n := rand.IntN(len(model)) + 1
-			v.drop(model[0].Index-uint64(rand.IntN(2)), model[n-1].Index)
+			v.remove(model[0].Index-uint64(rand.IntN(2)), model[n-1].Index)
 			model = slices.Clone(model[n:])
 		case random == 1 && len(model) > 1: // the end goes
 			n := rand.IntN(len(model)-1) + 1
 			next = model[n].Index
-			v.drop(next, model[len(model)-1].Index)
+			v.remove(next, model[len(model)-1].Index)
 			model = model[:n]
 		case random == 2 && rand.IntN(5) == 0: // a snapshot of more than there is has come
 			if len(model) > 0 {
-				v.drop(model[0].Index, next-1)
+				v.remove(model[0].Index, next-1)
 			}
 			model, next = nil, next+uint64(rand.IntN(3))
 		default:
@@ -48,8 +48,8 @@ func TestViewOfTheLog(t *testing.T) {
 			v.add(l)
 			model, next, added = append(model, l), next+1, true
 		}
-		index := next + 1 - min(next, uint64(rand.IntN(len(model)+3)))
-		if got, want := v.since(index), sizeAfter(index); got != want {
+		index := next + 1 - min(next, uint64(rand.IntN(len(model)+6)))
+		if got, want := v.bytesFrom(index+1), sizeAfter(index); got != want {
 			t.Fatalf("got %d bytes after entry %d; want %d", got, index, want)
 		}
 		count, bytes := uint64(rand.IntN(40)), rand.Int64N(4<<20)
@@ -62,7 +62,7 @@ func TestViewOfTheLog(t *testing.T) {
 		}
 		cached := int64(0)
 		for i, l := range model {
-			switch got := v.get(l.Index); {
+			switch got := v.cachedEntry(l.Index); {
 			case got == nil && i == len(model)-1 && added:
 				t.Fatal("the entry just added is not in memory")
 			case got == nil && cached > 0:
@@ -70,20 +70,20 @@ func TestViewOfTheLog(t *testing.T) {
 			case got != nil && got != l:
 				t.Fatalf("got entry %d for %d", got.Index, l.Index)
 			case got != nil && i < len(model)-1:
-				cached += int64(len(l.Data) + entryBytes)
+				cached += int64(len(l.Data) + entryOverhead)
 			}
 		}
-		if cached > cachedBytes {
-			t.Fatalf("got %d bytes in memory beside the newest entry; want %d or less", cached, cachedBytes)
+		if cached > maxCachedBytes {
+			t.Fatalf("got %d bytes in memory beside the newest entry; want %d or less", cached, maxCachedBytes)
 		}
-		if v.get(next) != nil || len(model) > 0 && v.get(model[0].Index-1) != nil {
+		if v.cachedEntry(next) != nil || len(model) > 0 && v.cachedEntry(model[0].Index-1) != nil {
 			t.Fatal("got an entry that is not there")
 		}
 	}
 }
 
 // storeBytes stores n entries of so many bytes each from index on.
-func storeBytes(t *testing.T, e *entries, index uint64, n, size int) {
+func storeBytes(t *testing.T, e *logStore, index uint64, n, size int) {
 	t.Helper()
 	for i := range n {
 		if err := e.StoreLog(&raft.Log{Index: index + uint64(i), Term: 2, Data: make([]byte, size)}); err != nil {
@@ -111,41 +111,41 @@ func TestSnapshotIsDueByBytesAndEntries(t *testing.T) {
 		{"so many entries", false, 0, 9, 8, true},
 		{"none", false, 0, 1, 8, false},
 	} {
-		e := newEntries(raft.NewInmemStore(), 100, nil)
+		e := newLogStore(raft.NewInmemStore(), &Config{TrailingLogs: 100}, nil)
 		e.inMemory = tt.inMemory
-		e.state.Store(tt.state)
+		e.stateSize.Store(tt.state)
 		storeBytes(t, e, 1, 1, mib)
-		if err := e.cover(1, 2); err != nil {
+		if err := e.setSnapshot(1, 2); err != nil {
 			t.Fatal(err)
 		}
 		storeBytes(t, e, 2, tt.entries-1, mib)
-		if got := e.isDue(tt.count); got != tt.want {
+		if got := e.isSnapshotDue(tt.count); got != tt.want {
 			t.Errorf("%s: got %v; want %v", tt.name, got, tt.want)
 		}
 		if got := len(e.due) > 0; got != (tt.want && tt.count == 0) {
 			t.Errorf("%s: got a token %v; want one when there are too many bytes", tt.name, got)
 		}
-		again := newEntries(e.LogStore, 100, nil) // a restart
+		again := newLogStore(e.LogStore, &Config{TrailingLogs: 100}, nil) // a restart
 		again.inMemory = tt.inMemory
-		again.state.Store(tt.state)
-		if err := errors.Join(again.cover(1, 2), again.load()); err != nil || again.isDue(tt.count) != tt.want {
+		again.stateSize.Store(tt.state)
+		if err := errors.Join(again.setSnapshot(1, 2), again.readSizes()); err != nil || again.isSnapshotDue(tt.count) != tt.want {
 			t.Errorf("%s: got due %v, error %v after a restart; want %v", tt.name, !tt.want, err, tt.want)
 		}
-		if err := e.cover(uint64(tt.entries), 2); err != nil || e.isDue(1) {
-			t.Errorf("%s: got due %v, error %v with a snapshot of all; want neither", tt.name, e.isDue(1), err)
+		if err := e.setSnapshot(uint64(tt.entries), 2); err != nil || e.isSnapshotDue(1) {
+			t.Errorf("%s: got due %v, error %v with a snapshot of all; want neither", tt.name, e.isSnapshotDue(1), err)
 		}
 	}
 }
 
 // With an empty log, as after the leader's snapshot, Raft would take itself for full of entries.
 func TestNoSnapshotIsDueOfAnEmptyLog(t *testing.T) {
-	e := newEntries(raft.NewInmemStore(), 0, nil)
+	e := newLogStore(raft.NewInmemStore(), &Config{TrailingLogs: 0}, nil)
 	storeBytes(t, e, 1, 3, 100)
-	if err := e.cover(50, 2); err != nil {
+	if err := e.setSnapshot(50, 2); err != nil {
 		t.Fatal(err)
 	}
-	if last, err := e.LastIndex(); last != 0 || err != nil || e.isDue(1) {
-		t.Errorf("got last index %d, error %v, due %v; want an empty log and none", last, err, e.isDue(1))
+	if last, err := e.LastIndex(); last != 0 || err != nil || e.isSnapshotDue(1) {
+		t.Errorf("got last index %d, error %v, due %v; want an empty log and none", last, err, e.isSnapshotDue(1))
 	}
 }
 
@@ -165,10 +165,10 @@ func TestWhatStaysOfTheLogIsBounded(t *testing.T) {
 		{"to nothing", 0, 0, 100, 0},
 		{"to nothing, by bytes", 100, 0, 5 * mib, 0},
 	} {
-		e := newEntries(raft.NewInmemStore(), tt.tail, nil)
-		e.state.Store(tt.state)
+		e := newLogStore(raft.NewInmemStore(), &Config{TrailingLogs: tt.tail}, nil)
+		e.stateSize.Store(tt.state)
 		storeBytes(t, e, 1, 20, tt.size)
-		if err := errors.Join(e.cover(20, 2), e.DeleteRange(1, 20)); err != nil {
+		if err := errors.Join(e.setSnapshot(20, 2), e.DeleteRange(1, 20)); err != nil {
 			t.Fatal(err)
 		}
 		if first, err := e.FirstIndex(); err != nil || first != tt.wantFirst {
@@ -179,9 +179,9 @@ func TestWhatStaysOfTheLogIsBounded(t *testing.T) {
 			t.Errorf("%s: got error %v for the next entry; want none", tt.name, err)
 		}
 	}
-	e := newEntries(raft.NewInmemStore(), 0, nil) // what the snapshot does not cover stays
+	e := newLogStore(raft.NewInmemStore(), &Config{TrailingLogs: 0}, nil) // what the snapshot does not cover stays
 	storeBytes(t, e, 1, 20, 5*mib)
-	err := errors.Join(e.cover(10, 2), e.DeleteRange(1, 10))
+	err := errors.Join(e.setSnapshot(10, 2), e.DeleteRange(1, 10))
 	if first, _ := e.FirstIndex(); err != nil || first != 11 {
 		t.Errorf("got a log from %d on, error %v; want 11", first, err)
 	}
@@ -218,7 +218,7 @@ func TestMemorySnapshotIsKeptAsItWasCaptured(t *testing.T) {
 		})
 	}
 	readers.Wait()
-	if kept := st.snapshots.SnapshotStore.(*memorySnapshots).newest; kept.captured == nil || kept.meta.Size > 0 {
+	if kept := st.snapshots.store.(*memorySnapshots).newest; kept.meta.Size > 0 {
 		t.Errorf("got %d bytes kept; want none, but what was captured", kept.meta.Size)
 	}
 	_, source, err := st.snapshots.Open(sink.ID())
@@ -235,16 +235,16 @@ func TestEveryNodeBoundsItsLog(t *testing.T) {
 			t.Parallel()
 			c := newTestCluster(t, 3, store)
 			value := `"` + strings.Repeat("v", 1_000_000) + `"`
-			for range 2 * dueBytes / len(value) {
+			for range 2 * maxLogBytes / len(value) {
 				c.nodes[0].set(t, value)
 			}
 			for _, node := range c.nodes {
 				waitFor(t, node.cfg.NodeID+" to have shortened its log", func() bool {
-					rules := node.storage.rules
-					rules.mu.Lock()
-					defer rules.mu.Unlock()
-					first, err := rules.FirstIndex()
-					return err == nil && first > 1 && rules.view.since(0) < dueBytes+tailBytes+2*int64(len(value))
+					log := node.storage.log
+					log.mu.Lock()
+					defer log.mu.Unlock()
+					first, err := log.FirstIndex()
+					return err == nil && first > 1 && log.sizes.bytesFrom(0) < maxLogBytes+maxTailBytes+2*int64(len(value))
 				})
 			}
 		})

@@ -14,39 +14,48 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// StateMachine is what the cluster replicates; whoever forks this service brings their own. The Store never calls two
-// of its methods at once, nor one of them while the func given to a Read or a Capture runs, so a state machine needs no locks.
+// StateMachine is the state that the cluster replicates. To build another service, write one of these. It needs no
+// locks: the Store calls one method at a time, and none while the func given to Store.Read or Store.Capture runs.
+// Restore is the exception.
 type StateMachine interface {
-	// Apply executes one committed command and returns its result, which reaches the caller of Store.Apply on whichever
-	// node that was. Every node executes it, so it may depend on nothing but the state, the command and at, the leader's
-	// clock when it took the command (which steps back when a leader with a slower clock follows). It must not keep the
-	// command's bytes. What it refuses to do is a result like any other; a result is nil or empty alike. An error says
-	// that the command cannot be read, so a command should begin with what tells its kind: every node stops, now and
-	// whenever it starts, for one that skipped the command would diverge from the others.
+	// Apply executes one committed command and returns its result, which Store.Apply returns on the node that was
+	// asked. An empty result arrives as nil or as empty. Apply must not keep the command's memory.
+	//
+	// Every node executes every command. So that all get the same state, Apply uses nothing but the state, the command
+	// and at: no clock, no random numbers, no iteration over a Go map. at is the leader's clock when it took the
+	// command. It can go back: node1 leads with a clock that is 2 s fast, and then node2 leads. A machine with
+	// deadlines therefore keeps the latest time that it has seen in its state, and writes it into its snapshots:
+	//
+	//	if at.After(m.now) {
+	//		m.now = at
+	//	}
+	//
+	// A command that is not allowed (a lock that is taken, say) gets a result that says so. An error means that the
+	// command cannot be read. Then every node stops, and stops again when it restarts: a node that skipped the command
+	// would have another state than the others. A command should begin with a byte for its version or kind.
 	Apply(command []byte, at time.Time) (result []byte, err error)
-	// Snapshot captures the state and returns quickly; the func it returns writes what was captured, while later
-	// commands are applied. With KV_STORE=memory it is kept until the next snapshot, and called for each node that
-	// needs it, two of them at once perhaps. Equal states must give equal bytes.
+	// Snapshot captures the state and returns at once. The func that it returns writes what was captured, while later
+	// commands are applied. With KV_STORE=memory that func is kept until the next snapshot, and called for each node
+	// that needs the snapshot, perhaps for two at once. Equal states must give equal bytes.
 	Snapshot() (write func(io.Writer) error)
-	// Restore reads what a snapshot's func wrote, up to io.EOF (as io.ReadAll does; json.Decoder may not), without
-	// touching the state, and returns the func that puts it in the state's place. It alone may run while commands are
-	// read. Where the bytes are damaged it may return what it likes: the checksum comes last, and then nothing is put
-	// in the state's place.
+	// Restore reads what a snapshot's func wrote, up to io.EOF (as io.ReadAll does; json.Decoder may not). It must not
+	// change the state: other methods and Read may run meanwhile. The func that it returns replaces the state; it is
+	// called when the checksum at the end of the snapshot has been found right, and not after an error.
 	Restore(r io.Reader) (install func(), err error)
 	// Len returns how many keys, or other things that an operator wants to see counted, the state holds.
 	Len() int
 }
 
-// replica is this node's copy of the state machine, as the raft package drives it (it is a raft.FSM).
+// replica is this node's copy of the state machine. The raft package calls its methods (it is a raft.FSM).
 type replica struct {
 	mu      sync.RWMutex // guards machine: Apply and install write, Read reads
 	machine StateMachine
 	metrics *metrics
 	applied progress // index of the last command or configuration that has been executed here
-	config  progress // index of the last configuration among them since the start
-	// fail stops the process with a reason and does not return while it stops.
+	config  progress // index of the last configuration that has been executed here since the start
+	// fail stops the process with a reason. It does not return.
 	fail     func(error)
-	released chan struct{} // holds a token when Raft has done with a snapshot, whatever has come of it
+	released chan struct{} // holds a token when Raft is done with a snapshot, whether that worked or not
 }
 
 // read runs f while no command is being applied.
@@ -56,7 +65,7 @@ func (r *replica) read(f func()) {
 	f()
 }
 
-// capture runs f while nothing else has to do with the machine.
+// capture runs f while nothing else uses the machine.
 func (r *replica) capture(f func()) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -93,7 +102,7 @@ func (r *replica) Apply(entry *raft.Log) any {
 	return results
 }
 
-// StoreConfiguration takes note of a committed configuration: raft itself does not tell which index the newest one has.
+// StoreConfiguration records the index of a committed configuration, since Raft does not tell which index it has.
 func (r *replica) StoreConfiguration(index uint64, _ raft.Configuration) {
 	r.config.advance(index)
 	r.applied.advance(index)
@@ -106,8 +115,8 @@ func (r *replica) Snapshot() (raft.FSMSnapshot, error) {
 	return &snapshot{index: r.applied.load(), write: r.machine.Snapshot(), released: r.released}, nil
 }
 
-// Restore replaces the state by that of a snapshot. One that cannot be read stops the process, like an entry: raft would
-// go on with an older one.
+// Restore replaces the state by that of a snapshot. If it cannot be read the process stops: Raft would go on with an
+// older snapshot.
 func (r *replica) Restore(source io.ReadCloser) error {
 	err := r.restore(source)
 	if err != nil {
@@ -116,22 +125,24 @@ func (r *replica) Restore(source io.ReadCloser) error {
 	return err
 }
 
-// restore leaves readers the old state until all of the new one has been read and its checksum has been found right.
+// restore replaces the state when the whole snapshot has been read and its checksum is right. Until then readers see
+// the old state.
 func (r *replica) restore(source io.Reader) error {
 	reader := &snapshotReader{r: bufio.NewReaderSize(source, snapshotBuffer)}
 	index, err := reader.header()
 	if err != nil {
 		return fmt.Errorf("snapshot header: %w", err)
 	}
-	install, err1 := r.machine.Restore(reader)
-	left, err2 := reader.finish() // also after an error, which damage explains
-	switch {
-	case err2 != nil:
-		return fmt.Errorf("snapshot: %w", err2)
-	case err1 != nil:
-		return fmt.Errorf("snapshot: %w", err1)
-	case left > 0:
-		return fmt.Errorf("snapshot: the state machine has left %d bytes of it unread", left)
+	install, err := r.machine.Restore(reader)
+	left, damage := reader.finish()
+	if damage != nil {
+		err = damage // it explains the state machine's error
+	}
+	if err == nil && left > 0 {
+		err = fmt.Errorf("the state machine has left %d bytes of it unread", left)
+	}
+	if err != nil {
+		return fmt.Errorf("snapshot: %w", err)
 	}
 	r.mu.Lock()
 	install()
@@ -140,15 +151,22 @@ func (r *replica) restore(source io.Reader) error {
 	return nil
 }
 
+// snapshot is a captured state (a raft.FSMSnapshot).
 type snapshot struct {
-	index    uint64
+	index    uint64 // of the last entry that has been executed in it
 	write    func(io.Writer) error
 	released chan<- struct{}
 }
 
-// Persist streams the snapshot into sink, or has it kept there as it is.
+// lateSink is a snapshot sink that can keep the func that writes a snapshot, in place of the bytes that it writes.
+type lateSink interface {
+	// writeLater returns false if the sink wants the bytes.
+	writeLater(write func(io.Writer) error) bool
+}
+
+// Persist writes the snapshot to sink.
 func (s *snapshot) Persist(sink raft.SnapshotSink) error {
-	if k, ok := sink.(keeper); ok && k.keep(s.writeTo) {
+	if late, ok := sink.(lateSink); ok && late.writeLater(s.writeTo) {
 		return sink.Close()
 	}
 	if err := s.writeTo(sink); err != nil {
@@ -157,7 +175,7 @@ func (s *snapshot) Persist(sink raft.SnapshotSink) error {
 	return sink.Close()
 }
 
-// Release is called when Raft has done with the snapshot.
+// Release is called when Raft is done with the snapshot.
 func (s *snapshot) Release() {
 	select {
 	case s.released <- struct{}{}:
@@ -165,7 +183,7 @@ func (s *snapshot) Release() {
 	}
 }
 
-// progress is an index that only grows and that can be waited for. Its zero value is ready.
+// progress is a log index that only grows, and that goroutines can wait for. Its zero value is ready to use.
 type progress struct {
 	mu    sync.Mutex // guards both
 	index uint64
@@ -257,31 +275,28 @@ func decodeEntry(b []byte) (at time.Time, commands [][]byte, err error) {
 
 func appendCommands(b []byte, commands [][]byte) []byte {
 	for _, c := range commands {
-		b = binary.AppendUvarint(b, uint64(len(c)))
-		b = append(b, c...)
+		b = appendString(b, c)
 	}
 	return b
 }
 
 // decodeCommands returns commands that share b's memory.
-func decodeCommands(b []byte) ([][]byte, error) {
-	var commands [][]byte
-	for len(b) > 0 {
-		size, n := binary.Uvarint(b)
-		if n <= 0 || size > uint64(len(b)-n) {
-			return nil, errors.New("a command is longer than what holds it")
-		}
-		commands = append(commands, b[n:n+int(size)])
-		b = b[n+int(size):]
+func decodeCommands(b []byte) (commands [][]byte, err error) {
+	d := decoder{b: b}
+	for len(d.b) > 0 && !d.bad {
+		commands = append(commands, d.bytes())
+	}
+	if d.bad {
+		return nil, errors.New("a command is longer than what holds it")
 	}
 	return commands, nil
 }
 
 // The format of a snapshot, on disk and between nodes: snapshotMagic, whose last byte is the version; the applied index
-// as 8 bytes; what the state machine has written; and the CRC-32C of all that.
+// in 8 bytes; what the state machine has written; and the CRC-32C of all that.
 const (
 	snapshotMagic  = "RSTSNAP\x02"
-	snapshotBuffer = 64 << 10
+	snapshotBuffer = 64 << 10 // bytes that are read or written at once
 )
 
 func (s *snapshot) writeTo(w io.Writer) error {
@@ -295,7 +310,7 @@ func (s *snapshot) writeTo(w io.Writer) error {
 	return err
 }
 
-// snapshotReader reads a snapshot up to its checksum.
+// snapshotReader reads a snapshot up to its checksum. There it returns io.EOF.
 type snapshotReader struct {
 	r   *bufio.Reader
 	sum uint32 // of what has been read
@@ -305,7 +320,10 @@ func (s *snapshotReader) Read(p []byte) (int, error) {
 	ahead, err := s.r.Peek(min(len(p)+checksumSize, s.r.Size()))
 	n := len(ahead) - checksumSize
 	if n < 0 {
-		return 0, truncated(err)
+		if errors.Is(err, io.EOF) {
+			err = errors.New("the snapshot is cut short")
+		}
+		return 0, err
 	}
 	n = copy(p, ahead[:n])
 	s.sum = crc32.Update(s.sum, castagnoli, p[:n])
@@ -316,7 +334,7 @@ func (s *snapshotReader) Read(p []byte) (int, error) {
 func (s *snapshotReader) header() (index uint64, err error) {
 	var head [len(snapshotMagic) + 8]byte
 	if _, err := io.ReadFull(s, head[:]); err != nil {
-		return 0, truncated(err)
+		return 0, err
 	}
 	if string(head[:len(snapshotMagic)]) != snapshotMagic {
 		return 0, errors.New("not a snapshot of this service, or one of a version that this binary does not know")
@@ -324,7 +342,7 @@ func (s *snapshotReader) header() (index uint64, err error) {
 	return binary.BigEndian.Uint64(head[len(snapshotMagic):]), nil
 }
 
-// finish reads what is left, says how much it was, and compares the checksum.
+// finish reads the rest, returns how many bytes of the state it held, and compares the checksum.
 func (s *snapshotReader) finish() (left int64, err error) {
 	if left, err = io.Copy(io.Discard, s); err != nil {
 		return left, err
@@ -334,12 +352,4 @@ func (s *snapshotReader) finish() (left int64, err error) {
 		err = errors.New("checksum mismatch: the snapshot is damaged or cut short")
 	}
 	return left, err
-}
-
-// truncated says what an early end of a snapshot means; other errors stay as they are.
-func truncated(err error) error {
-	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-		return errors.New("the snapshot is cut short")
-	}
-	return err
 }

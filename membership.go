@@ -535,11 +535,11 @@ func (s *Store) retire() error {
 // replace takes the next step of the membership, if there is one. It returns true if the next look should come soon.
 func (s *Store) replace(v view, found map[string]uint64) (soon bool) {
 	applied := s.replica.applied.load()
-	prevIndex, err := s.storage.configurationIndex()
+	snapshot, err := s.storage.snapshots.newest()
 	if err != nil {
 		return false
 	}
-	prevIndex = max(prevIndex, s.replica.config.load()) // a ready leader knows one
+	prevIndex := max(snapshot.ConfigurationIndex, s.replica.config.load()) // a ready leader knows one
 	info := v.mine()
 	info.Members = s.members() // read after prevIndex: if it has changed since, Raft refuses the step
 	v.answers[v.self] = info

@@ -239,7 +239,7 @@ func (c *testCluster) wipe(i int) {
 // prepare writes into the directory of node i before it starts.
 func (c *testCluster) prepare(i int, write func(*storage) error) {
 	c.t.Helper()
-	st, err := openStorage(c.nodes[i].cfg, hclog.NewNullLogger(), nil)
+	st, err := openStorage(c.nodes[i].cfg, hclog.NewNullLogger(), newMetrics(), &testStorageNode{})
 	if err == nil {
 		err = errors.Join(write(st), st.close())
 	}
@@ -488,8 +488,8 @@ func TestServerWithoutAVote(t *testing.T) {
 	refuses.Store(true)
 	node := c.nodes[newcomer]
 	c.stop(newcomer)
-	node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
-		st, err := openStorage(cfg, log, fail)
+	node.open = func(cfg *Config, log hclog.Logger, m *metrics, n storageNode) (*storage, error) {
+		st, err := openStorage(cfg, log, m, n)
 		if err == nil {
 			st.logs = refusingLogs{st.logs, refuses}
 		}
@@ -750,12 +750,10 @@ func TestStorageIsClosedOnlyWhenRaftHasStopped(t *testing.T) {
 	t.Parallel()
 	c := unstartedCluster(t, 1, storeMemory)
 	logs := &slowWrites{begun: make(chan struct{}, 1)}
-	closed := make(chan int32, 1)
-	c.nodes[0].open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
-		s, err := openStorage(cfg, log, fail)
+	c.nodes[0].open = func(cfg *Config, log hclog.Logger, m *metrics, n storageNode) (*storage, error) {
+		s, err := openStorage(cfg, log, m, n)
 		if err == nil {
 			logs.LogStore, s.logs = s.logs, logs
-			s.close = func() error { closed <- logs.under.Load(); return nil }
 		}
 		return s, err
 	}
@@ -767,7 +765,7 @@ func TestStorageIsClosedOnlyWhenRaftHasStopped(t *testing.T) {
 	write.Go(func() { _, _ = c.nodes[0].kv.Set(t.Context(), []Pair{{"k", "1"}}, Condition{}) }) // its outcome is unknown
 	<-logs.begun
 	c.stop(0)
-	if under := <-closed; under != 0 {
+	if under := logs.under.Load(); under != 0 {
 		t.Errorf("got the storage closed during %d writes; want none", under)
 	}
 }

@@ -107,8 +107,8 @@ func TestSnapshotIsJudgedWhenItIsRead(t *testing.T) {
 
 // What a snapshot of this node covers reaches Raft neither as entries nor as a question about them.
 func TestMessagesAboutWhatASnapshotCovers(t *testing.T) {
-	tr := &transport{storage: &storage{rules: &entries{}}}
-	tr.storage.rules.covered.advance(10)
+	tr := &transport{storage: &storage{log: &logStore{}}}
+	tr.storage.log.snapshotIndex.Store(10)
 	for _, tt := range []struct {
 		name              string
 		prev, n           uint64

@@ -155,8 +155,8 @@ func (s simSnapshots) Create(v raft.SnapshotVersion, index, term uint64, c raft.
 	return simSink{sink, s.simSteps, s.node}, err
 }
 
-func (s simSink) keep(write func(io.Writer) error) bool {
-	return s.node.cfg.KVStore == storeMemory && s.SnapshotSink.(keeper).keep(write)
+func (s simSink) writeLater(write func(io.Writer) error) bool {
+	return s.node.cfg.KVStore == storeMemory && s.SnapshotSink.(lateSink).writeLater(write)
 }
 
 func (s simSink) Close() error {
@@ -164,18 +164,28 @@ func (s simSink) Close() error {
 	return s.around("snapshot", s.SnapshotSink.Close)
 }
 
+// simStorageNode is a Store that ends its process in the simulation.
+type simStorageNode struct {
+	*Store
+	run *simRun
+}
+
+func (n *simStorageNode) fail(err error) {
+	n.run.stops(err)
+	runtime.Goexit()
+}
+
 // storage returns what openStorage would, on this process's disk.
-func (r *simRun) storage(fail func(error)) (*storage, error) {
+func (r *simRun) storage() (*storage, error) {
 	db := simStore{r.disk, r.steps}
-	rules := newEntries(db, r.node.cfg.TrailingLogs, fail)
-	rules.inMemory = r.node.cfg.KVStore == storeMemory
-	st := &storage{logs: rules, stable: &stableStore{StableStore: db}, rules: rules, close: func() error { return nil }}
-	if r.node.cfg.KVStore == storeBolt {
-		st.disk = &guard{db: db, fail: fail, path: "disk"}
-		rules.LogStore, st.stable = st.disk, &stableStore{StableStore: st.disk}
+	node := &simStorageNode{r.store, r}
+	snapshots := simSnapshots{r.disk.snapshots, r.steps, r.node}
+	if r.node.cfg.KVStore == storeMemory {
+		return newStorage(r.node.cfg, db, db, snapshots, nil, node)
 	}
-	var err error
-	st.snapshots, err = newCheckedSnapshots(simSnapshots{r.disk.snapshots, r.steps, r.node}, rules)
+	disk := newDiskStore(db, "disk", nil, r.store.metrics, node)
+	st, err := newStorage(r.node.cfg, disk, disk, snapshots, nil, node)
+	st.disk = disk
 	return st, err
 }
 
@@ -199,11 +209,8 @@ func (n *simNode) start(trap func(r *simRun) func(step string, count int64) bool
 	r.store = NewStore(n.cfg, &simMachine{machine, n}, newMetrics(), log)
 	r.kv = &KV{r.store, machine}
 	r.store.port = r.host
-	r.store.open = func(*Config, hclog.Logger, func(error)) (*storage, error) {
-		return r.storage(func(err error) {
-			r.stops(err)
-			runtime.Goexit()
-		})
+	r.store.open = func(*Config, hclog.Logger, *metrics, storageNode) (*storage, error) {
+		return r.storage()
 	}
 	if trap != nil {
 		f := trap(r)

@@ -21,230 +21,120 @@ import (
 
 const (
 	snapshotsKept = 2
-	metaName      = "meta.json" // in a snapshot's directory: raft's file store names it so
+	metaName      = "meta.json" // in a snapshot's directory. This is the name in Raft's file store
 )
 
-// checkedSnapshots is a raft.SnapshotStore that publishes no snapshot when there is a newer one, and has the log agree
-// with each that is published. Whether a snapshot is whole is checked when it is read.
-type checkedSnapshots struct {
-	raft.SnapshotStore
-	log *entries
+// snapshotStore is the raft.SnapshotStore of this node, over one on the disk or in memory. It stores no snapshot that
+// is older than the newest, and tells the log of each new one. Like diskStore it stops the process when a snapshot
+// cannot be written, or reads otherwise than it was written: Raft would log that and go on without the snapshot.
+type snapshotStore struct {
+	store    raft.SnapshotStore // Raft's file store, or memorySnapshots
+	dir      string             // of the file store; "" in memory
+	watchdog *watchdog          // nil in memory
+	log      *logStore
 
-	publishing sync.Mutex // held while a snapshot is published: one after the other
-
-	begun atomic.Int64 // when this node began to write the newest, in Unix milliseconds; 0 for none
+	storing sync.Mutex   // held while a snapshot is compared with the newest and completed
+	begun   atomic.Int64 // when this node began to write the newest snapshot, in Unix milliseconds; 0 for none
 }
 
-// keeper is a snapshot that can be kept as what was captured of the state, in place of the bytes that this writes.
-type keeper interface {
-	// keep returns false where it cannot.
-	keep(write func(io.Writer) error) bool
-}
+// errNewerSnapshot is why a snapshot is not stored: while this node wrote it, the leader sent a newer one. Raft would
+// use the older one from then on, and refuse all entries that follow the newer.
+var errNewerSnapshot = errors.New("a newer snapshot has come meanwhile")
 
-// errOvertaken is why a snapshot is not published: the leader has sent a newer one while this node took its own. Raft
-// would go by the older one from then on, and refuse all entries that follow the newer.
-var errOvertaken = errors.New("a newer snapshot has come meanwhile")
-
-func newCheckedSnapshots(store raft.SnapshotStore, log *entries) (*checkedSnapshots, error) {
-	c := &checkedSnapshots{SnapshotStore: store, log: log}
-	list, err := store.List()
-	if err == nil && len(list) > 0 {
-		err = c.note(list[0].Index, list[0].Term, list[0].ID, list[0].Size)
+// newSnapshotStore returns a store of the snapshots in store. It makes the log agree with the newest of them.
+func newSnapshotStore(store raft.SnapshotStore, dir string, w *watchdog, log *logStore) (*snapshotStore, error) {
+	s := &snapshotStore{store: store, dir: dir, watchdog: w, log: log}
+	newest, err := s.newest()
+	if err == nil && newest.Index > 0 {
+		err = s.setNewest(newest.ID, newest.Index, newest.Term, newest.Size)
 	}
 	if err == nil {
-		err = log.load()
+		err = log.readSizes()
 	}
-	return c, err
+	return s, err
 }
 
-// note takes note of the newest snapshot, whose size is 0 where it is kept without being written. Raft's file store ends
-// a snapshot's id with the time, and so does ours in memory.
-func (c *checkedSnapshots) note(index, term uint64, id string, size int64) error {
+// setNewest records the newest snapshot. Its size is 0 if nothing has been written yet (see lateSink). Its id ends in
+// the time, in Raft's file store and in memorySnapshots.
+func (s *snapshotStore) setNewest(id string, index, term uint64, size int64) error {
 	if size > 0 {
-		c.log.state.Store(size)
+		s.log.stateSize.Store(size)
 	}
 	begun, _ := strconv.ParseInt(id[strings.LastIndexByte(id, '-')+1:], 10, 64)
-	c.begun.Store(begun)
-	return c.log.cover(index, term)
+	s.begun.Store(begun)
+	return s.log.setSnapshot(index, term)
 }
 
-func (c *checkedSnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
-	configurationIndex uint64, t raft.Transport,
-) (raft.SnapshotSink, error) {
-	sink, err := c.SnapshotStore.Create(version, index, term, configuration, configurationIndex, t)
-	if err != nil {
-		return nil, err
-	}
-	return &checkedSink{SnapshotSink: sink, store: c, index: index, term: term}, nil
-}
-
-func (c *checkedSnapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, error) {
-	meta, state, err := c.SnapshotStore.Open(id)
-	if err == nil {
-		c.log.state.Store(meta.Size)
-	}
-	return meta, state, err
-}
-
-type checkedSink struct {
-	raft.SnapshotSink
-	store  *checkedSnapshots
-	index  uint64 // of the last entry that it covers
-	term   uint64 // likewise
-	size   int64  // in bytes, of what has been written
-	closed bool
-}
-
-func (s *checkedSink) Write(p []byte) (int, error) {
-	n, err := s.SnapshotSink.Write(p)
-	s.size += int64(n)
-	return n, err
-}
-
-func (s *checkedSink) keep(write func(io.Writer) error) bool {
-	k, ok := s.SnapshotSink.(keeper)
-	return ok && k.keep(write)
-}
-
-func (s *checkedSink) Close() error {
-	if s.closed { // raft closes what Persist has closed
-		return nil
-	}
-	s.closed = true
-	s.store.publishing.Lock()
-	defer s.store.publishing.Unlock()
-	if s.index < s.store.log.newest() {
-		return errors.Join(errOvertaken, s.SnapshotSink.Cancel())
-	}
-	if err := s.SnapshotSink.Close(); err != nil {
-		return err
-	}
-	return s.store.note(s.index, s.term, s.ID(), s.size)
-}
-
-func (s *checkedSink) Cancel() error {
-	s.closed = true
-	return s.SnapshotSink.Cancel()
-}
-
-// fileSnapshots keeps snapshots in STATE_DIR. It is fail-stop like guard: a snapshot that cannot be written, or that
-// reads otherwise than it was written, goes to fail. Raft would say so in its log and go on without it.
-type fileSnapshots struct {
-	raft.SnapshotStore
-	dir  string
-	dog  *watchdog
-	fail func(error)
-}
-
-// openSnapshots opens the snapshots in a state directory, and removes what a crash has left half written. If the
-// newest cannot be listed this is an error: Raft would go on with the one before, after which entries may be missing
-// from the log. An older one that cannot be listed is not needed.
-func openSnapshots(stateDir string, log hclog.Logger, dog *watchdog, fail func(error)) (*fileSnapshots, error) {
-	store, err := raft.NewFileSnapshotStoreWithLogger(stateDir, snapshotsKept, log)
-	if err != nil {
-		return nil, err
-	}
-	f := &fileSnapshots{store, filepath.Join(stateDir, snapshotsDir), dog, fail}
-	half, err := filepath.Glob(filepath.Join(f.dir, "*"+tmpSuffix))
-	for _, path := range half {
-		err = errors.Join(err, os.RemoveAll(path))
-	}
-	newest, err2 := f.newest()
-	list, err3 := store.List()
-	if err := errors.Join(err, err2, err3); err != nil {
-		return nil, err
-	}
-	listed := func(m *raft.SnapshotMeta) bool {
-		return m.ID == newest && strings.HasPrefix(newest, fmt.Sprintf("%d-%d-", m.Term, m.Index))
-	}
-	if newest != "" && (len(list) == 0 || !listed(list[0])) {
-		return nil, damaged(filepath.Join(f.dir, newest), errors.New(metaName+" is missing, or not what was written"))
-	}
-	return f, nil
-}
-
-// newest returns the id of the newest snapshot by the directories that there are, "" if there is none.
-func (f *fileSnapshots) newest() (id string, err error) {
-	dirs, err := os.ReadDir(f.dir)
-	var newest [3]uint64
-	for _, dir := range dirs {
-		var is [3]uint64 // term, index and time: so raft's file store names a snapshot, and orders them
-		n, _ := fmt.Sscanf(dir.Name(), "%d-%d-%d", &is[0], &is[1], &is[2])
-		if n == len(is) && slices.Compare(is[:], newest[:]) > 0 {
-			newest, id = is, dir.Name()
-		}
-	}
-	return id, err
-}
-
-// setAsideSnapshots renames what snapshots there are: without a database beside them nobody knows of which cluster they
-// are, so the node counts as one that has lost its state. It returns the new name, "" when there was none.
-func setAsideSnapshots(stateDir string) (string, error) {
-	dir := filepath.Join(stateDir, snapshotsDir)
-	if _, err := os.Stat(filepath.Join(stateDir, dbName)); !errors.Is(err, fs.ErrNotExist) {
-		return "", err
-	}
-	if found, err := filepath.Glob(filepath.Join(dir, "*", metaName)); err != nil || len(found) == 0 {
-		return "", err
-	}
-	aside := fmt.Sprintf("%s.without-raft.db.%d", dir, time.Now().UnixMilli())
-	return aside, os.Rename(dir, aside)
-}
-
-// do makes a call to the disk. An error of it goes to fail.
-func (f *fileSnapshots) do(op string, call func() error) error {
-	err := f.dog.during(op, call)
+// do makes a call to the store, and stops the process if that fails. It has no time limit, since the call may read or
+// write a large state. The op names it in messages.
+func (s *snapshotStore) do(op string, call func() error) error {
+	err := s.watchdog.watch(op, noLimit, call)
 	if err != nil {
 		err = fmt.Errorf("storage: %s: %w", op, err)
-		f.fail(err)
+		s.log.node.fail(err)
 	}
 	return err
 }
 
-func (f *fileSnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
+func (s *snapshotStore) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
 	configurationIndex uint64, t raft.Transport,
-) (sink raft.SnapshotSink, err error) {
-	err = f.do("begin a snapshot", func() (err error) {
-		sink, err = f.SnapshotStore.Create(version, index, term, configuration, configurationIndex, t)
+) (raft.SnapshotSink, error) {
+	sink := &snapshotSink{store: s, index: index, term: term}
+	return sink, s.do("begin a snapshot", func() (err error) {
+		sink.SnapshotSink, err = s.store.Create(version, index, term, configuration, configurationIndex, t)
 		return err
 	})
-	if err != nil {
-		return nil, err
-	}
-	return &fileSink{sink, f}, nil
 }
 
-func (f *fileSnapshots) List() (list []*raft.SnapshotMeta, err error) {
-	err = f.do("list snapshots", func() (err error) { list, err = f.SnapshotStore.List(); return err })
+func (s *snapshotStore) List() (list []*raft.SnapshotMeta, err error) {
+	err = s.do("list snapshots", func() (err error) { list, err = s.store.List(); return err })
 	return list, err
 }
 
-// Open reads the whole snapshot, to compare it with its checksum, before it returns it.
-func (f *fileSnapshots) Open(id string) (meta *raft.SnapshotMeta, state io.ReadCloser, err error) {
+// newest returns the newest snapshot; its index is 0 if there is none.
+func (s *snapshotStore) newest() (raft.SnapshotMeta, error) {
+	list, err := s.List()
+	if err != nil || len(list) == 0 {
+		return raft.SnapshotMeta{}, err
+	}
+	return *list[0], nil
+}
+
+// Open returns a snapshot, which the caller closes. Raft's file store reads all of it first, to compare its checksum. A
+// snapshot that does not match is damage and stops the process: Raft would restore the one before.
+func (s *snapshotStore) Open(id string) (meta *raft.SnapshotMeta, state io.ReadCloser, err error) {
 	var gone error
-	err = f.do("open a snapshot", func() (err error) {
-		if meta, state, err = f.SnapshotStore.Open(id); err == nil {
+	err = s.do("open a snapshot", func() (err error) {
+		meta, state, err = s.store.Open(id)
+		if err != nil && s.isGone(id) {
+			gone = err
 			return nil
 		}
-		if _, missing := os.Stat(filepath.Join(f.dir, id)); errors.Is(missing, fs.ErrNotExist) {
-			gone = err // newer ones have taken its place
-			return nil
+		if err != nil {
+			err = damaged(filepath.Join(s.dir, id), err)
 		}
-		return damaged(filepath.Join(f.dir, id), err)
+		return err
 	})
 	if err := errors.Join(err, gone); err != nil {
 		return nil, nil, err
 	}
-	return meta, &fileState{state, f}, nil
+	s.log.stateSize.Store(meta.Size)
+	return meta, &snapshotState{state, s}, nil
 }
 
-// fileState is the state of a snapshot, being read.
-type fileState struct {
+// isGone says whether newer snapshots have replaced one, which is no damage. In memory nothing else can happen to it.
+func (s *snapshotStore) isGone(id string) bool {
+	_, err := os.Stat(filepath.Join(s.dir, id))
+	return s.dir == "" || errors.Is(err, fs.ErrNotExist)
+}
+
+// snapshotState is the state in a snapshot. An error while it is read stops the process.
+type snapshotState struct {
 	io.ReadCloser
-	store *fileSnapshots
+	store *snapshotStore
 }
 
-func (s *fileState) Read(p []byte) (n int, err error) {
+func (s *snapshotState) Read(p []byte) (n int, err error) {
 	failed := s.store.do("read a snapshot", func() error {
 		if n, err = s.ReadCloser.Read(p); errors.Is(err, io.EOF) {
 			return nil
@@ -257,45 +147,120 @@ func (s *fileState) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-// fileSink is a snapshot, being written.
-type fileSink struct {
+// snapshotSink is a snapshot that this node or, through Raft, the leader writes. Its Close makes it the newest.
+type snapshotSink struct {
 	raft.SnapshotSink
-	store *fileSnapshots
+	store  *snapshotStore
+	index  uint64 // of the last entry that it covers
+	term   uint64 // of that entry
+	size   int64  // bytes that have been written
+	closed bool
 }
 
-func (s *fileSink) Write(p []byte) (n int, err error) {
+func (s *snapshotSink) Write(p []byte) (n int, err error) {
 	err = s.store.do("write a snapshot", func() (err error) { n, err = s.SnapshotSink.Write(p); return err })
+	s.size += int64(n)
 	return n, err
 }
 
-func (s *fileSink) Close() error  { return s.store.do("complete a snapshot", s.SnapshotSink.Close) }
-func (s *fileSink) Cancel() error { return s.store.do("remove a snapshot", s.SnapshotSink.Cancel) }
+func (s *snapshotSink) writeLater(write func(io.Writer) error) bool {
+	late, ok := s.SnapshotSink.(lateSink)
+	return ok && late.writeLater(write)
+}
 
-// memorySnapshots keeps the newest complete snapshot in memory: what this node has captured of its state, which shares
-// with the state what has not changed since, or the bytes that the leader has sent. Raft's own in-memory store publishes a
-// snapshot before its bytes are there.
+// Close completes the snapshot, unless there is a newer one. Example: this node is writing its own snapshot up to
+// entry 40 while it receives and completes the leader's, up to 90. Its own must not become the newest after that.
+func (s *snapshotSink) Close() error {
+	if s.closed { // Raft closes it again after Persist
+		return nil
+	}
+	s.closed = true
+	s.store.storing.Lock()
+	defer s.store.storing.Unlock()
+	if s.index < s.store.log.snapshotIndex.Load() {
+		return errors.Join(errNewerSnapshot, s.Cancel())
+	}
+	if err := s.store.do("complete a snapshot", s.SnapshotSink.Close); err != nil {
+		return err
+	}
+	return s.store.setNewest(s.ID(), s.index, s.term, s.size)
+}
+
+func (s *snapshotSink) Cancel() error {
+	s.closed = true
+	return s.store.do("remove a snapshot", s.SnapshotSink.Cancel)
+}
+
+// openSnapshotFiles opens the snapshots in a directory of the state directory, and removes those that a crash has left
+// half written. It fails if Raft's file store does not list the newest one, since that would pass over it for the one
+// before, after which the log may lack entries. An older one that is damaged does not matter.
+func openSnapshotFiles(stateDir string, log hclog.Logger) (*raft.FileSnapshotStore, error) {
+	store, err := raft.NewFileSnapshotStoreWithLogger(stateDir, snapshotsKept, log)
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(stateDir, snapshotsDir)
+	// A directory whose name ends in tmpSuffix is not complete.
+	half, err := filepath.Glob(filepath.Join(dir, "*"+tmpSuffix))
+	for _, path := range half {
+		err = errors.Join(err, os.RemoveAll(path))
+	}
+	newest, err2 := newestSnapshot(dir)
+	list, err3 := store.List()
+	if err := errors.Join(err, err2, err3); err != nil || newest == "" {
+		return store, err
+	}
+	if len(list) > 0 && list[0].ID == newest {
+		// The name must agree with what the file says: meta.json has no checksum.
+		if strings.HasPrefix(newest, fmt.Sprintf("%d-%d-", list[0].Term, list[0].Index)) {
+			return store, nil
+		}
+	}
+	return nil, damaged(filepath.Join(dir, newest), errors.New(metaName+" is missing, or not what was written"))
+}
+
+// newestSnapshot returns the name of the newest snapshot's directory, "" if there is none. Raft's file store names a
+// snapshot by term, index and time, and orders them by these.
+func newestSnapshot(dir string) (name string, err error) {
+	entries, err := os.ReadDir(dir)
+	var newest [3]uint64
+	for _, entry := range entries {
+		var numbers [3]uint64
+		n, _ := fmt.Sscanf(entry.Name(), "%d-%d-%d", &numbers[0], &numbers[1], &numbers[2])
+		if n == len(numbers) && slices.Compare(numbers[:], newest[:]) > 0 {
+			newest, name = numbers, entry.Name()
+		}
+	}
+	return name, err
+}
+
+// memorySnapshots keeps the newest complete snapshot in memory. One of this node's own is kept as the func that writes
+// it, and shares with the state what has not changed since; one that the leader sent is kept as bytes. (Raft's own
+// in-memory store lists a snapshot before its bytes are there.)
 type memorySnapshots struct {
 	mu     sync.Mutex      // guards newest
 	newest *memorySnapshot // nil before the first
 }
 
 type memorySnapshot struct {
-	store    *memorySnapshots
-	meta     raft.SnapshotMeta
-	captured func(io.Writer) error // writes it; nil where it was received
-	received [][]byte
+	store  *memorySnapshots
+	meta   raft.SnapshotMeta
+	write  func(io.Writer) error // writes the snapshot
+	chunks [][]byte              // of one that the leader sent
 }
 
 func (m *memorySnapshots) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
 	configurationIndex uint64, _ raft.Transport,
 ) (raft.SnapshotSink, error) {
-	return &memorySnapshot{store: m, meta: raft.SnapshotMeta{
+	s := &memorySnapshot{store: m, meta: raft.SnapshotMeta{
 		Version: version, ID: fmt.Sprintf("%d-%d-%d", term, index, time.Now().UnixMilli()),
 		Index: index, Term: term, Configuration: configuration, ConfigurationIndex: configurationIndex,
-	}}, nil
+	}}
+	s.write = s.writeChunks
+	return s, nil
 }
 
-// List returns the newest snapshot. Its size is not known before it is opened, if this node has taken it itself.
+// List returns the newest snapshot. The size of one of this node's own is 0: nothing has been written yet.
 func (m *memorySnapshots) List() ([]*raft.SnapshotMeta, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -313,30 +278,25 @@ func (m *memorySnapshots) Open(id string) (*raft.SnapshotMeta, io.ReadCloser, er
 	if s == nil || s.meta.ID != id {
 		return nil, nil, fmt.Errorf("snapshot %q is gone", id)
 	}
-	var size byteCount
-	if err := s.writeTo(&size); err != nil {
+	size, err := io.Copy(io.Discard, s.reader()) // Raft sends the size before the snapshot
+	if err != nil {
 		return nil, nil, err
 	}
 	meta := s.meta
-	meta.Size = int64(size)
+	meta.Size = size
+	return &meta, s.reader(), nil
+}
+
+// reader returns the snapshot's bytes. A goroutine writes them until all are read, or the reader is closed.
+func (s *memorySnapshot) reader() io.ReadCloser {
 	r, w := io.Pipe()
-	go func() { w.CloseWithError(s.writeTo(w)) }() // until all is read, or the reader closed
-	return &meta, r, nil
+	go func() { w.CloseWithError(s.write(w)) }()
+	return r
 }
 
-// byteCount counts what is written to it.
-type byteCount int64
-
-func (n *byteCount) Write(p []byte) (int, error) {
-	*n += byteCount(len(p))
-	return len(p), nil
-}
-
-func (s *memorySnapshot) writeTo(w io.Writer) error {
-	if s.captured != nil {
-		return s.captured(w)
-	}
-	for _, p := range s.received {
+// writeChunks writes a snapshot that the leader sent.
+func (s *memorySnapshot) writeChunks(w io.Writer) error {
+	for _, p := range s.chunks {
 		if _, err := w.Write(p); err != nil {
 			return err
 		}
@@ -344,13 +304,15 @@ func (s *memorySnapshot) writeTo(w io.Writer) error {
 	return nil
 }
 
-func (s *memorySnapshot) keep(write func(io.Writer) error) bool {
-	s.captured = write
+// writeLater keeps the func: while it is kept, the snapshot shares memory with the state instead of being a second
+// copy.
+func (s *memorySnapshot) writeLater(write func(io.Writer) error) bool {
+	s.write = write
 	return true
 }
 
 func (s *memorySnapshot) Write(p []byte) (int, error) {
-	s.received = append(s.received, bytes.Clone(p))
+	s.chunks = append(s.chunks, bytes.Clone(p))
 	s.meta.Size += int64(len(p))
 	return len(p), nil
 }
@@ -358,12 +320,10 @@ func (s *memorySnapshot) Write(p []byte) (int, error) {
 func (s *memorySnapshot) ID() string    { return s.meta.ID }
 func (s *memorySnapshot) Cancel() error { return nil }
 
-// Close publishes the snapshot, unless there is a newer one.
+// Close makes it the newest snapshot.
 func (s *memorySnapshot) Close() error {
 	s.store.mu.Lock()
 	defer s.store.mu.Unlock()
-	if s.store.newest == nil || s.store.newest.meta.Index <= s.meta.Index {
-		s.store.newest = s
-	}
+	s.store.newest = s
 	return nil
 }

@@ -161,10 +161,10 @@ func TestOvertakenSnapshotIsNotPublished(t *testing.T) {
 		st := openTestStorage(t, kind, t.TempDir())
 		own := newSnapshot(t, st.snapshots, 4, framed("the state of four"))
 		writeSnapshot(t, st.snapshots, 9, framed("the state of nine"))
-		if err := own.Close(); !errors.Is(err, errOvertaken) {
-			t.Errorf("%s: got %v; want %v", kind, err, errOvertaken)
+		if err := own.Close(); !errors.Is(err, errNewerSnapshot) {
+			t.Errorf("%s: got %v; want %v", kind, err, errNewerSnapshot)
 		}
-		if newest := st.rules.newest(); newest != 9 {
+		if newest := st.log.snapshotIndex.Load(); newest != 9 {
 			t.Errorf("%s: got %d for the newest index; want 9", kind, newest)
 		}
 		if got := readSnapshots(t, st.snapshots); len(got) != 1 {
@@ -185,11 +185,13 @@ func TestDamagedNewestSnapshotStopsTheNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	newest := filepath.Join(dir, snapshotsDir, id)
-	read := func() (failed error) {
-		files, err := openSnapshots(dir, hclog.NewNullLogger(), nil, func(err error) { failed = errors.Join(failed, err) })
+	read := func() error {
+		store, err := openSnapshotFiles(dir, hclog.NewNullLogger())
 		if err != nil {
 			return err
 		}
+		node := &testStorageNode{}
+		files := newTestSnapshots(t, store, filepath.Join(dir, snapshotsDir), nil, node)
 		list, err := files.List()
 		if err != nil || len(list) != 2 || list[0].ID != id {
 			t.Errorf("got %v, error %v; want two snapshots, %s first", list, err, id)
@@ -197,9 +199,9 @@ func TestDamagedNewestSnapshotStopsTheNode(t *testing.T) {
 		}
 		_, source, err := files.Open(id)
 		if err != nil {
-			return errors.Join(failed, err)
+			return errors.Join(append(node.failed, err)...)
 		}
-		return errors.Join(failed, source.Close())
+		return errors.Join(append(node.failed, source.Close())...)
 	}
 	if err := read(); err != nil {
 		t.Fatal(err)
@@ -258,8 +260,8 @@ func TestOnlyTheNewestSnapshotIsNeeded(t *testing.T) {
 		}
 		s = openTestStorage(t, storeBolt, dir)
 		list, err := s.snapshots.List()
-		if err != nil || len(list) == 0 || list[0].ID != id || s.rules.newest() != 10 {
-			t.Errorf("got %v, newest %d, error %v; want %s first", list, s.rules.newest(), err, id)
+		if err != nil || len(list) == 0 || list[0].ID != id || s.log.snapshotIndex.Load() != 10 {
+			t.Errorf("got %v, newest %d, error %v; want %s first", list, s.log.snapshotIndex.Load(), err, id)
 		}
 		if _, source, err := s.snapshots.Open(id); err != nil || source.Close() != nil {
 			t.Errorf("got error %v; want the newest snapshot", err)
@@ -273,42 +275,26 @@ func TestOnlyTheNewestSnapshotIsNeeded(t *testing.T) {
 // Raft only logs that a snapshot could not be written, and goes on.
 func TestSnapshotThatCannotBeWrittenStopsTheNode(t *testing.T) {
 	dir := t.TempDir()
-	var failed []error
-	files, err := openSnapshots(dir, hclog.NewNullLogger(), nil, func(err error) { failed = append(failed, err) })
+	store, err := openSnapshotFiles(dir, hclog.NewNullLogger())
 	if err != nil {
 		t.Fatal(err)
 	}
+	node := &testStorageNode{}
+	files := newTestSnapshots(t, store, filepath.Join(dir, snapshotsDir), nil, node)
 	sink := newSnapshot(t, files, 5, framed("five"))
 	if err := os.RemoveAll(filepath.Join(dir, snapshotsDir)); err != nil {
 		t.Fatal(err)
 	}
-	if err := sink.Close(); err == nil || len(failed) != 1 {
-		t.Errorf("complete: got error %v, failures %v; want one of each", err, failed)
+	if err := sink.Close(); err == nil || len(node.failed) != 1 {
+		t.Errorf("complete: got error %v, failures %v; want one of each", err, node.failed)
 	}
 	if err := os.WriteFile(filepath.Join(dir, snapshotsDir), nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := files.Create(raft.SnapshotVersionMax, 6, 2, raft.Configuration{}, 1, nil); err == nil || len(failed) != 2 {
-		t.Errorf("begin: got error %v, failures %v; want two failures", err, failed)
+	if _, err := files.Create(raft.SnapshotVersionMax, 6, 2, raft.Configuration{}, 1, nil); err == nil || len(node.failed) != 2 {
+		t.Errorf("begin: got error %v, failures %v; want two failures", err, node.failed)
 	}
-	if _, err := files.List(); err == nil || len(failed) != 3 {
-		t.Errorf("list: got error %v, failures %v; want three failures", err, failed)
-	}
-}
-
-// Without raft.db nobody knows of which cluster the snapshots beside it are; the node counts as one without state, and
-// the files are kept.
-func TestSnapshotsWithoutADatabaseAreSetAside(t *testing.T) {
-	dir := t.TempDir()
-	s := openTestStorage(t, storeBolt, dir)
-	writeSnapshot(t, s.snapshots, 5, framed("five"))
-	if err := errors.Join(s.close(), os.Remove(filepath.Join(dir, dbName))); err != nil {
-		t.Fatal(err)
-	}
-	if index, _, err := openTestStorage(t, storeBolt, dir).lastEntry(); index != 0 || err != nil {
-		t.Errorf("got a last entry %d, error %v; want none", index, err)
-	}
-	if kept, err := filepath.Glob(filepath.Join(dir, snapshotsDir+".without-raft.db.*", "*", stateName)); len(kept) != 1 || err != nil {
-		t.Errorf("got %q kept, error %v; want one", kept, err)
+	if _, err := files.List(); err == nil || len(node.failed) != 3 {
+		t.Errorf("list: got error %v, failures %v; want three failures", err, node.failed)
 	}
 }

@@ -40,7 +40,7 @@ func TestLogOfAFallenLeaderGoesWithASnapshot(t *testing.T) {
 	for c.nodes[b].raft.Load().LastIndex() < last+3 {
 		c.nodes[b].set(t, `"acknowledged"`)
 	}
-	c.nodes[b].storage.rules.tail = 0
+	c.nodes[b].storage.log.trailingLogs = 0
 	if err := c.nodes[b].raft.Load().Snapshot().Error(); err != nil {
 		t.Fatal(err)
 	}
@@ -52,7 +52,7 @@ func TestLogOfAFallenLeaderGoesWithASnapshot(t *testing.T) {
 	<-heard
 	c.cut(a, linkOpen)
 	awaitEqualLogs(t, c.nodes...)
-	if newest := c.nodes[a].storage.rules.newest(); newest != last+3 {
+	if newest := c.nodes[a].storage.log.snapshotIndex.Load(); newest != last+3 {
 		t.Fatalf("got a snapshot up to %d on A; want one up to %d, where its log ended", newest, last+3)
 	}
 
@@ -98,7 +98,7 @@ func TestSnapshotDropsWhatItDisproves(t *testing.T) {
 					}
 				}
 				if kind == "a crash in between" {
-					writeSnapshot(t, s.snapshots.SnapshotStore, tt.snapshot, framed("state")) // nobody takes note of it
+					writeSnapshot(t, s.snapshots.store, tt.snapshot, framed("state")) // nobody takes note of it
 					if err := s.close(); err != nil {
 						t.Fatal(err)
 					}

@@ -150,7 +150,7 @@ func TestPlantedStateDirs(t *testing.T) {
 					}
 				}
 				if uid == me {
-					if s, err := openStorage(&Config{KVStore: storeBolt, NodeID: "node1", StateDir: path}, hclog.NewNullLogger(), nil); err == nil {
+					if s, err := openStorage(&Config{KVStore: storeBolt, NodeID: "node1", StateDir: path}, hclog.NewNullLogger(), newMetrics(), &testStorageNode{}); err == nil {
 						t.Error("the storage was opened")
 						_ = s.close()
 					}

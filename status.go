@@ -88,12 +88,12 @@ func (s *Store) export() {
 
 // exportStorage does so of what the storage holds, once it is open.
 func (s *Store) exportStorage() {
-	m, stats, snapshots := s.metrics, s.storage.stats, s.storage.snapshots
+	m, db, snapshots := s.metrics, s.storage.db, s.storage.snapshots
 	m.gauge("snapshot_timestamp_seconds", "When this node began to write its newest snapshot, in Unix time; 0 when it has none.",
 		func() float64 { return float64(snapshots.begun.Load()) / 1000 })
 	m.gauge("snapshot_size_bytes", "Size of the newest snapshot; with memory, of the last that was sent or received.",
-		func() float64 { return float64(s.storage.rules.state.Load()) })
-	if stats == nil {
+		func() float64 { return float64(s.storage.log.stateSize.Load()) })
+	if db == nil {
 		return
 	}
 	m.gauge("db_size_bytes", "Size of "+dbName+", which never shrinks.", func() float64 {
@@ -104,7 +104,7 @@ func (s *Store) exportStorage() {
 		return float64(info.Size())
 	})
 	m.gauge("db_free_bytes", "Of "+dbName+", the free pages, which new entries will fill.", func() float64 {
-		return float64(stats().FreeAlloc)
+		return float64(db.Stats().FreeAlloc)
 	})
 }
 

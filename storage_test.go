@@ -26,13 +26,37 @@ import (
 // not done so by calling its close.
 func openTestStorage(t *testing.T, kvStore, dir string) *storage {
 	t.Helper()
-	fail := func(err error) { t.Errorf("the storage failed: %v", err) }
-	s, err := openStorage(&Config{KVStore: kvStore, StateDir: dir}, hclog.NewNullLogger(), fail)
+	s, err := openStorage(&Config{KVStore: kvStore, StateDir: dir}, hclog.NewNullLogger(), newMetrics(), &testStorageNode{t: t})
 	if err != nil {
 		t.Fatalf("open storage: %v", err)
 	}
 	t.Cleanup(func() { _ = s.close() })
 	return s
+}
+
+// testStorageNode is the node of a storage under test.
+type testStorageNode struct {
+	t       *testing.T // fails with the storage, unless it is nil
+	failed  []error    // the reasons why it did
+	applied uint64
+	leads   bool
+}
+
+func (n *testStorageNode) fail(err error) {
+	n.failed = append(n.failed, err)
+	if n.t != nil {
+		n.t.Errorf("the storage failed: %v", err)
+	}
+}
+
+func (n *testStorageNode) lastApplied() uint64 { return n.applied }
+
+func (n *testStorageNode) commitsWithOthers() bool { return n.leads }
+
+// newTestSnapshots returns a store of snapshots over another, with an empty log.
+func newTestSnapshots(t *testing.T, store raft.SnapshotStore, dir string, w *watchdog, node storageNode) *snapshotStore {
+	t.Helper()
+	return &snapshotStore{store: store, dir: dir, watchdog: w, log: newLogStore(raft.NewInmemStore(), &Config{}, node)}
 }
 
 // recordingStable notes what is written to it.
@@ -229,9 +253,12 @@ func TestLastIndex(t *testing.T) {
 
 func TestLastIndexOfABrokenStorage(t *testing.T) {
 	broken := errors.New("input/output error")
+	snapshots := func(store raft.SnapshotStore) *snapshotStore {
+		return newTestSnapshots(t, store, "", nil, &testStorageNode{})
+	}
 	for name, s := range map[string]*storage{
-		"log":       {logs: &brokenStore{err: broken}, snapshots: &checkedSnapshots{SnapshotStore: &memorySnapshots{}}},
-		"snapshots": {logs: raft.NewInmemStore(), snapshots: &checkedSnapshots{SnapshotStore: brokenSnapshots{err: broken}}},
+		"log":       {logs: &brokenStore{err: broken}, snapshots: snapshots(&memorySnapshots{})},
+		"snapshots": {logs: raft.NewInmemStore(), snapshots: snapshots(brokenSnapshots{err: broken})},
 	} {
 		if index, _, err := s.lastEntry(); !errors.Is(err, broken) {
 			t.Errorf("%s: got %d, error %v; want %v", name, index, err, broken)
@@ -255,35 +282,37 @@ func (b *brokenStore) GetLog(_ uint64, l *raft.Log) error {
 	l.Index, l.Data = 3, encodeEntry(time.Time{}, nil)
 	return b.err
 }
-func (b *brokenStore) StoreLog(*raft.Log) error         { return b.err }
-func (b *brokenStore) StoreLogs([]*raft.Log) error      { return b.err }
-func (b *brokenStore) DeleteRange(_, _ uint64) error    { return b.err }
-func (b *brokenStore) Set(_, _ []byte) error            { return b.err }
-func (b *brokenStore) Get([]byte) ([]byte, error)       { return seal(nil, []byte("12345678")), b.err }
+func (b *brokenStore) StoreLog(*raft.Log) error      { return b.err }
+func (b *brokenStore) StoreLogs([]*raft.Log) error   { return b.err }
+func (b *brokenStore) DeleteRange(_, _ uint64) error { return b.err }
+func (b *brokenStore) Set(_, _ []byte) error         { return b.err }
+func (b *brokenStore) Get([]byte) ([]byte, error) {
+	return appendChecksum(nil, []byte("12345678")), b.err
+}
 func (b *brokenStore) SetUint64([]byte, uint64) error   { return b.err }
 func (b *brokenStore) GetUint64([]byte) (uint64, error) { return 5, b.err }
 
-func TestGuard(t *testing.T) {
+func TestDiskStore(t *testing.T) {
 	var entry raft.Log
-	type call func(*guard) (value any, err error)
+	type call func(*diskStore) (value any, err error)
 	calls := []struct {
 		name string
 		call call
 		want any
 	}{
-		{"FirstIndex", func(g *guard) (any, error) { return g.FirstIndex() }, uint64(1)},
-		{"LastIndex", func(g *guard) (any, error) { return g.LastIndex() }, uint64(2)},
-		{"GetLog", func(g *guard) (any, error) { err := g.GetLog(3, &entry); return entry.Index, err }, uint64(3)},
-		{"StoreLog", func(g *guard) (any, error) { return nil, g.StoreLog(&entry) }, nil},
-		{"StoreLogs", func(g *guard) (any, error) { return nil, g.StoreLogs([]*raft.Log{&entry}) }, nil},
-		{"DeleteRange", func(g *guard) (any, error) { return nil, g.DeleteRange(1, 2) }, nil},
-		{"Set", func(g *guard) (any, error) { return nil, g.Set(nil, nil) }, nil},
-		{"Get", func(g *guard) (any, error) { v, err := g.Get(nil); return string(v), err }, "12345678"},
-		{"SetUint64", func(g *guard) (any, error) { return nil, g.SetUint64(nil, 1) }, nil},
-		{"GetUint64", func(g *guard) (any, error) { return g.GetUint64(nil) }, uint64(0x3132333435363738)},
+		{"FirstIndex", func(d *diskStore) (any, error) { return d.FirstIndex() }, uint64(1)},
+		{"LastIndex", func(d *diskStore) (any, error) { return d.LastIndex() }, uint64(2)},
+		{"GetLog", func(d *diskStore) (any, error) { err := d.GetLog(3, &entry); return entry.Index, err }, uint64(3)},
+		{"StoreLog", func(d *diskStore) (any, error) { return nil, d.StoreLog(&entry) }, nil},
+		{"StoreLogs", func(d *diskStore) (any, error) { return nil, d.StoreLogs([]*raft.Log{&entry}) }, nil},
+		{"DeleteRange", func(d *diskStore) (any, error) { return nil, d.DeleteRange(1, 2) }, nil},
+		{"Set", func(d *diskStore) (any, error) { return nil, d.Set(nil, nil) }, nil},
+		{"Get", func(d *diskStore) (any, error) { v, err := d.Get(nil); return string(v), err }, "12345678"},
+		{"SetUint64", func(d *diskStore) (any, error) { return nil, d.SetUint64(nil, 1) }, nil},
+		{"GetUint64", func(d *diskStore) (any, error) { return d.GetUint64(nil) }, uint64(0x3132333435363738)},
 	}
-	if got, want := reflect.TypeFor[*guard]().NumMethod(), len(calls); got != want {
-		t.Errorf("got %d exported methods of guard; want the %d that are tested here", got, want)
+	if got, want := reflect.TypeFor[*diskStore]().NumMethod(), len(calls); got != want {
+		t.Errorf("got %d exported methods of diskStore; want the %d that are tested here", got, want)
 	}
 	errs := []struct {
 		name  string
@@ -303,13 +332,13 @@ func TestGuard(t *testing.T) {
 	for _, call := range calls {
 		for _, tt := range errs {
 			t.Run(call.name+"/"+tt.name, func(t *testing.T) {
-				var failed []error
-				g := &guard{db: &brokenStore{err: tt.err}, fail: func(err error) { failed = append(failed, err) }}
-				value, err := call.call(g)
+				node := &testStorageNode{}
+				d := newDiskStore(&brokenStore{err: tt.err}, "", nil, newMetrics(), node)
+				value, err := call.call(d)
 				if !errors.Is(err, tt.err) || (err == nil && value != call.want) {
 					t.Errorf("got %v, error %v; want %v, %v", value, err, call.want, tt.err)
 				}
-				switch {
+				switch failed := node.failed; {
 				case !tt.fails && len(failed) > 0:
 					t.Errorf("got failures %v; want none", failed)
 				case tt.fails && (len(failed) != 1 || !errors.Is(failed[0], tt.err) || !strings.HasPrefix(failed[0].Error(), "storage: ")):
@@ -321,11 +350,9 @@ func TestGuard(t *testing.T) {
 }
 
 // The database is closed under the storage, so every call of it is an error.
-func TestStorageIsGuarded(t *testing.T) {
-	var failed []error
-	s, err := openStorage(&Config{KVStore: storeBolt, StateDir: t.TempDir()}, hclog.NewNullLogger(), func(err error) {
-		failed = append(failed, err)
-	})
+func TestStorageFailsStop(t *testing.T) {
+	node := &testStorageNode{}
+	s, err := openStorage(&Config{KVStore: storeBolt, StateDir: t.TempDir()}, hclog.NewNullLogger(), newMetrics(), node)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -338,9 +365,9 @@ func TestStorageIsGuarded(t *testing.T) {
 		"a vote that is read": func() error { _, err := s.stable.GetUint64(keyLastVoteTerm); return err },
 		"a term":              func() error { return s.stable.SetUint64([]byte("CurrentTerm"), 1) },
 	} {
-		failed = nil
-		if err := call(); err == nil || len(failed) != 1 {
-			t.Errorf("%s: got error %v, failures %v; want one of each", name, err, failed)
+		node.failed = nil
+		if err := call(); err == nil || len(node.failed) != 1 {
+			t.Errorf("%s: got error %v, failures %v; want one of each", name, err, node.failed)
 		}
 	}
 }
@@ -350,7 +377,7 @@ func TestDatabaseThatIsLocked(t *testing.T) {
 	dir := t.TempDir()
 	openTestStorage(t, storeBolt, dir)
 	began := time.Now()
-	_, err := openStorage(&Config{KVStore: storeBolt, StateDir: dir}, hclog.NewNullLogger(), nil)
+	_, err := openStorage(&Config{KVStore: storeBolt, StateDir: dir}, hclog.NewNullLogger(), newMetrics(), &testStorageNode{})
 	if waited := time.Since(began); waited > 5*time.Second {
 		t.Errorf("got an answer after %v; want one within 5 s", waited)
 	}
@@ -377,7 +404,7 @@ func TestStateDirThatCannotBeUsed(t *testing.T) {
 		"its database is a directory": withDir,
 	} {
 		t.Run(name, func(t *testing.T) {
-			s, err := openStorage(&Config{KVStore: storeBolt, StateDir: dir}, hclog.NewNullLogger(), nil)
+			s, err := openStorage(&Config{KVStore: storeBolt, StateDir: dir}, hclog.NewNullLogger(), newMetrics(), &testStorageNode{})
 			if err == nil {
 				_ = s.close()
 			}
@@ -534,17 +561,17 @@ func TestDeleteRangeGoesInSteps(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			db := &countingStore{InmemStore: raft.NewInmemStore()}
-			g := &guard{db: db, fail: func(err error) { t.Error(err) }}
+			d := newDiskStore(db, "", nil, newMetrics(), &testStorageNode{t: t})
 			for i := range entries {
-				if err := g.StoreLog(&raft.Log{Index: uint64(i + 1)}); err != nil {
+				if err := d.StoreLog(&raft.Log{Index: uint64(i + 1)}); err != nil {
 					t.Fatal(err)
 				}
 			}
-			if err := g.DeleteRange(tt.first, tt.last); err != nil {
+			if err := d.DeleteRange(tt.first, tt.last); err != nil {
 				t.Fatal(err)
 			}
-			first, _ := g.FirstIndex()
-			last, _ := g.LastIndex()
+			first, _ := d.FirstIndex()
+			last, _ := d.LastIndex()
 			if first != tt.wantFirst || last != tt.wantLast || db.deletes != tt.calls {
 				t.Errorf("got entries %d to %d after %d calls; want %d to %d after %d", first, last, db.deletes, tt.wantFirst, tt.wantLast, tt.calls)
 			}
@@ -580,20 +607,17 @@ func TestCutOfTheLog(t *testing.T) {
 		{"the end, executed after the snapshot", 5, 6, 6, 10, 10, true, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			var failed []error
-			e := &entries{
-				LogStore: raft.NewInmemStore(), fail: func(err error) { failed = append(failed, err) },
-				applied: func() uint64 { return tt.applied },
-			}
-			e.covered.advance(tt.snapshot)
+			node := &testStorageNode{applied: tt.applied}
+			e := newLogStore(raft.NewInmemStore(), &Config{}, node)
+			e.snapshotIndex.Store(tt.snapshot)
 			for i := range uint64(10) {
 				if err := e.StoreLog(&raft.Log{Index: i + 1}); err != nil {
 					t.Fatal(err)
 				}
 			}
 			err := e.DeleteRange(tt.first, tt.last)
-			if last, _ := e.LastIndex(); (err != nil) != tt.refused || (len(failed) > 0) != tt.stops || last != tt.wantLast {
-				t.Errorf("got error %v, failures %v, last index %d; want refused %v, stops %v, %d", err, failed, last, tt.refused, tt.stops, tt.wantLast)
+			if last, _ := e.LastIndex(); (err != nil) != tt.refused || (len(node.failed) > 0) != tt.stops || last != tt.wantLast {
+				t.Errorf("got error %v, failures %v, last index %d; want refused %v, stops %v, %d", err, node.failed, last, tt.refused, tt.stops, tt.wantLast)
 			}
 		})
 	}
@@ -603,18 +627,18 @@ func TestNewestSnapshotIsKnown(t *testing.T) {
 	for _, kind := range []string{storeBolt, storeMemory} {
 		dir := t.TempDir()
 		s := openTestStorage(t, kind, dir)
-		if got := s.rules.newest(); got != 0 {
+		if got := s.log.snapshotIndex.Load(); got != 0 {
 			t.Errorf("%s: got %v; want none", kind, got)
 		}
 		writeSnapshot(t, s.snapshots, 5, framed("five"))
-		if err := newSnapshot(t, s.snapshots, 6, "no snapshot").Cancel(); err != nil || s.rules.newest() != 5 {
-			t.Errorf("%s: got %v, error %v; want entry 5", kind, s.rules.newest(), err)
+		if err := newSnapshot(t, s.snapshots, 6, "no snapshot").Cancel(); err != nil || s.log.snapshotIndex.Load() != 5 {
+			t.Errorf("%s: got %v, error %v; want entry 5", kind, s.log.snapshotIndex.Load(), err)
 		}
 		if err := s.close(); err != nil {
 			t.Fatal(err)
 		}
-		if s = openTestStorage(t, kind, dir); kind == storeBolt && s.rules.newest() != 5 {
-			t.Errorf("opened again: got %v; want entry 5", s.rules.newest())
+		if s = openTestStorage(t, kind, dir); kind == storeBolt && s.log.snapshotIndex.Load() != 5 {
+			t.Errorf("opened again: got %v; want entry 5", s.log.snapshotIndex.Load())
 		}
 	}
 }
@@ -641,15 +665,15 @@ func (a alteredStore) Get(key []byte) ([]byte, error) {
 }
 
 func TestAlteredDataStopsTheNode(t *testing.T) {
-	var failed []error
+	node := &testStorageNode{}
 	store := &alteredStore{InmemStore: raft.NewInmemStore()}
-	g := &guard{db: store, path: "raft.db", fail: func(err error) { failed = append(failed, err) }}
+	d := newDiskStore(store, "raft.db", nil, newMetrics(), node)
 	stored := &raft.Log{Index: 3, Term: 1, Type: raft.LogCommand, Data: encodeEntry(time.Now(), [][]byte{[]byte("three")})}
-	if err := errors.Join(g.StoreLog(stored), g.SetUint64([]byte("n"), 5), g.Set([]byte("k"), []byte("v"))); err != nil {
+	if err := errors.Join(d.StoreLog(stored), d.SetUint64([]byte("n"), 5), d.Set([]byte("k"), []byte("v"))); err != nil {
 		t.Fatal(err)
 	}
 	getLog := func(alter func(*raft.Log)) func() error {
-		return func() error { store.alter = alter; return g.GetLog(3, new(raft.Log)) }
+		return func() error { store.alter = alter; return d.GetLog(3, new(raft.Log)) }
 	}
 	for name, call := range map[string]func() error{
 		"index":   getLog(func(l *raft.Log) { l.Index++ }),
@@ -657,18 +681,18 @@ func TestAlteredDataStopsTheNode(t *testing.T) {
 		"version": getLog(func(l *raft.Log) { l.Data = slices.Concat([]byte{9}, l.Data[1:]) }),
 		"no data": getLog(func(l *raft.Log) { l.Data = nil }),
 		"a panic": getLog(func(*raft.Log) { panic("page 7: unexpected type") }),
-		"number":  func() error { _, err := g.GetUint64([]byte("n")); return err },
-		"value":   func() error { _, err := g.Get([]byte("k")); return err },
+		"number":  func() error { _, err := d.GetUint64([]byte("n")); return err },
+		"value":   func() error { _, err := d.Get([]byte("k")); return err },
 	} {
-		failed = nil
+		node.failed = nil
 		err := call()
-		if err == nil || len(failed) != 1 || !strings.Contains(failed[0].Error(), "raft.db is damaged (") {
-			t.Errorf("%s: got error %v, failures %v; want one of each that says that raft.db is damaged", name, err, failed)
+		if err == nil || len(node.failed) != 1 || !strings.Contains(node.failed[0].Error(), "raft.db is damaged (") {
+			t.Errorf("%s: got error %v, failures %v; want one of each that says that raft.db is damaged", name, err, node.failed)
 		}
 	}
-	failed = nil
+	node.failed = nil
 	var got raft.Log
-	if err := getLog(func(*raft.Log) {})(); err != nil || g.GetLog(3, &got) != nil || !bytes.Equal(got.Data, stored.Data) || len(failed) > 0 {
-		t.Errorf("got %+v, error %v, failures %v; want the entry as it was", got, err, failed)
+	if err := getLog(func(*raft.Log) {})(); err != nil || d.GetLog(3, &got) != nil || !bytes.Equal(got.Data, stored.Data) || len(node.failed) > 0 {
+		t.Errorf("got %+v, error %v, failures %v; want the entry as it was", got, err, node.failed)
 	}
 }

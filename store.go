@@ -45,9 +45,9 @@ type Store struct {
 	metrics  *metrics
 	started  time.Time
 	onChange func(RaftState)
-	open     func(*Config, hclog.Logger, func(error)) (*storage, error) // openStorage
-	port     port                                                       // opened by Open, unless there is one
-	certs    *reloaded[*certificates]                                   // nil for no TLS; set before Open
+	open     func(*Config, hclog.Logger, *metrics, storageNode) (*storage, error) // openStorage
+	port     port                                                                 // opened by Open, unless there is one
+	certs    *reloaded[*certificates]                                             // nil for no TLS; set before Open
 
 	membership *membership
 	replica    *replica
@@ -121,12 +121,8 @@ func (s *Store) Open() error {
 			return err
 		}
 	}
-	if s.storage, err = s.open(s.cfg, s.log, s.fail); err != nil {
+	if s.storage, err = s.open(s.cfg, s.log, s.metrics, s); err != nil {
 		return errors.Join(err, s.port.Close())
-	}
-	s.storage.rules.applied = s.replica.applied.load
-	if d := s.storage.disk; d != nil {
-		d.early, d.took = s.commitsWithOthers, s.metrics.stored.Observe
 	}
 	s.exportStorage()
 	if err := s.membership.open(s.storage); err != nil {
@@ -194,7 +190,7 @@ func (s *Store) startRaft() (err error) {
 	conf.Logger = log
 	conf.HeartbeatTimeout, conf.ElectionTimeout, conf.LeaderLeaseTimeout = heartbeatTimeout, electionTimeout, leaseTimeout
 	conf.MaxAppendEntries, conf.CommitTimeout = maxAppendEntries, commitTimeout
-	// When to take a snapshot, and what stays of the log, is decided by bytes as well: see compact, and entries. Raft by
+	// When to take a snapshot, and what stays of the log, is decided by bytes as well: see compact, and logStore. Raft by
 	// itself would take the same snapshot again and again when the log is empty.
 	conf.SnapshotThreshold, conf.TrailingLogs = math.MaxUint64, 0
 	conf.ShutdownOnRemove = false
@@ -223,16 +219,16 @@ func (s *Store) startRaft() (err error) {
 
 // compact takes a snapshot when one is due, until the Store shuts down.
 func (s *Store) compact(r *raft.Raft) {
-	rules := s.storage.rules
+	log := s.storage.log
 	for {
 		select {
-		case <-rules.due:
+		case <-log.due:
 		case <-time.After(s.cfg.SnapshotInterval + rand.N(s.cfg.SnapshotInterval)):
 		case <-s.ctx.Done():
 			return
 		}
-		before := rules.newest()
-		if !rules.isDue(s.cfg.SnapshotThreshold) || s.replica.applied.load() <= before {
+		before := log.snapshotIndex.Load()
+		if !log.isSnapshotDue(s.cfg.SnapshotThreshold) || s.replica.applied.load() <= before {
 			continue
 		}
 		r.Snapshot() // returns when Raft has begun. It may leave the future unanswered when it shuts down
@@ -241,7 +237,7 @@ func (s *Store) compact(r *raft.Raft) {
 		case <-s.ctx.Done():
 			return
 		}
-		if rules.newest() == before { // it failed, and Raft has logged why
+		if log.snapshotIndex.Load() == before { // it failed, and Raft has logged why
 			select {
 			case <-time.After(retrySnapshot):
 			case <-s.ctx.Done():
@@ -284,6 +280,9 @@ func (s *Store) leadsIn(term uint64) bool {
 
 // follows says whether this node's term is the given one.
 func (s *Store) follows(term uint64) bool { return s.raft.Load().CurrentTerm() == term }
+
+// lastApplied returns the index of the last log entry that the state machine has executed.
+func (s *Store) lastApplied() uint64 { return s.replica.applied.load() }
 
 func (s *Store) appliedIndex() uint64 { return s.raft.Load().AppliedIndex() }
 

@@ -154,7 +154,7 @@ func (t *transport) spare(rpc raft.RPC) bool {
 // and that the message does not compare with the leader's.
 //
 // What this node's snapshot covers is left out: it is committed, so the leader's is the same, and so is what is left of it in
-// the log (see entries.cover). Raft would look for it in the log alone, and where it is not there refuse all that the leader
+// the log (see logStore.setSnapshot). Raft would look for it in the log alone, and where it is not there refuse all that the leader
 // sends.
 //
 // And who asks for a vote is judged by its log alone, as in Ongaro's dissertation (4.2.1). Raft refuses whom this server does
@@ -171,7 +171,7 @@ func (t *transport) mend(rpc *raft.RPC) {
 	case *raft.AppendEntriesRequest:
 		end := req.PrevLogEntry + uint64(len(req.Entries))
 		req.LeaderCommitIndex = min(req.LeaderCommitIndex, end)
-		if newest := t.storage.rules.newest(); end > 0 && req.PrevLogEntry <= newest {
+		if newest := t.storage.log.snapshotIndex.Load(); end > 0 && req.PrevLogEntry <= newest {
 			req.Entries = req.Entries[min(newest-req.PrevLogEntry, uint64(len(req.Entries))):]
 			req.PrevLogEntry, req.PrevLogTerm = 0, 0 // which Raft does not ask about
 		}
@@ -237,7 +237,7 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 			t.log.reached(string(id))
 		}
 		if n := len(args.Entries); err == nil && resp.Success && n > 0 && t.storage.disk != nil {
-			return t.storage.disk.await(args.Entries[n-1].Index)
+			return t.storage.disk.waitStored(args.Entries[n-1].Index)
 		}
 		member, _ := t.node.isMember(string(id))
 		if unreachable := new(dialError); heartbeat || !errors.As(err, &unreachable) || !member || !t.node.leadsIn(args.Term) {

@@ -20,7 +20,7 @@ type tickedWatchdog struct {
 }
 
 // hungCall is a watchdog that watches a call that does not come back.
-func hungCall(t *testing.T, brief bool) *tickedWatchdog {
+func hungCall(t *testing.T, short bool) *tickedWatchdog {
 	t.Helper()
 	w := &tickedWatchdog{t: t, probes: make(chan chan error, 1), release: make(chan struct{})}
 	w.watchdog = &watchdog{calls: make(map[*diskCall]struct{}), probe: func() error {
@@ -28,15 +28,19 @@ func hungCall(t *testing.T, brief bool) *tickedWatchdog {
 		w.probes <- answer
 		return <-answer
 	}}
-	w.call(brief)
+	w.call(short)
 	t.Cleanup(func() { close(w.release) })
 	return w
 }
 
-func (w *tickedWatchdog) call(brief bool) {
+func (w *tickedWatchdog) call(short bool) {
 	began := make(chan struct{})
 	go func() {
-		_ = w.watch(&diskCall{op: "this call", brief: brief}, func() error { close(began); <-w.release; return nil })
+		limit := noLimit
+		if short {
+			limit = lostTicks
+		}
+		_ = w.watch("this call", limit, func() error { close(began); <-w.release; return nil })
 	}()
 	<-began
 }
@@ -45,7 +49,7 @@ func (w *tickedWatchdog) call(brief bool) {
 func (w *tickedWatchdog) ticks(n int) {
 	w.t.Helper()
 	for i := range n {
-		if _, err := w.look(); err != nil {
+		if err := w.countTick(); err != nil {
 			w.t.Fatalf("got %v at tick %d of %d", err, i+1, n)
 		}
 	}
@@ -72,7 +76,7 @@ func TestWatchdogEndsOnlyWhatHangs(t *testing.T) {
 		hung := <-w.probes
 		w.ticks(stuckTicks/2 - 1)
 		for _, want := range []string{"storage: this call ", "the disk hangs"} {
-			if _, err := w.look(); err == nil || !strings.Contains(err.Error(), want) {
+			if err := w.countTick(); err == nil || !strings.Contains(err.Error(), want) {
 				t.Errorf("got %v; want an end with %q", err, want)
 			}
 		}
@@ -87,25 +91,25 @@ func TestWatchdogEndsOnlyWhatHangs(t *testing.T) {
 		w.ticks(2 * lostTicks)
 		w.call(false) // the probe is out all the while, but this one has its time
 		w.ticks(stuckTicks - 1)
-		if _, err := w.look(); err == nil {
+		if err := w.countTick(); err == nil {
 			t.Error("got no end of the next call, with the probe out all the time")
 		}
 		<-w.probes <- nil
 	})
 	for name, err := range map[string]error{"the probe comes back": nil, "with an error": errors.New("disk full")} {
-		for _, brief := range []bool{false, true} {
+		for _, short := range []bool{false, true} {
 			t.Run(name, func(t *testing.T) {
 				t.Parallel()
-				w := hungCall(t, brief)
+				w := hungCall(t, short)
 				for range lostTicks/stuckTicks*2 - 1 {
 					w.ticks(stuckTicks / 2)
 					w.probed(err)
 				}
 				w.ticks(stuckTicks/2 - 1)
-				if _, err := w.look(); (err != nil) != brief || brief && !strings.Contains(err.Error(), "this call") {
-					t.Errorf("got %v when a call, brief %v, had been under way for %v on a disk that works", err, brief, lostAfter)
+				if err := w.countTick(); (err != nil) != short || short && !strings.Contains(err.Error(), "this call") {
+					t.Errorf("got %v when a call, short %v, had been under way for %v on a disk that works", err, short, lostAfter)
 				}
-				if !brief {
+				if !short {
 					w.probed(err)
 				}
 			})
@@ -119,7 +123,7 @@ func TestWatchdogEndsOnlyWhatHangs(t *testing.T) {
 			w.probed(nil)
 		}
 		w.ticks(stuckTicks - 1)
-		if _, err := w.look(); err == nil {
+		if err := w.countTick(); err == nil {
 			t.Errorf("got no end %v after the disk had last answered", stuckAfter)
 		}
 		<-w.probes <- nil
@@ -153,7 +157,7 @@ func (d slowDisk) Create(raft.SnapshotVersion, uint64, uint64, raft.Configuratio
 func (d slowDisk) List() ([]*raft.SnapshotMeta, error) { <-d.hangs; return nil, nil }
 func (d slowDisk) Open(string) (*raft.SnapshotMeta, io.ReadCloser, error) {
 	<-d.hangs
-	return nil, d, nil
+	return new(raft.SnapshotMeta), d, nil
 }
 func (d slowDisk) Read([]byte) (int, error)  { <-d.hangs; return 0, io.EOF }
 func (d slowDisk) Write([]byte) (int, error) { <-d.hangs; return 0, nil }
@@ -166,23 +170,27 @@ func TestWatchdogSeesEveryWayToTheDisk(t *testing.T) {
 	t.Parallel()
 	const tick = 20 * time.Millisecond
 	ignored := func(_ any, err error) error { return err }
-	for name, call := range map[string]func(g *guard, f *fileSnapshots, d slowDisk) error{
-		"store logs":     func(g *guard, _ *fileSnapshots, _ slowDisk) error { return g.StoreLog(&raft.Log{Index: 1}) },
-		"delete logs":    func(g *guard, _ *fileSnapshots, _ slowDisk) error { return g.DeleteRange(1, 1) },
-		"list snapshots": func(_ *guard, f *fileSnapshots, _ slowDisk) error { _, err := f.List(); return err },
-		"read a snapshot": func(_ *guard, f *fileSnapshots, d slowDisk) error {
-			return ignored(io.ReadAll(&fileState{d, f}))
+	for name, call := range map[string]func(s *diskStore, f *snapshotStore, d slowDisk) error{
+		"store logs":     func(s *diskStore, _ *snapshotStore, _ slowDisk) error { return s.StoreLog(&raft.Log{Index: 1}) },
+		"delete logs":    func(s *diskStore, _ *snapshotStore, _ slowDisk) error { return s.DeleteRange(1, 1) },
+		"list snapshots": func(_ *diskStore, f *snapshotStore, _ slowDisk) error { _, err := f.List(); return err },
+		"read a snapshot": func(_ *diskStore, f *snapshotStore, d slowDisk) error {
+			return ignored(io.ReadAll(&snapshotState{d, f}))
 		},
-		"write a snapshot": func(_ *guard, f *fileSnapshots, d slowDisk) error {
-			return ignored((&fileSink{d, f}).Write(nil))
+		"write a snapshot": func(_ *diskStore, f *snapshotStore, d slowDisk) error {
+			return ignored((&snapshotSink{SnapshotSink: d, store: f}).Write(nil))
 		},
-		"complete a snapshot": func(_ *guard, f *fileSnapshots, d slowDisk) error { return (&fileSink{d, f}).Close() },
-		"remove a snapshot":   func(_ *guard, f *fileSnapshots, d slowDisk) error { return (&fileSink{d, f}).Cancel() },
-		"open a snapshot": func(_ *guard, f *fileSnapshots, _ slowDisk) error {
+		"complete a snapshot": func(_ *diskStore, f *snapshotStore, d slowDisk) error {
+			return (&snapshotSink{SnapshotSink: d, store: f}).Close()
+		},
+		"remove a snapshot": func(_ *diskStore, f *snapshotStore, d slowDisk) error {
+			return (&snapshotSink{SnapshotSink: d, store: f}).Cancel()
+		},
+		"open a snapshot": func(_ *diskStore, f *snapshotStore, _ slowDisk) error {
 			_, _, err := f.Open("1-2-3")
 			return err
 		},
-		"begin a snapshot": func(_ *guard, f *fileSnapshots, _ slowDisk) error {
+		"begin a snapshot": func(_ *diskStore, f *snapshotStore, _ slowDisk) error {
 			_, err := f.Create(raft.SnapshotVersionMax, 2, 1, raft.Configuration{}, 1, nil)
 			return err
 		},
@@ -202,7 +210,8 @@ func TestWatchdogSeesEveryWayToTheDisk(t *testing.T) {
 				defer w.stop()
 				done := make(chan error, 1)
 				go func() {
-					done <- call(&guard{db: d, dog: w}, &fileSnapshots{SnapshotStore: d, dir: t.TempDir(), dog: w}, d)
+					node := &testStorageNode{t: t}
+					done <- call(newDiskStore(d, "", w, newMetrics(), node), newTestSnapshots(t, d, t.TempDir(), w, node), d)
 				}()
 				if hangs {
 					if err := <-failed; !strings.Contains(err.Error(), name) || !strings.Contains(err.Error(), "the disk hangs") {
@@ -250,12 +259,11 @@ func TestDiskProbe(t *testing.T) {
 func TestStorageIsWatched(t *testing.T) {
 	t.Parallel()
 	s := openTestStorage(t, storeBolt, t.TempDir())
-	w := s.disk.dog
-	files := s.snapshots.SnapshotStore.(*fileSnapshots)
-	if w == nil || files.dog != w || w.tick != watchTick || w.probe() != nil {
-		t.Errorf("got watchdogs %p and %p; want one, that works", w, files.dog)
+	w := s.disk.watchdog
+	if w == nil || s.snapshots.watchdog != w || w.tick != watchTick || w.probe() != nil {
+		t.Errorf("got watchdogs %p and %p; want one, that works", w, s.snapshots.watchdog)
 	}
-	if err := s.close(); err != nil || !w.stopped {
-		t.Errorf("got error %v, stopped %v; want none, true", err, w.stopped)
+	if err := s.close(); err != nil || !w.stopped.Load() {
+		t.Errorf("got error %v, stopped %v; want none, true", err, w.stopped.Load())
 	}
 }

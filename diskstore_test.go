@@ -17,11 +17,13 @@ type heldDisk struct {
 	database
 	mu     sync.Mutex // held while writes are
 	failed error      // what writes come to; nil for success
+	stores int        // how many there have been
 }
 
 func (h *heldDisk) StoreLogs(l []*raft.Log) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	h.stores++
 	if h.failed != nil {
 		return h.failed
 	}
@@ -33,8 +35,8 @@ func heldCluster(t *testing.T, n int) (*testCluster, []*heldDisk) {
 	t.Helper()
 	c, disks := unstartedCluster(t, n, storeBolt), make([]*heldDisk, n)
 	for i, node := range c.nodes {
-		node.open = func(cfg *Config, log hclog.Logger, fail func(error)) (*storage, error) {
-			st, err := openStorage(cfg, log, fail)
+		node.open = func(cfg *Config, log hclog.Logger, m *metrics, n storageNode) (*storage, error) {
+			st, err := openStorage(cfg, log, m, n)
 			if err == nil {
 				disks[i] = &heldDisk{database: st.disk.db}
 				st.disk.db = disks[i]
@@ -163,45 +165,46 @@ func TestNothingOvertakesPendingEntries(t *testing.T) {
 	entry := func(index uint64, kind raft.LogType) []*raft.Log {
 		return []*raft.Log{{Index: index, Term: 1, Type: kind, Data: encodeEntry(time.Now(), nil)}}
 	}
-	for name, call := range map[string]func(g *guard) error{
-		"the term is set":    func(g *guard) error { return g.SetUint64(keyCurrentTerm, 2) },
-		"the vote is set":    func(g *guard) error { return g.Set(keyVote, []byte("vote")) },
-		"await":              func(g *guard) error { return g.await(3) },
-		"drain":              (*guard).drain,
-		"the entry is read":  func(g *guard) error { return g.GetLog(3, new(raft.Log)) },
-		"the end is deleted": func(g *guard) error { return g.DeleteRange(3, 3) },
-		"the last index": func(g *guard) error {
-			last, err := g.LastIndex()
+	for name, call := range map[string]func(d *diskStore) error{
+		"the term is set":    func(d *diskStore) error { return d.SetUint64(keyCurrentTerm, 2) },
+		"the vote is set":    func(d *diskStore) error { return d.Set(keyVote, []byte("vote")) },
+		"waitStored":         func(d *diskStore) error { return d.waitStored(3) },
+		"waitAllStored":      (*diskStore).waitAllStored,
+		"the entry is read":  func(d *diskStore) error { return d.GetLog(3, new(raft.Log)) },
+		"the end is deleted": func(d *diskStore) error { return d.DeleteRange(3, 3) },
+		"the last index": func(d *diskStore) error {
+			last, err := d.LastIndex()
 			if err == nil && last != 3 {
 				t.Errorf("got %d for the last index; want 3", last)
 			}
 			return err
 		},
-		"a membership is stored": func(g *guard) error { return g.StoreLogs(entry(4, raft.LogConfiguration)) },
-		"entries of a follower": func(g *guard) error {
-			g.early = func() bool { return false }
-			return g.StoreLogs(entry(4, raft.LogCommand))
+		"a membership is stored": func(d *diskStore) error { return d.StoreLogs(entry(4, raft.LogConfiguration)) },
+		"entries of a follower": func(d *diskStore) error {
+			d.node.(*testStorageNode).leads = false
+			return d.StoreLogs(entry(4, raft.LogCommand))
 		},
 	} {
 		for _, broken := range []error{nil, errors.New("the disk is broken")} {
 			disk := &heldDisk{database: raft.NewInmemStore()}
-			g := &guard{db: disk, fail: func(error) {}}
-			if err := g.StoreLogs(append(entry(1, raft.LogCommand), entry(2, raft.LogCommand)...)); err != nil {
+			node := &testStorageNode{}
+			d := newDiskStore(disk, "", nil, newMetrics(), node)
+			if err := d.StoreLogs(append(entry(1, raft.LogCommand), entry(2, raft.LogCommand)...)); err != nil {
 				t.Fatal(err)
 			}
-			g.early = func() bool { return true }
+			node.leads = true
 			disk.mu.Lock()
 			disk.failed = broken
-			if err := g.StoreLogs(entry(3, raft.LogCommand)); err != nil {
+			if err := d.StoreLogs(entry(3, raft.LogCommand)); err != nil {
 				t.Fatalf("%s: got %v; want the entry to count as stored", name, err)
 			}
-			if err := errors.Join(g.await(2), g.GetLog(2, new(raft.Log))); err != nil {
+			if err := errors.Join(d.waitStored(2), d.GetLog(2, new(raft.Log))); err != nil {
 				t.Errorf("%s: got %v for entries that are stored", name, err)
 			}
 			done := make(chan error, 1)
 			go func() {
 				defer close(done)
-				done <- call(g)
+				done <- call(d)
 			}()
 			select {
 			case err := <-done:
@@ -220,19 +223,18 @@ func TestNothingOvertakesPendingEntries(t *testing.T) {
 func TestPendingEntriesGather(t *testing.T) {
 	t.Parallel()
 	disk := &heldDisk{database: raft.NewInmemStore()}
-	stores := 0
-	g := &guard{db: disk, fail: func(err error) { t.Error(err) }, early: func() bool { return true }, took: func(float64) { stores++ }}
+	d := newDiskStore(disk, "", nil, newMetrics(), &testStorageNode{t: t, leads: true})
 	disk.mu.Lock()
 	for i := range uint64(100) {
-		if err := g.StoreLogs([]*raft.Log{{Index: i + 1, Term: 1}}); err != nil {
+		if err := d.StoreLogs([]*raft.Log{{Index: i + 1, Term: 1}}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	disk.mu.Unlock()
-	if last, err := g.LastIndex(); err != nil || last != 100 || stores > 3 {
-		t.Errorf("got entry %d for the last, stored in %d steps, error %v; want 100 in very few", last, stores, err)
+	if last, err := d.LastIndex(); err != nil || last != 100 || disk.stores > 3 {
+		t.Errorf("got entry %d for the last, stored in %d steps, error %v; want 100 in very few", last, disk.stores, err)
 	}
-	if len(g.pending.entries) > 0 {
-		t.Errorf("got %d entries still pending", len(g.pending.entries))
+	if len(d.pending) > 0 {
+		t.Errorf("got %d entries still pending", len(d.pending))
 	}
 }
