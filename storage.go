@@ -81,7 +81,7 @@ func openStores(cfg *Config, log hclog.Logger, dog *watchdog, fail func(error)) 
 			err = errors.Join(err, db.Close())
 		}
 	}()
-	files, err := openSnapshots(cfg.StateDir, newRaftLog(log.Named("snapshot")), dog, fail)
+	files, err := openSnapshots(cfg.StateDir, newRaftLogger(log.Named("snapshot")), dog, fail)
 	if err != nil {
 		return nil, err
 	}

@@ -53,9 +53,8 @@ func openTokens(cfg *Config, log hclog.Logger) (*reloaded[tokens], error) {
 // String says how many tokens there are, and nothing of what they are.
 func (t tokens) String() string { return fmt.Sprintf("%d tokens", len(t)) }
 
-// admit says why a request is not let in, if it is not: it must carry one of the tokens. How long it takes says nothing
-// about them.
-func (t tokens) admit(r *http.Request) error {
+// check returns an error unless a request carries one of the tokens. How long that takes says nothing about the tokens.
+func (t tokens) check(r *http.Request) error {
 	header := r.Header["Authorization"]
 	if len(header) == 0 {
 		return errors.New("a token is needed here, in a header such as Authorization: Bearer <token>; " +
