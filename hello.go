@@ -7,14 +7,14 @@ import (
 	"net"
 )
 
-// Every connection to the Raft port begins with a hello. It says what the connection carries, who made it, which server it
-// is meant for, and to which cluster its maker belongs. This is a format: helloMagic, whose last byte is the version; a byte
-// for the kind; then sender, target and cluster id, each after a byte with its length. The answer is a byte with a length and
-// that many bytes that say why the connection is refused; length 0 accepts it.
+// Every connection to the Raft port begins with a hello. It says what the connection carries, who made it, which
+// server it is meant for, and to which cluster its maker belongs. This is a format: helloMagic, whose last byte is
+// the version; a byte for the kind; then sender, target and cluster id, each after a byte with its length. The answer
+// is a byte with a length and that many bytes that say why the connection is refused; length 0 accepts it.
 const helloMagic = "RSTRAFT\x02"
 
-// What a connection carries. The values are a format. Raft's messages and calls pass only between servers of one cluster. A
-// question passes between any two nodes that know each other.
+// What a connection carries. The values are a format. Raft's messages and calls pass only between servers of one
+// cluster. A question passes between any two nodes that know each other.
 const (
 	kindRaft byte = 'R' // Raft's own messages
 	kindCall byte = 'C' // the calls in peers.go, all but opWho
@@ -45,7 +45,8 @@ func readHello(r io.Reader) (h hello, err error) {
 		return h, err
 	}
 	if head[0] == 0x16 { // the first byte of a TLS handshake
-		return h, errors.New("no hello of this service, but TLS, which this node has not: set the TLS files on all nodes or on none")
+		return h, errors.New("no hello of this service, but TLS, which this node has not: " +
+			"set the TLS files on all nodes or on none")
 	}
 	if string(head[:len(helloMagic)]) != helloMagic {
 		return h, errors.New("no hello of this service, or one of another version")

@@ -34,10 +34,10 @@ func maxFiles() int {
 	return int(min(limit.Cur, 1<<20))
 }
 
-// connLimiter is a listener that limits two things: its open connections, and the memory for what is arriving on them. Each
-// connection tells it since when the node has been waiting for the other end, to send or to read. When a limit is exceeded
-// the connection is closed that the node has been waiting for longest. Newcomers are not refused: somebody who opens
-// connections and sends nothing would keep all others out.
+// connLimiter is a listener that limits two things: its open connections, and the memory for what is arriving on
+// them. Each connection tells it since when the node has been waiting for the other end, to send or to read. When a
+// limit is exceeded the connection is closed that the node has been waiting for longest. Newcomers are not refused:
+// somebody who opens connections and sends nothing would keep all others out.
 type connLimiter struct {
 	net.Listener
 	maxConns  int
@@ -49,8 +49,8 @@ type connLimiter struct {
 	memory int64 // bytes: the sum over the open connections
 }
 
-// limitedConn is a connection of a connLimiter. Read counts the bytes of the header or body that is arriving, and takes memory
-// for them; releaseMemory releases it when the request is done.
+// limitedConn is a connection of a connLimiter. Read counts the bytes of the header or body that is arriving, and
+// takes memory for them; releaseMemory releases it when the request is done.
 type limitedConn struct {
 	net.Conn
 	limiter      *connLimiter
@@ -62,12 +62,13 @@ type limitedConn struct {
 
 func newConnLimiter(l net.Listener, maxConns int, maxMemory int64, overLimit prometheus.Counter) *connLimiter {
 	return &connLimiter{
-		Listener: l, maxConns: maxConns, maxMemory: maxMemory, overLimit: overLimit, open: make(map[*limitedConn]struct{}),
+		Listener: l, maxConns: maxConns, maxMemory: maxMemory, overLimit: overLimit,
+		open: make(map[*limitedConn]struct{}),
 	}
 }
 
-// Accept returns the next connection, from which a request or a hello is expected. If there are too many then, it closes one:
-// the new one only if the node waits for no other.
+// Accept returns the next connection, from which a request or a hello is expected. If there are too many then, it
+// closes one: the new one only if the node waits for no other.
 func (l *connLimiter) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err != nil {
@@ -84,8 +85,8 @@ func (l *connLimiter) Accept() (net.Conn, error) {
 	return c, nil
 }
 
-// acquireMemory counts n more bytes for c. It closes other connections with memory until there is enough, and returns false if
-// that is not possible or c itself has been closed.
+// acquireMemory counts n more bytes for c. It closes other connections with memory until there is enough, and returns
+// false if that is not possible or c itself has been closed.
 func (l *connLimiter) acquireMemory(c *limitedConn, n int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -102,8 +103,8 @@ func (l *connLimiter) acquireMemory(c *limitedConn, n int64) bool {
 	return true
 }
 
-// closeLongestWaiting closes the connection that the node has been waiting for longest, among some that match. Whoever reads
-// from it gets an error. It returns false if no connection matches. It is called with mu held.
+// closeLongestWaiting closes the connection that the node has been waiting for longest, among some that match.
+// Whoever reads from it gets an error. It returns false if no connection matches. It is called with mu held.
 func (l *connLimiter) closeLongestWaiting(match func(*limitedConn) bool) bool {
 	var longest *limitedConn
 	compared, first := 0, int64(0)
@@ -181,8 +182,8 @@ func (c *limitedConn) CloseWrite() error {
 	return nil
 }
 
-// smallBuffers is a listener whose connections have small send buffers. With those of the kernel's choice, each client that
-// does not read would take a megabyte of memory, and the node would not notice that it does not read.
+// smallBuffers is a listener whose connections have small send buffers. With those of the kernel's choice, each
+// client that does not read would take a megabyte of memory, and the node would not notice that it does not read.
 type smallBuffers struct{ net.Listener }
 
 func (l smallBuffers) Accept() (net.Conn, error) {

@@ -22,8 +22,8 @@ const (
 	repeatInterval = 30 * time.Second       // between two lines of Raft's that say the same about the same node
 )
 
-// openLog returns a log that is written to w, and never waits for w. flush waits for a moment until all of it is written: it
-// is for the end of the process. dropped counts lines that were not written.
+// openLog returns a log that is written to w, and never waits for w. flush waits for a moment until all of it is
+// written: it is for the end of the process. dropped counts lines that were not written.
 func openLog(cfg *Config, w io.Writer, dropped prometheus.Counter) (log hclog.Logger, flush func()) {
 	q := &logQueue{lines: make(chan []byte, maxLogLines), ended: make(chan struct{}), dropped: dropped}
 	log = hclog.New(&hclog.LoggerOptions{
@@ -40,8 +40,8 @@ func openLog(cfg *Config, w io.Writer, dropped prometheus.Counter) (log hclog.Lo
 	}
 }
 
-// logQueue holds lines until they are written. A write to stderr waits for whoever reads it; all that log something would
-// wait as well, Raft among them. A line that finds the queue full, or cannot be written, is dropped.
+// logQueue holds lines until they are written. A write to stderr waits for whoever reads it; all that log something
+// would wait as well, Raft among them. A line that finds the queue full, or cannot be written, is dropped.
 type logQueue struct {
 	lines   chan []byte
 	ended   chan struct{} // closed when run has ended
@@ -85,67 +85,70 @@ func (q *logQueue) run(ctx context.Context, w io.Writer, log hclog.Logger) {
 	}
 }
 
-// repeatLogger shows a line about a node once in an interval. It logs repetitions at debug level, and adds to the next line
-// that it shows how many there were.
+// repeatLogger shows the same warning or error about the same node only once in an interval. It logs repetitions at
+// debug level, and adds to the next line that it shows how many were left out.
 type repeatLogger struct {
 	hclog.Logger
 	interval time.Duration
 
-	mu    sync.Mutex // guards shown
-	shown map[aboutNode]*repetitions
+	mu    sync.Mutex // guards lines
+	lines map[lineAbout]*repeatedLine
 }
 
-type aboutNode struct{ node, msg string }
+type lineAbout struct{ node, msg string }
 
-type repetitions struct {
-	since time.Time // when the line was last shown
-	count int
+type repeatedLine struct {
+	shown   time.Time
+	leftOut int  // since then
+	solved  bool // what it complains of is over
 }
 
 func newRepeatLogger(log hclog.Logger, interval time.Duration) *repeatLogger {
-	return &repeatLogger{Logger: log, interval: interval, shown: make(map[aboutNode]*repetitions)}
+	return &repeatLogger{Logger: log, interval: interval, lines: make(map[lineAbout]*repeatedLine)}
 }
 
-// logAbout logs a line about a node, "" for none. It returns true if it shows it. Levels below warn are not limited.
-func (l *repeatLogger) logAbout(node string, level hclog.Level, msg string, args ...any) (shown bool) {
+// logAbout logs a line about a node, "" for none.
+func (l *repeatLogger) logAbout(node string, level hclog.Level, msg string, args ...any) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if level >= hclog.Warn {
-		l.mu.Lock()
-		r := l.shown[aboutNode{node, msg}]
-		if r == nil {
-			r = new(repetitions)
-			l.shown[aboutNode{node, msg}] = r
-		}
-		if shown = time.Since(r.since) >= l.interval; !shown {
-			r.count++
+		last, repeated := l.lines[lineAbout{node, msg}]
+		if repeated && time.Since(last.shown) < l.interval {
+			last.leftOut++
 			level = hclog.Debug
 		} else {
-			if r.count > 0 {
-				args = append(slices.Clip(args), "left-out", r.count)
+			if repeated && last.leftOut > 0 {
+				args = append(slices.Clip(args), "left-out", last.leftOut)
 			}
-			*r = repetitions{since: time.Now()}
+			l.lines[lineAbout{node, msg}] = &repeatedLine{shown: time.Now()}
 		}
-		l.mu.Unlock()
 	}
 	l.Log(level, msg, args...)
-	return shown
+}
+
+// solve returns true if a line about a node was shown and has not been solved yet.
+func (l *repeatLogger) solve(node, msg string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	last, there := l.lines[lineAbout{node, msg}]
+	if !there || last.solved {
+		return false
+	}
+	last.solved = true
+	return true
 }
 
 // raftLogger is the logger for Raft, which warns at every attempt to reach a node that is down.
-type raftLogger struct {
-	*repeatLogger
-
-	mu          sync.Mutex      // guards unreachable
-	unreachable map[string]bool // nodes that Raft was shown to complain about, until they are reached again
-}
+type raftLogger struct{ *repeatLogger }
 
 func newRaftLogger(log hclog.Logger) *raftLogger {
-	return &raftLogger{repeatLogger: newRepeatLogger(log, repeatInterval), unreachable: make(map[string]bool)}
+	return &raftLogger{newRepeatLogger(log, repeatInterval)}
 }
 
 const failedHeartbeat = "failed to heartbeat to" // Raft's words for a node that it does not reach
 
-// routine is what Raft warns of while all is well, and at each attempt to be elected. It is logged at debug level: the node's
-// own lines say who leads, or why nobody does.
+// routine is what Raft warns of while all is well, and at each attempt to be elected. It is logged at debug level:
+// the node's own lines say who leads, or why nobody does.
 var routine = []string{
 	"failed to get previous log", "appendEntries rejected, sending older logs", "no known peers, aborting election",
 	"found temporary snapshot",
@@ -164,12 +167,7 @@ func (l *raftLogger) logRaft(level hclog.Level, msg string, args []any) {
 	if starting || slices.Contains(routine, msg) {
 		level = hclog.Debug
 	}
-	node := peerIn(args)
-	if l.logAbout(node, level, msg, args...) && msg == failedHeartbeat {
-		l.mu.Lock()
-		l.unreachable[node] = true
-		l.mu.Unlock()
-	}
+	l.logAbout(peerIn(args), level, msg, args...)
 }
 
 // peerIn returns the node that a line of Raft's is about, "" for none. Raft names it first.
@@ -188,12 +186,7 @@ func peerIn(args []any) string {
 
 // reached is called when a server has answered a heartbeat. It logs that its node is reachable again, if it was not.
 func (l *raftLogger) reached(server string) {
-	node := nodeOf(server)
-	l.mu.Lock()
-	again := l.unreachable[node]
-	delete(l.unreachable, node)
-	l.mu.Unlock()
-	if again {
+	if node := nodeOf(server); l.solve(node, failedHeartbeat) {
 		l.Logger.Info("reachable again", "node", node)
 	}
 }

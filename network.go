@@ -46,8 +46,8 @@ func listenForPeers(addr string) (port, error) {
 	return &tcpPort{Listener: l}, nil
 }
 
-// DialContext dials all addresses of a name at once and returns the first connection. net.Dialer dials one after the other:
-// an address that does not answer would use up the time of those after it.
+// DialContext dials all addresses of a name at once and returns the first connection. net.Dialer dials one after the
+// other: an address that does not answer would use up the time of those after it.
 func (p *tcpPort) DialContext(ctx context.Context, network, addr string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
@@ -98,8 +98,8 @@ type directory interface {
 	authorize(h hello) error
 }
 
-// network owns the Raft port and every connection between this node and its peers. It accepts a connection once its hello
-// has been checked, and passes it on to Raft's transport or to peers.
+// network owns the Raft port and every connection between this node and its peers. It accepts a connection once its
+// hello has been checked, and passes it on to Raft's transport or to peers.
 type network struct {
 	node       string
 	port       port
@@ -120,8 +120,8 @@ type network struct {
 	conns map[*peerConn]struct{}
 }
 
-// newNetwork accepts connections at p, which it owns from then on, until Close. certs secure every connection; nil means no
-// TLS. refusals counts the connections that are refused.
+// newNetwork accepts connections at p, which it owns from then on, until Close. certs secure every connection; nil
+// means no TLS. refusals counts the connections that are refused.
 func newNetwork(node string, p port, certs *reloaded[*certificates], d directory, refusals prometheus.Counter,
 	log hclog.Logger,
 ) *network {
@@ -210,17 +210,19 @@ func (n *network) receiveHello(conn *peerConn) error {
 	return errors.Join(refused, conn.SetDeadline(time.Time{}))
 }
 
-// checkHello returns why a hello is refused, nil if it is not. Raft's messages name neither their target nor their cluster, so
-// what is meant for somebody else must be kept out here. Three examples: node2 lost its state and is another server now,
-// and node1 still sends to the one before; node2's address was given to node4; a node of another cluster has an old PEERS.
-// Under TLS the certificate must be that of the sender's node. Others that the same authority signed are no peers.
+// checkHello returns why a hello is refused, nil if it is not. Raft's messages name neither their target nor their
+// cluster, so what is meant for somebody else must be kept out here. Three examples: node2 lost its state and is
+// another server now, and node1 still sends to the one before; node2's address was given to node4; a node of another
+// cluster has an old PEERS. Under TLS the certificate must be that of the sender's node. Others that the same
+// authority signed are no peers.
 func (n *network) checkHello(h hello, cert *x509.Certificate) error {
 	server, cluster := n.directory.self()
 	switch {
 	case h.kind != kindRaft && h.kind != kindCall && h.kind != kindAsk:
 		return fmt.Errorf("connection kind %q is not known", h.kind)
 	case nodeOf(h.target) != n.node:
-		return fmt.Errorf("this is node %q, not %q: does an address in PEERS belong to another node?", n.node, nodeOf(h.target))
+		return fmt.Errorf("this is node %q, not %q: does an address in PEERS belong to another node?",
+			n.node, nodeOf(h.target))
 	case h.kind != kindAsk && h.target != server:
 		return fmt.Errorf("node %q is server %q now, not %q", n.node, server, h.target)
 	}
@@ -246,9 +248,9 @@ func (n *network) isNode(id string) bool {
 	return known
 }
 
-// logRefusal counts and logs a refused connection. Whoever can reach the port must not be able to fill the log, so there is
-// one warning in each warnInterval. Two cases are logged for debugging only: the other end said nothing or went away, which
-// is not counted as a refusal; and this node does not run Raft yet.
+// logRefusal counts and logs a refused connection. Whoever can reach the port must not be able to fill the log, so
+// there is one warning in each warnInterval. Two cases are logged for debugging only: the other end said nothing or
+// went away, which is not counted as a refusal; and this node does not run Raft yet.
 func (n *network) logRefusal(remote, sender string, err error) {
 	gone := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, os.ErrDeadlineExceeded) ||
 		errors.As(err, new(syscall.Errno))
@@ -259,7 +261,8 @@ func (n *network) logRefusal(remote, sender string, err error) {
 	if gone || errors.Is(err, errNoRaft) {
 		level = hclog.Debug
 	}
-	n.refusalLog.logAbout("", level, "refused a connection to the Raft port", "remote", remote, "node", sender, "reason", err)
+	n.refusalLog.logAbout("", level, "refused a connection to the Raft port",
+		"remote", remote, "node", sender, "reason", err)
 }
 
 // dialError is the error of dial: nothing has reached the peer's Raft, nor those who serve its calls.
@@ -271,8 +274,8 @@ type dialError struct {
 func (e *dialError) Error() string { return fmt.Sprintf("connect to node %q: %v", e.id, e.err) }
 func (e *dialError) Unwrap() error { return e.err }
 
-// dial connects to a server by its name, or for kindAsk to a node by its id. It looks the node's address up each time, so a
-// node may move. Its errors are *dialError.
+// dial connects to a server by its name, or for kindAsk to a node by its id. It looks the node's address up each
+// time, so a node may move. Its errors are *dialError.
 func (n *network) dial(ctx context.Context, id string, kind byte) (net.Conn, error) {
 	h := hello{kind: kind, sender: n.node, target: id}
 	if kind != kindAsk {
@@ -331,8 +334,8 @@ type peerConn struct {
 	target   string // the server or node to which this node has made the connection; "" for an accepted one
 }
 
-// Read makes a plain end of two errors: this node has closed the connection, or the other node has closed it without TLS's
-// closing alert. What travels here says itself where it ends.
+// Read makes a plain end of two errors: this node has closed the connection, or the other node has closed it without
+// TLS's closing alert. What travels here says itself where it ends.
 func (c *peerConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrUnexpectedEOF) {
@@ -349,8 +352,8 @@ func (c *peerConn) Close() error {
 	return c.raw.Close()
 }
 
-// track makes a peerConn of a connection, which closeConns and Close close then. If the network is closed already, it closes
-// the connection and returns net.ErrClosed.
+// track makes a peerConn of a connection, which closeConns and Close close then. If the network is closed already, it
+// closes the connection and returns net.ErrClosed.
 func (n *network) track(raw net.Conn, target string) (*peerConn, error) {
 	c := &peerConn{Conn: raw, raw: raw, network: n, target: target}
 	n.mu.Lock()
@@ -363,8 +366,8 @@ func (n *network) track(raw net.Conn, target string) (*peerConn, error) {
 	return c, nil
 }
 
-// closeConns closes the connections with a matching target: the server or node to which this node has made the connection,
-// "" for one that another node has made.
+// closeConns closes the connections with a matching target: the server or node to which this node has made the
+// connection, "" for one that another node has made.
 func (n *network) closeConns(match func(target string) bool) {
 	n.mu.Lock()
 	conns := slices.Collect(maps.Keys(n.conns))
@@ -381,13 +384,14 @@ func (n *network) closeConns(match func(target string) bool) {
 func (n *network) closeOthers(members []member, leader string) {
 	n.closeConns(func(target string) bool {
 		isServer := nodeOf(target) != target
-		return isServer && target != leader && !slices.ContainsFunc(members, func(m member) bool { return m.Server == target })
+		isMember := slices.ContainsFunc(members, func(m member) bool { return m.Server == target })
+		return isServer && !isMember && target != leader
 	})
 }
 
-// closeOnNewAuthority closes every connection when TLS_CA_FILE has changed, until the network closes. Peers that the new
-// authority has signed connect again at once; the others must not stay. A handshake reads the certificates after its
-// connection is tracked, so a connection made under the old authority is always among those that are closed.
+// closeOnNewAuthority closes every connection when TLS_CA_FILE has changed, until the network closes. Peers that the
+// new authority has signed connect again at once; the others must not stay. A handshake reads the certificates after
+// its connection is tracked, so a connection made under the old authority is always among those that are closed.
 func (n *network) closeOnNewAuthority(roots *x509.CertPool) {
 	for {
 		select {

@@ -35,7 +35,8 @@ var errRemote = errors.New("peer")
 // handler answers the calls of one op. The text of its error travels to the caller.
 type handler func(ctx context.Context, from string, request []byte) (answer []byte, err error)
 
-// peers makes calls to other nodes and answers theirs. A connection carries one call at a time and is kept for the next.
+// peers makes calls to other nodes and answers theirs. A connection carries one call at a time and is kept for the
+// next.
 type peers struct {
 	network  *network
 	handlers map[byte]handler // by op
@@ -73,9 +74,9 @@ func newPeers(n *network, handlers map[byte]handler) *peers {
 // close ends the calls that are being served, which are answered with an error, and those of agrees.
 func (p *peers) close() { p.cancel() }
 
-// call asks a server by its name, or with opWho a node by its id, and returns the answer. It waits until ctx ends, for
-// requestTimeout at most. A *dialError says that the call was not made, and errRemote that the other node refused it: it
-// certainly had no effect. After any other error it may have had its effect.
+// call asks a server by its name, or with opWho a node by its id, and returns the answer. It waits until ctx ends,
+// for requestTimeout at most. A *dialError says that the call was not made, and errRemote that the other node refused
+// it: it certainly had no effect. After any other error it may have had its effect.
 func (p *peers) call(ctx context.Context, id string, op byte, request []byte) ([]byte, error) {
 	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
 	defer cancel()
@@ -95,8 +96,8 @@ func (p *peers) call(ctx context.Context, id string, op byte, request []byte) ([
 	return answer.payload, nil
 }
 
-// acquire returns a connection for one call, and dials if none is idle. After a dial that failed it makes the next only when
-// redialInterval is over, so calls to a node that is down cost little. Its errors are *dialError.
+// acquire returns a connection for one call, and dials if none is idle. After a dial that failed it makes the next
+// only when redialInterval is over, so calls to a node that is down cost little. Its errors are *dialError.
 func (p *peers) acquire(ctx context.Context, id string) (*callConn, error) {
 	p.mu.Lock()
 	n := p.peers[id]
@@ -190,7 +191,8 @@ func (c *callConn) receive() {
 	_ = c.Close()
 }
 
-// usable says whether a call can be sent on c: the other node has neither closed it nor sent more than it was asked for.
+// usable says whether a call can be sent on c: the other node has neither closed it nor sent more than it was asked
+// for.
 func (c *callConn) usable() bool {
 	select {
 	case <-c.frames:
@@ -200,8 +202,8 @@ func (c *callConn) usable() bool {
 	}
 }
 
-// exchange sends a call and waits for the answer. After an error, of which the end of ctx is one, c is closed: a late answer
-// must not be taken for that to the next call.
+// exchange sends a call and waits for the answer. After an error, of which the end of ctx is one, c is closed: a late
+// answer must not be taken for that to the next call.
 func (c *callConn) exchange(ctx context.Context, request frame) (frame, error) {
 	stop := context.AfterFunc(ctx, func() { _ = c.Close() }) // which ends what the next lines wait for
 	err := writeFrame(c, request)
@@ -220,8 +222,8 @@ func (c *callConn) exchange(ctx context.Context, request frame) (frame, error) {
 	return answer, err
 }
 
-// majority asks all nodes at once and returns true as soon as needed of them have said yes, false as soon as too many have
-// not. It does not wait for the others: what asks them must end by itself.
+// majority asks all nodes at once and returns true as soon as needed of them have said yes, false as soon as too many
+// have not. It does not wait for the others: what asks them must end by itself.
 func majority(nodes []string, needed int, ask func(node string) bool) bool {
 	answers := make(chan bool, len(nodes))
 	for _, node := range nodes {
@@ -238,9 +240,9 @@ func majority(nodes []string, needed int, ask func(node string) bool) bool {
 	return true
 }
 
-// agrees asks a server a question that it answers with yes or no. No answer within timeout is a no. The majority of a read
-// does not wait for a slow server, and its call goes on until timeout: were it canceled its connection would be lost, and
-// dialed again for the next read. With callsPerPeer of them under way the next is a no at once.
+// agrees asks a server a question that it answers with yes or no. No answer within timeout is a no. The majority of a
+// read does not wait for a slow server, and its call goes on until timeout: were it canceled its connection would be
+// lost, and dialed again for the next read. With callsPerPeer of them under way the next is a no at once.
 func (p *peers) agrees(id string, op byte, request []byte, timeout time.Duration) bool {
 	ctx, cancel := context.WithTimeout(p.ctx, timeout)
 	defer cancel()

@@ -36,7 +36,8 @@ func openCertificates(cfg *Config, m *metrics, log hclog.Logger) (*reloaded[*cer
 	return certs, err
 }
 
-// parseCertificates reads the contents of the three files, in PEM. It checks that this node's peers will accept what they say.
+// parseCertificates reads the contents of the three files, in PEM. It checks that this node's peers will accept what
+// they say.
 func parseCertificates(cfg *Config, cert, key, authority []byte) (*certificates, error) {
 	own, err := tls.X509KeyPair(cert, key)
 	if err != nil {
@@ -57,7 +58,8 @@ func parseCertificates(cfg *Config, cert, key, authority []byte) (*certificates,
 		return c, nil
 	}
 	if err := c.verify(chain, x509.ExtKeyUsageClientAuth); err != nil {
-		return nil, fmt.Errorf("TLS_CERT_FILE is no client's certificate under TLS_CA_FILE, as which this node shows it to its peers: %w", err)
+		return nil, fmt.Errorf("TLS_CERT_FILE is no client's certificate under TLS_CA_FILE, "+
+			"as which this node shows it to its peers: %w", err)
 	}
 	isNode := func(id string) bool { return slices.ContainsFunc(cfg.Peers, func(p Peer) bool { return p.ID == id }) }
 	if err := checkNode(chain[0], cfg.NodeID, cfg.RaftAdvertise, isNode); err != nil {
@@ -78,27 +80,29 @@ func (c *certificates) verify(chain []*x509.Certificate, usage x509.ExtKeyUsage)
 	return err
 }
 
-// checkNode returns an error unless a certificate is that of the node with this id and address. The id or the host must be
-// among its subject alternative names, in full: a wildcard may have been signed for others. The host does not count when the
-// certificate has ids of nodes: node1 and node2 may run on one host.
+// checkNode returns an error unless a certificate is that of the node with this id and address. The id or the host
+// must be among its subject alternative names, in full: a wildcard may have been signed for others. The host does not
+// count when the certificate has ids of nodes: node1 and node2 may run on one host.
 func checkNode(cert *x509.Certificate, id, addr string, isNode func(id string) bool) error {
 	host, _, _ := net.SplitHostPort(addr)
 	host = strings.TrimSuffix(host, ".")
 	ip := net.ParseIP(host)
+	isHost := func(name string) bool { return strings.EqualFold(name, host) }
 	switch {
 	case slices.Contains(cert.DNSNames, id):
 		return nil
 	case slices.ContainsFunc(cert.DNSNames, isNode): // of other nodes
 	case ip != nil && slices.ContainsFunc(cert.IPAddresses, ip.Equal):
 		return nil
-	case ip == nil && slices.ContainsFunc(cert.DNSNames, func(name string) bool { return strings.EqualFold(name, host) }):
+	case ip == nil && slices.ContainsFunc(cert.DNSNames, isHost):
 		return nil
 	}
-	return fmt.Errorf("the certificate is that of %q %v, and not of node %q: its id, or in a certificate without ids its host %q, must be a "+
-		"subject alternative name", cert.DNSNames, cert.IPAddresses, id, host)
+	return fmt.Errorf("the certificate is that of %q %v, and not of node %q: its id, or in a certificate without ids "+
+		"its host %q, must be a subject alternative name", cert.DNSNames, cert.IPAddresses, id, host)
 }
 
-// serverConfig is for the Raft port. Both ends see each other's certificate; the hello says which node it must belong to.
+// serverConfig is for the Raft port. Both ends see each other's certificate; the hello says which node it must belong
+// to.
 func (c *certificates) serverConfig() *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{c.own},
@@ -112,7 +116,7 @@ func (c *certificates) clientConfig(id, addr string, isNode func(id string) bool
 	host, _, _ := net.SplitHostPort(addr)
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{c.own}, ServerName: host,
-		InsecureSkipVerify: true, //nolint:gosec // VerifyConnection checks all that this would, but the id or the host will do
+		InsecureSkipVerify: true, //nolint:gosec // VerifyConnection checks the same, but accepts the id or the host
 		VerifyConnection: func(state tls.ConnectionState) error {
 			if err := c.verify(state.PeerCertificates, x509.ExtKeyUsageServerAuth); err != nil {
 				return err
@@ -134,5 +138,6 @@ func webConfig(certs *reloaded[*certificates]) *tls.Config {
 // String says whose the certificate is.
 func (c *certificates) String() string {
 	leaf := c.own.Leaf
-	return fmt.Sprintf("certificate of %q %v, good until %s", leaf.DNSNames, leaf.IPAddresses, leaf.NotAfter.UTC().Format(time.RFC3339))
+	until := leaf.NotAfter.UTC().Format(time.RFC3339)
+	return fmt.Sprintf("certificate of %q %v, good until %s", leaf.DNSNames, leaf.IPAddresses, until)
 }

@@ -78,8 +78,8 @@ func (t *transport) receive() {
 	}
 }
 
-// correct changes what Raft would take wrongly in a message. It returns true if it has answered the message itself, which
-// Raft must not see then.
+// correct changes what Raft would take wrongly in a message. It returns true if it has answered the message itself,
+// which Raft must not see then.
 func (t *transport) correct(rpc *raft.RPC) (answered bool) {
 	switch req := rpc.Command.(type) {
 	case *raft.TimeoutNowRequest:
@@ -111,9 +111,9 @@ func (t *transport) answerTimeoutNow(rpc *raft.RPC) bool {
 	return true
 }
 
-// answerOldSnapshot reports success for a snapshot that this node has applied already. Raft would set its state back to the
-// snapshot: node1, the leader, sends node3 a snapshot up to entry 100, the answer is lost, node3 goes on to entry 120, and
-// node1 sends the snapshot again.
+// answerOldSnapshot reports success for a snapshot that this node has applied already. Raft would set its state back
+// to the snapshot: node1, the leader, sends node3 a snapshot up to entry 100, the answer is lost, node3 goes on to
+// entry 120, and node1 sends the snapshot again.
 func (t *transport) answerOldSnapshot(rpc *raft.RPC, req *raft.InstallSnapshotRequest) bool {
 	if !t.node.follows(req.Term) || t.node.appliedIndex() < req.LastLogIndex {
 		return false
@@ -125,9 +125,9 @@ func (t *transport) answerOldSnapshot(rpc *raft.RPC, req *raft.InstallSnapshotRe
 	return true
 }
 
-// newerSnapshot is a snapshot that cannot be read when this node has applied more than it holds. It repeats the check of
-// answerOldSnapshot, since entries may have been applied after that. Raft reads the snapshot on its main thread, where nothing
-// is applied meanwhile. It discards what it reads after the error.
+// newerSnapshot is a snapshot that cannot be read when this node has applied more than it holds. It repeats the check
+// of answerOldSnapshot, since entries may have been applied after that. Raft reads the snapshot on its main thread,
+// where nothing is applied meanwhile. It discards what it reads after the error.
 type newerSnapshot struct {
 	io.Reader
 	index   uint64
@@ -139,22 +139,22 @@ func (s *newerSnapshot) Read(p []byte) (int, error) {
 	if !s.checked {
 		s.checked = true
 		if applied := s.applied(); s.index < applied {
-			return 0, fmt.Errorf("a snapshot up to entry %d comes late: the node has applied entry %d", s.index, applied)
+			return 0, fmt.Errorf("a snapshot up to entry %d comes too late: entry %d is applied", s.index, applied)
 		}
 	}
 	return s.Reader.Read(p)
 }
 
-// limitCommitIndex limits the leader's commit index to the entries that the message compares with the leader's log. Raft
-// would commit all that this node has up to that index: node3 has entry 8 from node1, a fallen leader; node2, the leader,
-// has committed another entry 8, and its message that ends at entry 7 says so.
+// limitCommitIndex limits the leader's commit index to the entries that the message compares with the leader's log.
+// Raft would commit all that this node has up to that index: node3 has entry 8 from node1, a fallen leader; node2,
+// the leader, has committed another entry 8, and its message that ends at entry 7 says so.
 func limitCommitIndex(req *raft.AppendEntriesRequest) {
 	req.LeaderCommitIndex = min(req.LeaderCommitIndex, req.PrevLogEntry+uint64(len(req.Entries)))
 }
 
-// skipSnapshotEntries leaves out the entries that this node's snapshot covers. They are committed, so the leader has the same.
-// Raft would look for them in the log, where they may be gone, and then refuse all that the leader sends: node3 has a snapshot
-// up to entry 10 and no log below it, and node2, the leader, sends the entries after entry 8.
+// skipSnapshotEntries leaves out the entries that this node's snapshot covers. They are committed, so the leader has
+// the same. Raft would look for them in the log, where they may be gone, and then refuse all that the leader sends:
+// node3 has a snapshot up to entry 10 and no log below it, and node2, the leader, sends the entries after entry 8.
 func (t *transport) skipSnapshotEntries(req *raft.AppendEntriesRequest) {
 	newest := t.storage.rules.newest()
 	if req.PrevLogEntry > newest || req.PrevLogEntry == 0 && len(req.Entries) == 0 {
@@ -164,10 +164,10 @@ func (t *transport) skipSnapshotEntries(req *raft.AppendEntriesRequest) {
 	req.PrevLogEntry, req.PrevLogTerm = 0, 0 // Raft does not compare entry 0
 }
 
-// voterID returns the id of some voter in this node's newest configuration, id if there is none. Raft refuses a vote to a
-// candidate that is no voter there, and uses the id for nothing else. A vote must depend on the candidate's log and term
-// alone (Ongaro's dissertation, 4.2.1), for this configuration may be an old one: node1 is replaced while node3 is slow and
-// does not hear of it; the leader, node2, dies. Now only the new node1 can lead, with node3's vote.
+// voterID returns the id of some voter in this node's newest configuration, id if there is none. Raft refuses a vote
+// to a candidate that is no voter there, and uses the id for nothing else. A vote must depend on the candidate's log
+// and term alone (Ongaro's dissertation, 4.2.1), for this configuration may be an old one: node1 is replaced while
+// node3 is slow and does not hear of it; the leader, node2, dies. Now only the new node1 can lead, with node3's vote.
 func (t *transport) voterID(id []byte) []byte {
 	members := t.node.members()
 	if i := slices.IndexFunc(members, isVoter); i >= 0 {
@@ -179,22 +179,24 @@ func (t *transport) voterID(id []byte) []byte {
 // Consumer returns the messages for Raft's main thread.
 func (t *transport) Consumer() <-chan raft.RPC { return t.received }
 
-// Close does nothing. Raft calls it when it stops, but the Raft port stays open: other nodes may still ask who this one is.
+// Close does nothing. Raft calls it when it stops, but the Raft port stays open: other nodes may still ask who this
+// one is.
 func (t *transport) Close() error { return nil }
 
-// SetHeartbeatHandler does nothing, so heartbeats go through Raft's main thread as all messages do. Raft's short cut would
-// change term and state beside that thread, unsafely (hashicorp/raft issue 695).
+// SetHeartbeatHandler does nothing, so heartbeats go through Raft's main thread as all messages do. Raft's short cut
+// would change term and state beside that thread, unsafely (hashicorp/raft issue 695).
 func (t *transport) SetHeartbeatHandler(func(raft.RPC)) {}
 
 // AppendEntries sends log entries or a heartbeat. It differs from Raft's own in three ways.
 //
 // It sends at most maxAppendBytes. It shortens args, where Raft looks for what was sent.
 //
-// While the other node cannot be reached it dials again every redialInterval, as long as this node leads and the other is a
-// member. Raft would wait up to 10 s after repeated failures, and a node that comes back would be behind for as long.
+// While the other node cannot be reached it dials again every redialInterval, as long as this node leads and the
+// other is a member. Raft would wait up to 10 s after repeated failures, and a node that comes back would be behind
+// for as long.
 //
-// It returns success only when this node has stored the entries as well. Raft counts this node before that; but it commits
-// nothing before another node has it.
+// It returns success only when this node has stored the entries as well. Raft counts this node before that; but it
+// commits nothing before another node has it.
 func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest,
 	resp *raft.AppendEntriesResponse,
 ) error {
@@ -215,14 +217,16 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 			return t.storage.disk.await(args.Entries[n-1].Index)
 		}
 		member, _ := t.node.isMember(string(id))
-		if unreachable := new(dialError); heartbeat || !errors.As(err, &unreachable) || !member || !t.node.leadsIn(args.Term) {
+		unreachable := errors.As(err, new(*dialError))
+		if heartbeat || !unreachable || !member || !t.node.leadsIn(args.Term) {
 			return err
 		}
 		time.Sleep(redialInterval)
 	}
 }
 
-// campaign makes this node stand for election at once, as if the leader had handed over to it. It gives up when stop closes.
+// campaign makes this node stand for election at once, as if the leader had handed over to it. It gives up when stop
+// closes.
 func (t *transport) campaign(stop <-chan struct{}) {
 	rpc := raft.RPC{
 		Command:  &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}},
@@ -234,8 +238,8 @@ func (t *transport) campaign(stop <-chan struct{}) {
 	}
 }
 
-// idsAreAddresses makes Raft know every server by its name alone. So no address gets into a vote or into who leads, and a
-// node may move.
+// idsAreAddresses makes Raft know every server by its name alone. So no address gets into a vote or into who leads,
+// and a node may move.
 type idsAreAddresses struct{}
 
 func (idsAreAddresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
@@ -281,8 +285,8 @@ type nodeAddr string
 func (nodeAddr) Network() string  { return "node" }
 func (a nodeAddr) String() string { return string(a) }
 
-// largeWriteConn gives large messages more time. Raft's transport gives all messages the same: an entry that a slow link
-// cannot carry in that time would be sent again and again, and nothing after it would be committed.
+// largeWriteConn gives large messages more time. Raft's transport gives all messages the same: an entry that a slow
+// link cannot carry in that time would be sent again and again, and nothing after it would be committed.
 type largeWriteConn struct {
 	net.Conn
 	deadline time.Time // set before each message; a connection is used by one goroutine at a time
