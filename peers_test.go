@@ -601,10 +601,16 @@ func TestAnswerThatMakesNoSense(t *testing.T) {
 		waitFor(t, "the connection not to be used again", func() bool {
 			caller.mu.Lock()
 			defer caller.mu.Unlock()
-			for _, conn := range caller.peers.peers["node2#1"].slots {
-				if conn != nil && len(conn.frames) == 0 { // no answer to no call has come
+			slots := caller.peers.peers["node2#1"].slots
+			for i, conn := range slots {
+				if conn == nil {
+					continue
+				}
+				if conn.usable() {
 					return false
 				}
+				_ = conn.Close() // as acquire would
+				slots[i] = nil
 			}
 			return true
 		})
