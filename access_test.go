@@ -163,7 +163,7 @@ func TestSlowBodiesKeepNobodyOut(t *testing.T) {
 	taken := func() int64 {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		return l.memory
+		return l.usedMemory
 	}
 	const part = 300 << 10
 	l.maxMemory = 500 << 10
@@ -186,7 +186,7 @@ func TestSlowBodiesKeepNobodyOut(t *testing.T) {
 	waitFor(t, "the memory to be given back", func() bool { return taken() == 0 })
 
 	// Where all bodies are here and worked on, none can go.
-	l.memory = 1
+	l.maxMemory = 1
 	a := want(t, n, 503, http.MethodPut, "/key/large", large[:10<<10]+`"`)
 	if a.header.Get("Retry-After") == "" {
 		t.Errorf("got %v; want Retry-After", a.header)

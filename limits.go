@@ -44,9 +44,9 @@ type connLimiter struct {
 	maxMemory int64              // bytes; 0 counts nothing
 	overLimit prometheus.Counter // connections that the limiter has closed
 
-	mu     sync.Mutex // guards what follows, and memory of each connection
-	open   map[*limitedConn]struct{}
-	memory int64 // bytes: the sum over the open connections
+	mu         sync.Mutex // guards what follows, and memory of each connection
+	open       map[*limitedConn]struct{}
+	usedMemory int64 // bytes: the sum over the open connections
 }
 
 // limitedConn is a connection of a connLimiter. Read counts the bytes of the header or body that is arriving, and
@@ -90,7 +90,7 @@ func (l *connLimiter) Accept() (net.Conn, error) {
 func (l *connLimiter) acquireMemory(c *limitedConn, n int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for l.memory+n > l.maxMemory {
+	for l.usedMemory+n > l.maxMemory {
 		if !l.closeLongestWaiting(func(other *limitedConn) bool { return other != c && other.memory.Load() > 0 }) {
 			return false
 		}
@@ -98,7 +98,7 @@ func (l *connLimiter) acquireMemory(c *limitedConn, n int64) bool {
 	if _, open := l.open[c]; !open {
 		return false
 	}
-	l.memory += n
+	l.usedMemory += n
 	c.memory.Add(n)
 	return true
 }
@@ -108,7 +108,7 @@ func (l *connLimiter) acquireMemory(c *limitedConn, n int64) bool {
 func (l *connLimiter) closeLongestWaiting(match func(*limitedConn) bool) bool {
 	var longest *limitedConn
 	compared, first := 0, int64(0)
-	for c := range l.open { // Go begins with any of them
+	for c := range l.open { // in random order
 		since := c.waitingSince.Load()
 		if since == 0 || !match(c) {
 			continue
@@ -132,14 +132,14 @@ func (l *connLimiter) closeLongestWaiting(match func(*limitedConn) bool) bool {
 // remove is called with mu held.
 func (l *connLimiter) remove(c *limitedConn) {
 	delete(l.open, c)
-	l.memory -= c.memory.Swap(0)
+	l.usedMemory -= c.memory.Swap(0)
 }
 
 // releaseMemory releases all memory that is counted for c: its request is done.
 func (c *limitedConn) releaseMemory() {
 	if c.memory.Load() > 0 {
 		c.limiter.mu.Lock()
-		c.limiter.memory -= c.memory.Swap(0)
+		c.limiter.usedMemory -= c.memory.Swap(0)
 		c.limiter.mu.Unlock()
 	}
 }

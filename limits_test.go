@@ -78,8 +78,8 @@ func checkClosed(t *testing.T, l *connLimiter, all []*limitedConn, want ...bool)
 	for c := range l.open {
 		held += c.memory.Load()
 	}
-	if held != l.memory {
-		t.Errorf("got %d bytes taken; want %d, what is held", l.memory, held)
+	if held != l.usedMemory {
+		t.Errorf("got %d bytes taken; want %d, what is held", l.usedMemory, held)
 	}
 }
 
@@ -115,8 +115,8 @@ func TestLimiterBoundsMemory(t *testing.T) {
 		}
 	}
 	checkClosed(t, l, all, false, false, false, false, false)
-	if l.memory != 2*part {
-		t.Errorf("got %d bytes taken; want %d", l.memory, 2*part)
+	if l.usedMemory != 2*part {
+		t.Errorf("got %d bytes taken; want %d", l.usedMemory, 2*part)
 	}
 	if err := hear(t, all[3], freeBytes+part); err != nil {
 		t.Errorf("got %v; want the oldest that holds something closed for it", err)
@@ -132,14 +132,14 @@ func TestLimiterBoundsMemory(t *testing.T) {
 	if err := hear(t, all[4], part); err != nil {
 		t.Errorf("got %v after memory was given back", err)
 	}
-	if l.memory != 2*part {
-		t.Errorf("got %d bytes taken; want %d", l.memory, 2*part)
+	if l.usedMemory != 2*part {
+		t.Errorf("got %d bytes taken; want %d", l.usedMemory, 2*part)
 	}
 	for _, c := range all {
 		_ = c.Close()
 	}
-	if l.memory != 0 || len(l.open) != 0 {
-		t.Errorf("got %d bytes and %d connections kept; want none", l.memory, len(l.open))
+	if l.usedMemory != 0 || len(l.open) != 0 {
+		t.Errorf("got %d bytes and %d connections kept; want none", l.usedMemory, len(l.open))
 	}
 }
 
@@ -150,7 +150,7 @@ func TestLimiterWeighsHeaders(t *testing.T) {
 	if err := hear(t, c, freeBytes+100); err != nil {
 		t.Fatal(err)
 	}
-	if want := int64(100 * headerWeight); l.memory != want {
-		t.Errorf("got %d bytes taken; want %d", l.memory, want)
+	if want := int64(100 * headerWeight); l.usedMemory != want {
+		t.Errorf("got %d bytes taken; want %d", l.usedMemory, want)
 	}
 }

@@ -147,13 +147,15 @@ func newRaftLogger(log hclog.Logger) *raftLogger {
 
 const failedHeartbeat = "failed to heartbeat to" // Raft's words for a node that it does not reach
 
-// routine is what Raft warns of while all is well, and at each attempt to be elected. It is logged at debug level:
-// the node's own lines say who leads, or why nobody does.
+// routine is what Raft logs while all is well: at a start, when a leader finds out how much of the log a follower has,
+// at each attempt to be elected, and at the end. It is logged at debug level: the node's own lines say who leads, who is
+// a member, or why there is no leader.
 var routine = []string{
-	"failed to get previous log", "appendEntries rejected, sending older logs", "no known peers, aborting election",
-	"found temporary snapshot",
-	"entering candidate state", "pre-vote campaign failed, waiting for election timeout",
-	"Election timeout reached, restarting election",
+	"initial configuration", "added peer, starting replication", "found temporary snapshot",
+	"failed to get previous log", "appendEntries rejected, sending older logs",
+	"no known peers, aborting election", "entering candidate state",
+	"pre-vote campaign failed, waiting for election timeout", "Election timeout reached, restarting election",
+	"failed to accept connection",
 }
 
 // Info, Warn and Error are all that Raft calls above debug level.

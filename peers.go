@@ -223,7 +223,7 @@ func (c *callConn) exchange(ctx context.Context, request frame) (frame, error) {
 }
 
 // majority asks all nodes at once and returns true as soon as needed of them have said yes, false as soon as too many
-// have not. It does not wait for the others: what asks them must end by itself.
+// have not. It does not wait for the others: each ask must end by a deadline of its own.
 func majority(nodes []string, needed int, ask func(node string) bool) bool {
 	answers := make(chan bool, len(nodes))
 	for _, node := range nodes {

@@ -135,7 +135,7 @@ func webConfig(certs *reloaded[*certificates]) *tls.Config {
 	}
 }
 
-// String says whose the certificate is.
+// String returns whose the certificate is, and until when it is good.
 func (c *certificates) String() string {
 	leaf := c.own.Leaf
 	until := leaf.NotAfter.UTC().Format(time.RFC3339)
