@@ -148,8 +148,8 @@ func newRaftLogger(log hclog.Logger) *raftLogger {
 const failedHeartbeat = "failed to heartbeat to" // Raft's words for a node that it does not reach
 
 // routine is what Raft logs while all is well: at a start, when a leader finds out how much of the log a follower has,
-// at each attempt to be elected, and at the end. It is logged at debug level: the node's own lines say who leads, who is
-// a member, or why there is no leader.
+// at each attempt to be elected, and at the end. It is logged at debug level: the node's own lines say who leads, who
+// is a member, or why there is no leader.
 var routine = []string{
 	"initial configuration", "added peer, starting replication", "found temporary snapshot",
 	"failed to get previous log", "appendEntries rejected, sending older logs",

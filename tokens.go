@@ -30,8 +30,8 @@ func parseTokens(path string, content []byte) (tokens, error) {
 			continue
 		}
 		if !tokenForm.Match(line) {
-			return nil, fmt.Errorf("line %d of %s is not a token: use letters, digits and -._~+/, with nothing else on the line",
-				n, path)
+			return nil, fmt.Errorf("line %d of %s is not a token: "+
+				"use letters, digits and -._~+/, with nothing else on the line", n, path)
 		}
 		all = append(all, sha256.Sum256(line))
 	}
