@@ -46,7 +46,7 @@ func TestTokensAdmit(t *testing.T) {
 		{[]string{"Bearer first-token second.token=="}, wrong},
 		{[]string{"Bearer first-token", "Bearer first-token"}, form},
 	} {
-		got := fmt.Sprint(all.admit(&http.Request{Header: http.Header{"Authorization": tt.headers}}))
+		got := fmt.Sprint(all.check(&http.Request{Header: http.Header{"Authorization": tt.headers}}))
 		if (got == "<nil>") != (tt.want == "") || !strings.Contains(got, tt.want) {
 			t.Errorf("%q: got %v; want %q", tt.headers, got, tt.want)
 		}
@@ -159,14 +159,14 @@ func TestCrossOriginWrites(t *testing.T) {
 // Bodies that have come in part share a bounded memory. Who sends the rest slowly goes when others need it.
 func TestSlowBodiesKeepNobodyOut(t *testing.T) {
 	n := newTestNode(t, storeMemory)
-	l := n.web.Listener.(*limiter)
+	l := n.web.Listener.(*connLimiter)
 	taken := func() int64 {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		return l.taken
+		return l.usedMemory
 	}
 	const part = 300 << 10
-	l.memory = 500 << 10
+	l.maxMemory = 500 << 10
 	large := `"` + strings.Repeat("x", 400<<10) + `"`
 	conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", l.Addr().String())
 	if err != nil {
@@ -186,7 +186,7 @@ func TestSlowBodiesKeepNobodyOut(t *testing.T) {
 	waitFor(t, "the memory to be given back", func() bool { return taken() == 0 })
 
 	// Where all bodies are here and worked on, none can go.
-	l.memory = 1
+	l.maxMemory = 1
 	a := want(t, n, 503, http.MethodPut, "/key/large", large[:10<<10]+`"`)
 	if a.header.Get("Retry-After") == "" {
 		t.Errorf("got %v; want Retry-After", a.header)

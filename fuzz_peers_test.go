@@ -80,7 +80,7 @@ func (p *pipes) DialContext(context.Context, string, string) (net.Conn, error) {
 
 func (p *pipes) self() (server, cluster string)     { return "node1#1", "c" }
 func (p *pipes) address(node string) (string, bool) { return "", node == "node2" }
-func (p *pipes) welcome(hello) error                { return nil }
+func (p *pipes) authorize(hello) error              { return nil }
 
 // And the node of a transport.
 func (p *pipes) leadsIn(uint64) bool  { return false }
@@ -134,7 +134,7 @@ func FuzzRaftPort(f *testing.F) {
 	newPeers(n, nil)
 	st := &storage{log: &logStore{}}
 	st.log.snapshotIndex.Store(7)
-	raftPort := newTransport(n, st, port, newRaftLog(hclog.NewNullLogger()))
+	raftPort := newTransport(n, st, port, newRaftLogger(hclog.NewNullLogger()))
 	go func() { // as Raft's main thread, for as long as the process is there
 		for rpc := range raftPort.Consumer() {
 			if rpc.Reader != nil {

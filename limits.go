@@ -11,15 +11,19 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// SECURITY.md has what these add up to.
+// SECURITY.md has what these limits add up to.
 const (
 	maxWebConns  = 4096 // at once, less where the process may not open so many files
 	maxRaftConns = 1024
-	sampled      = 16       // connections looked at for the one that has kept us waiting for longest
+	sampled      = 16       // connections compared to find the one that is waited for longest
 	requestBytes = 32 << 20 // of memory for requests that are arriving on the HTTP port
 	headerWeight = 16       // bytes of memory that net/http makes of one in a header of short lines
-	freeBytes    = 2 << 10  // of a header, and as many of a body, are not counted
+	freeBytes    = 2 << 10  // of each header, and of each body, are not counted
+	sendBuffer   = 32 << 10 // bytes, of which the kernel makes twice as many
 )
+
+// errMemoryLimit is what reading a request returns when there is no memory for more of it.
+var errMemoryLimit = errors.New("too many large requests are under way")
 
 // maxFiles returns how many files and connections this process may have open at once.
 func maxFiles() int {
@@ -30,156 +34,159 @@ func maxFiles() int {
 	return int(min(limit.Cur, 1<<20))
 }
 
-// limiter bounds how many connections a port has at once, and how much memory holds what arrives on them. When that is too much
-// it closes the connection that has kept us waiting for longest, and not the newcomer's: else whoever opens connections and is
-// silent on them would keep all others out.
-type limiter struct {
+// connLimiter is a listener that limits two things: its open connections, and the memory for what is arriving on
+// them. Each connection tells it since when the node has been waiting for the other end, to send or to read. When a
+// limit is exceeded the connection is closed that the node has been waiting for longest. Newcomers are not refused:
+// somebody who opens connections and sends nothing would keep all others out.
+type connLimiter struct {
 	net.Listener
-	conns   int                // at most
-	memory  int64              // at most, in bytes
-	crowded prometheus.Counter // connections that were closed
+	maxConns  int
+	maxMemory int64              // bytes; 0 counts nothing
+	overLimit prometheus.Counter // connections that the limiter has closed
 
-	mu    sync.Mutex // guards what follows, and held of each connection
-	open  map[*limited]struct{}
-	taken int64 // of memory: the sum of what open connections hold
+	mu         sync.Mutex // guards what follows, and memory of each connection
+	open       map[*limitedConn]struct{}
+	usedMemory int64 // bytes: the sum over the open connections
 }
 
-// limited is a connection of a limiter.
-type limited struct {
+// limitedConn is a connection of a connLimiter. Read counts the bytes of the header or body that is arriving, and
+// takes memory for them; releaseMemory releases it when the request is done.
+type limitedConn struct {
 	net.Conn
-	limiter *limiter
-	since   atomic.Int64 // when it began to keep us waiting, in nanoseconds of Unix time; 0 while it does not
-	read    atomic.Int64 // bytes of the header, or of the body, that is arriving
-	weight  atomic.Int64 // memory that each of them takes
-	held    atomic.Int64 // of the limiter's memory
+	limiter      *connLimiter
+	waitingSince atomic.Int64 // nanoseconds of Unix time; 0 while the node does not wait for the other end
+	read         atomic.Int64 // bytes of the header or body that is arriving
+	weight       atomic.Int64 // bytes of memory for each of them
+	memory       atomic.Int64 // bytes: its part of the limiter's
 }
 
-func newLimiter(l net.Listener, conns int, memory int64, crowded prometheus.Counter) *limiter {
-	return &limiter{Listener: l, conns: conns, memory: memory, crowded: crowded, open: make(map[*limited]struct{})}
+func newConnLimiter(l net.Listener, maxConns int, maxMemory int64, overLimit prometheus.Counter) *connLimiter {
+	return &connLimiter{
+		Listener: l, maxConns: maxConns, maxMemory: maxMemory, overLimit: overLimit,
+		open: make(map[*limitedConn]struct{}),
+	}
 }
 
-// Accept returns the next connection. It keeps us waiting. If there are too many now one is closed, and the new one only if no
-// other keeps us waiting.
-func (l *limiter) Accept() (net.Conn, error) {
+// Accept returns the next connection, from which a request or a hello is expected. If there are too many then, it
+// closes one: the new one only if the node waits for no other.
+func (l *connLimiter) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	c := &limited{Conn: conn, limiter: l}
-	c.waits(time.Now(), headerWeight)
+	c := &limitedConn{Conn: conn, limiter: l}
+	c.expect(time.Now(), headerWeight)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.open[c] = struct{}{}
-	if len(l.open) > l.conns {
-		l.closeOne(func(*limited) bool { return true })
+	if len(l.open) > l.maxConns {
+		l.closeLongestWaiting(func(*limitedConn) bool { return true })
 	}
 	return c, nil
 }
 
-// take counts n more bytes that c holds, and closes other connections until there is memory for them. It returns false if there
-// is none to be had so, or c itself is closed.
-func (l *limiter) take(c *limited, n int64) bool {
+// acquireMemory counts n more bytes for c. It closes other connections with memory until there is enough, and returns
+// false if that is not possible or c itself has been closed.
+func (l *connLimiter) acquireMemory(c *limitedConn, n int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	for l.taken+n > l.memory {
-		if !l.closeOne(func(other *limited) bool { return other != c && other.held.Load() > 0 }) {
+	for l.usedMemory+n > l.maxMemory {
+		if !l.closeLongestWaiting(func(other *limitedConn) bool { return other != c && other.memory.Load() > 0 }) {
 			return false
 		}
 	}
 	if _, open := l.open[c]; !open {
 		return false
 	}
-	l.taken += n
-	c.held.Add(n)
+	l.usedMemory += n
+	c.memory.Add(n)
 	return true
 }
 
-// closeOne closes the connection that has kept us waiting for longest, of some that suit; whoever reads from it hears of its end.
-// It returns false if there is none. It is called with mu held.
-func (l *limiter) closeOne(suits func(*limited) bool) bool {
-	var longest *limited
-	looked, first := 0, int64(0)
-	for c := range l.open { // from anywhere on
-		since := c.since.Load()
-		if since == 0 || !suits(c) {
+// closeLongestWaiting closes the connection that the node has been waiting for longest, among some that match.
+// Whoever reads from it gets an error. It returns false if no connection matches. It is called with mu held.
+func (l *connLimiter) closeLongestWaiting(match func(*limitedConn) bool) bool {
+	var longest *limitedConn
+	compared, first := 0, int64(0)
+	for c := range l.open { // in random order
+		since := c.waitingSince.Load()
+		if since == 0 || !match(c) {
 			continue
 		}
 		if longest == nil || since < first {
 			longest, first = c, since
 		}
-		if looked++; looked == sampled {
+		if compared++; compared == sampled {
 			break
 		}
 	}
 	if longest == nil {
 		return false
 	}
-	l.crowded.Inc()
-	l.forget(longest)
+	l.overLimit.Inc()
+	l.remove(longest)
 	_ = longest.Conn.Close()
 	return true
 }
 
-// forget is called with mu held.
-func (l *limiter) forget(c *limited) {
+// remove is called with mu held.
+func (l *connLimiter) remove(c *limitedConn) {
 	delete(l.open, c)
-	l.taken -= c.held.Swap(0)
+	l.usedMemory -= c.memory.Swap(0)
 }
 
-// give gives back all memory that c holds.
-func (c *limited) give() {
-	if c.held.Load() > 0 {
+// releaseMemory releases all memory that is counted for c: its request is done.
+func (c *limitedConn) releaseMemory() {
+	if c.memory.Load() > 0 {
 		c.limiter.mu.Lock()
-		c.limiter.taken -= c.held.Swap(0)
+		c.limiter.usedMemory -= c.memory.Swap(0)
 		c.limiter.mu.Unlock()
 	}
 }
 
-// waits says that from now on the other end keeps us waiting, and how much memory each byte takes that comes then.
-func (c *limited) waits(now time.Time, weight int64) {
+// expect begins a wait for the other end to send a header or a body, each byte of which takes weight bytes of memory.
+func (c *limitedConn) expect(now time.Time, weight int64) {
 	c.read.Store(0)
 	c.weight.Store(weight)
-	c.since.Store(now.UnixNano())
+	c.beginWait(now)
 }
 
-// served says that it is for us to do something.
-func (c *limited) served() { c.since.Store(0) }
+// beginWait says that the node waits for the other end from now on.
+func (c *limitedConn) beginWait(now time.Time) { c.waitingSince.Store(now.UnixNano()) }
 
-var errCrowded = errors.New("too many large requests are under way")
+// endWait says that the other end waits for the node now.
+func (c *limitedConn) endWait() { c.waitingSince.Store(0) }
 
-func (c *limited) Read(p []byte) (int, error) {
+func (c *limitedConn) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	counted := min(int64(n), c.read.Add(int64(n))-freeBytes)
-	if counted > 0 && c.limiter.memory > 0 && !c.limiter.take(c, counted*c.weight.Load()) {
-		return n, errCrowded
+	if counted > 0 && c.limiter.maxMemory > 0 && !c.limiter.acquireMemory(c, counted*c.weight.Load()) {
+		return n, errMemoryLimit
 	}
 	return n, err
 }
 
 // Close closes the connection.
-func (c *limited) Close() error {
+func (c *limitedConn) Close() error {
 	c.limiter.mu.Lock()
-	c.limiter.forget(c)
+	c.limiter.remove(c)
 	c.limiter.mu.Unlock()
 	return c.Conn.Close()
 }
 
-// CloseWrite closes the connection for what we say: net/http does so before it closes all of it, lest an answer be lost.
-func (c *limited) CloseWrite() error {
+// CloseWrite ends what this node sends. net/http calls it before Close, so that a last answer is not lost.
+func (c *limitedConn) CloseWrite() error {
 	if conn, ok := c.Conn.(interface{ CloseWrite() error }); ok {
 		return conn.CloseWrite()
 	}
 	return nil
 }
 
-// sendBuffer is how much the kernel keeps, twice, of what a client of the HTTP port does not read, in bytes.
-const sendBuffer = 32 << 10
+// smallBuffers is a listener whose connections have small send buffers. With those of the kernel's choice, each
+// client that does not read would take a megabyte of memory, and the node would not notice that it does not read.
+type smallBuffers struct{ net.Listener }
 
-// sparing is a listener whose connections have the kernel keep little of what their clients do not read. It would else keep a
-// megabyte for each of however many, and hide from us that they do not read.
-type sparing struct{ net.Listener }
-
-func (l sparing) Accept() (net.Conn, error) {
+func (l smallBuffers) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
 	if tcp, ok := conn.(*net.TCPConn); ok {
 		_ = tcp.SetWriteBuffer(sendBuffer)

@@ -29,7 +29,7 @@ func (p *piped) Close() error {
 }
 
 // hear has n bytes arrive on a connection of a limiter, and reads them.
-func hear(t *testing.T, c *limited, n int) error {
+func hear(t *testing.T, c *limitedConn, n int) error {
 	t.Helper()
 	go func() { _, _ = c.Conn.(*piped).other.Write(make([]byte, n)) }()
 	got, err := c.Read(make([]byte, n))
@@ -39,28 +39,28 @@ func hear(t *testing.T, c *limited, n int) error {
 	return err
 }
 
-func newTestLimiter(conns int, memory int64) *limiter {
-	return newLimiter(endless{}, conns, memory, newMetrics().crowded)
+func newTestLimiter(conns int, memory int64) *connLimiter {
+	return newConnLimiter(endless{}, conns, memory, newMetrics().overLimit)
 }
 
 // come has n clients connect, the first of which keeps us waiting for longest.
-func (l *limiter) come(t *testing.T, n int) (all []*limited) {
+func (l *connLimiter) come(t *testing.T, n int) (all []*limitedConn) {
 	t.Helper()
 	for i := range n {
 		conn, err := l.Accept()
 		if err != nil {
 			t.Fatal(err)
 		}
-		c := conn.(*limited)
-		c.since.Store(time.Now().Add(time.Duration(i-n) * time.Minute).UnixNano())
+		c := conn.(*limitedConn)
+		c.waitingSince.Store(time.Now().Add(time.Duration(i-n) * time.Minute).UnixNano())
 		all = append(all, c)
 	}
 	return all
 }
 
-func isClosed(c *limited) bool { return c.Conn.(*piped).closed }
+func isClosed(c *limitedConn) bool { return c.Conn.(*piped).closed }
 
-func checkClosed(t *testing.T, l *limiter, all []*limited, want ...bool) {
+func checkClosed(t *testing.T, l *connLimiter, all []*limitedConn, want ...bool) {
 	t.Helper()
 	count := 0
 	for i, c := range all {
@@ -71,26 +71,26 @@ func checkClosed(t *testing.T, l *limiter, all []*limited, want ...bool) {
 			count++
 		}
 	}
-	if got := int(testutil.ToFloat64(l.crowded)); got != count {
+	if got := int(testutil.ToFloat64(l.overLimit)); got != count {
 		t.Errorf("got %d counted; want %d", got, count)
 	}
 	var held int64
 	for c := range l.open {
-		held += c.held.Load()
+		held += c.memory.Load()
 	}
-	if held != l.taken {
-		t.Errorf("got %d bytes taken; want %d, what is held", l.taken, held)
+	if held != l.usedMemory {
+		t.Errorf("got %d bytes taken; want %d, what is held", l.usedMemory, held)
 	}
 }
 
 func TestLimiterClosesWhoKeepsItWaitingForLongest(t *testing.T) {
 	l := newTestLimiter(3, 0)
 	all := l.come(t, 3)
-	all[0].served() // it came first, but we are at work for it
+	all[0].endWait() // it came first, but we are at work for it
 	all = append(all, l.come(t, 1)...)
 	checkClosed(t, l, all, false, true, false, false)
-	all[2].served()
-	all[3].served()
+	all[2].endWait()
+	all[3].endWait()
 	all = append(all, l.come(t, 1)...) // nobody else can go
 	checkClosed(t, l, all, false, true, false, false, true)
 	_ = all[0].Close()
@@ -107,7 +107,7 @@ func TestLimiterBoundsMemory(t *testing.T) {
 	l := newTestLimiter(100, 2*part)
 	all := l.come(t, 5)
 	for _, c := range all {
-		c.waits(time.Unix(0, c.since.Load()), 1)
+		c.expect(time.Unix(0, c.waitingSince.Load()), 1)
 	}
 	for _, i := range []int{1, 2} {
 		if err := hear(t, all[i], freeBytes+part); err != nil {
@@ -115,31 +115,31 @@ func TestLimiterBoundsMemory(t *testing.T) {
 		}
 	}
 	checkClosed(t, l, all, false, false, false, false, false)
-	if l.taken != 2*part {
-		t.Errorf("got %d bytes taken; want %d", l.taken, 2*part)
+	if l.usedMemory != 2*part {
+		t.Errorf("got %d bytes taken; want %d", l.usedMemory, 2*part)
 	}
 	if err := hear(t, all[3], freeBytes+part); err != nil {
 		t.Errorf("got %v; want the oldest that holds something closed for it", err)
 	}
 	checkClosed(t, l, all, false, true, false, false, false)
-	all[2].served() // all of its body is here, and it is worked on
-	all[3].served()
-	if err := hear(t, all[4], freeBytes+1); !errors.Is(err, errCrowded) {
-		t.Errorf("got %v; want %v", err, errCrowded)
+	all[2].endWait() // all of its body is here, and it is worked on
+	all[3].endWait()
+	if err := hear(t, all[4], freeBytes+1); !errors.Is(err, errMemoryLimit) {
+		t.Errorf("got %v; want %v", err, errMemoryLimit)
 	}
 	checkClosed(t, l, all, false, true, false, false, false)
-	all[2].give()
+	all[2].releaseMemory()
 	if err := hear(t, all[4], part); err != nil {
 		t.Errorf("got %v after memory was given back", err)
 	}
-	if l.taken != 2*part {
-		t.Errorf("got %d bytes taken; want %d", l.taken, 2*part)
+	if l.usedMemory != 2*part {
+		t.Errorf("got %d bytes taken; want %d", l.usedMemory, 2*part)
 	}
 	for _, c := range all {
 		_ = c.Close()
 	}
-	if l.taken != 0 || len(l.open) != 0 {
-		t.Errorf("got %d bytes and %d connections kept; want none", l.taken, len(l.open))
+	if l.usedMemory != 0 || len(l.open) != 0 {
+		t.Errorf("got %d bytes and %d connections kept; want none", l.usedMemory, len(l.open))
 	}
 }
 
@@ -150,7 +150,7 @@ func TestLimiterWeighsHeaders(t *testing.T) {
 	if err := hear(t, c, freeBytes+100); err != nil {
 		t.Fatal(err)
 	}
-	if want := int64(100 * headerWeight); l.taken != want {
-		t.Errorf("got %d bytes taken; want %d", l.taken, want)
+	if want := int64(100 * headerWeight); l.usedMemory != want {
+		t.Errorf("got %d bytes taken; want %d", l.usedMemory, want)
 	}
 }

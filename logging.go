@@ -2,11 +2,13 @@ package main
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"io"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
@@ -15,159 +17,162 @@ import (
 )
 
 const (
-	maxLogBuffer   = 256 << 10              // bytes of lines that wait while others are being written, which are at most as many
-	flushTimeout   = 250 * time.Millisecond // for what waits when the process ends
-	repeatInterval = 30 * time.Second       // between two lines of Raft's that say the same of the same node
+	maxLogLines    = 1024                   // that wait until they are written
+	flushTimeout   = 250 * time.Millisecond // for those that wait when the process ends
+	repeatInterval = 30 * time.Second       // between two lines of Raft's that say the same about the same node
 )
 
-// openLog returns the log, which goes to w and never waits for it, and what writes the rest of it when the process ends.
+// openLog returns a log that is written to w, and never waits for w. flush waits for a moment until all of it is
+// written: it is for the end of the process. dropped counts lines that were not written.
 func openLog(cfg *Config, w io.Writer, dropped prometheus.Counter) (log hclog.Logger, flush func()) {
-	b := &logBuffer{dropped: dropped, ended: make(chan struct{})}
-	b.change = sync.NewCond(&b.mu)
+	q := &logQueue{lines: make(chan []byte, maxLogLines), ended: make(chan struct{}), dropped: dropped}
 	log = hclog.New(&hclog.LoggerOptions{
-		Name: "raftstarter", Output: b, Level: hclog.LevelFromString(cfg.LogLevel), JSONFormat: cfg.LogFormat == "json",
+		Name: "raftstarter", Output: q, Level: hclog.LevelFromString(cfg.LogLevel), JSONFormat: cfg.LogFormat == "json",
 	})
-	go b.run(w, log)
-	return log, b.flush
+	ctx, stop := context.WithCancel(context.Background())
+	go q.run(ctx, w, log)
+	return log, func() {
+		stop()
+		select {
+		case <-q.ended:
+		case <-time.After(flushTimeout):
+		}
+	}
 }
 
-// logBuffer keeps lines until they are written. A write waits for whoever reads stderr, and would make all wait that have
-// something to log, Raft among them. What finds no room in the buffer, or cannot be written, is dropped and counted.
-type logBuffer struct {
-	dropped prometheus.Counter // lines
-	ended   chan struct{}      // closed when run has ended
-
-	mu      sync.Mutex // guards what follows
-	change  *sync.Cond // of waiting and closed
-	waiting []byte
-	untold  int // lines dropped since the log last told of that
-	closed  bool
+// logQueue holds lines until they are written. A write to stderr waits for whoever reads it; all that log something
+// would wait as well, Raft among them. A line that finds the queue full, or cannot be written, is dropped.
+type logQueue struct {
+	lines   chan []byte
+	ended   chan struct{} // closed when run has ended
+	dropped prometheus.Counter
+	untold  atomic.Int64 // lines dropped since the log last said so
 }
 
-// Write takes a line over.
-func (b *logBuffer) Write(line []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if len(b.waiting)+len(line) > maxLogBuffer {
-		b.drop(line)
-	} else {
-		b.waiting = append(b.waiting, line...)
-		b.change.Signal()
+// Write queues a line.
+func (q *logQueue) Write(line []byte) (int, error) {
+	select {
+	case q.lines <- bytes.Clone(line):
+	default:
+		q.drop()
 	}
 	return len(line), nil
 }
 
-// drop counts lines that nobody will see. The caller holds the lock.
-func (b *logBuffer) drop(lines []byte) {
-	n := bytes.Count(lines, []byte("\n"))
-	b.untold += n
-	b.dropped.Add(float64(n))
+func (q *logQueue) drop() {
+	q.dropped.Inc()
+	q.untold.Add(1)
 }
 
-// run writes lines to w until flush is called and there are none left. Once writing works it has the log tell of what was
-// dropped before.
-func (b *logBuffer) run(w io.Writer, log hclog.Logger) {
-	defer close(b.ended)
-	var lines []byte
-	for works := true; ; {
-		untold := 0
-		b.mu.Lock()
-		for len(b.waiting) == 0 && !b.closed {
-			b.change.Wait()
+// run writes lines to w, until ctx has ended and none are left.
+func (q *logQueue) run(ctx context.Context, w io.Writer, log hclog.Logger) {
+	defer close(q.ended)
+	for {
+		select {
+		case line := <-q.lines:
+			if _, err := w.Write(line); err != nil {
+				q.drop()
+			} else if len(q.lines) < maxLogLines { // there is room for one that tells of dropped ones
+				if n := q.untold.Swap(0); n > 0 {
+					log.Warn("lines of this log were dropped, since stderr did not take them", "lines", n)
+				}
+			}
+		case <-ctx.Done():
+			if len(q.lines) == 0 {
+				return
+			}
 		}
-		lines, b.waiting = b.waiting, lines[:0]
-		if works {
-			untold, b.untold = b.untold, 0
-		}
-		b.mu.Unlock()
-		if untold > 0 { // now there is room
-			log.Warn("lines of this log were dropped, since stderr did not take them", "lines", untold)
-		} else if len(lines) == 0 {
-			return
-		}
-		n, err := w.Write(lines)
-		works = err == nil
-		b.mu.Lock()
-		b.drop(lines[n:])
-		b.mu.Unlock()
 	}
 }
 
-// flush ends run when all is written, and waits for that, but not for long.
-func (b *logBuffer) flush() {
-	b.mu.Lock()
-	b.closed = true
-	b.change.Signal()
-	b.mu.Unlock()
-	select {
-	case <-b.ended:
-	case <-time.After(flushTimeout):
-	}
-}
-
-// raftLog is the log for Raft, which warns at every attempt to reach a node that is down. A warning or error that says the
-// same of the same node comes once in a repeatInterval, with how many were left out; those are for debugging. Who leads, and
-// who is a member, is told in lines of the node's own.
-type raftLog struct {
+// repeatLogger shows the same warning or error about the same node only once in an interval. It logs repetitions at
+// debug level, and adds to the next line that it shows how many were left out.
+type repeatLogger struct {
 	hclog.Logger
+	interval time.Duration
 
-	mu   sync.Mutex // guards said
-	said map[saying]said
+	mu    sync.Mutex // guards lines
+	lines map[lineAbout]*repeatedLine
 }
 
-type saying struct{ msg, node string }
+type lineAbout struct{ node, msg string }
 
-type said struct {
-	at      time.Time
+type repeatedLine struct {
+	shown   time.Time
 	leftOut int  // since then
-	open    bool // it may still be so
+	solved  bool // what it complains of is over
 }
 
-func newRaftLog(log hclog.Logger) *raftLog { return &raftLog{Logger: log, said: make(map[saying]said)} }
-
-const failedHeartbeat = "failed to heartbeat to" // with that Raft says that a node cannot be reached
-
-// routine is what Raft says when all is well, at the start of a node and when it finds out how much of the log a follower
-// has; and at each attempt to be elected, of which the node's own lines tell the outcome and the reason. It is for debugging,
-// as is that another node does not run Raft yet.
-var routine = []string{
-	"failed to get previous log", "appendEntries rejected, sending older logs", "no known peers, aborting election",
-	"found temporary snapshot",
-	"entering candidate state", "pre-vote campaign failed, waiting for election timeout",
-	"Election timeout reached, restarting election",
+func newRepeatLogger(log hclog.Logger, interval time.Duration) *repeatLogger {
+	return &repeatLogger{Logger: log, interval: interval, lines: make(map[lineAbout]*repeatedLine)}
 }
 
-// Info, Warn and Error are all that Raft calls for what is not for debugging anyway.
-
-func (l *raftLog) Info(msg string, args ...any)  { l.say(hclog.Info, msg, args) }
-func (l *raftLog) Warn(msg string, args ...any)  { l.say(hclog.Warn, msg, args) }
-func (l *raftLog) Error(msg string, args ...any) { l.say(hclog.Error, msg, args) }
-
-func (l *raftLog) say(level hclog.Level, msg string, args []any) {
+// logAbout logs a line about a node, "" for none.
+func (l *repeatLogger) logAbout(node string, level hclog.Level, msg string, args ...any) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	early := strings.Contains(fmt.Sprint(args...), errNoRaft.Error()) // the other node has answered that
-	if early || slices.Contains(routine, msg) {
-		level = hclog.Debug
-	}
 	if level >= hclog.Warn {
-		about := saying{msg, peerIn(args)}
-		last := l.said[about]
-		if time.Since(last.at) < repeatInterval {
+		last, repeated := l.lines[lineAbout{node, msg}]
+		if repeated && time.Since(last.shown) < l.interval {
 			last.leftOut++
 			level = hclog.Debug
 		} else {
-			if last.leftOut > 0 {
+			if repeated && last.leftOut > 0 {
 				args = append(slices.Clip(args), "left-out", last.leftOut)
 			}
-			last = said{at: time.Now(), open: true}
+			l.lines[lineAbout{node, msg}] = &repeatedLine{shown: time.Now()}
 		}
-		l.said[about] = last
 	}
 	l.Log(level, msg, args...)
 }
 
-// peerIn returns the node that a line is about, "" if it is about none: where Raft names a server it does so first.
+// solve returns true if a line about a node was shown and has not been solved yet.
+func (l *repeatLogger) solve(node, msg string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	last, there := l.lines[lineAbout{node, msg}]
+	if !there || last.solved {
+		return false
+	}
+	last.solved = true
+	return true
+}
+
+// raftLogger is the logger for Raft, which warns at every attempt to reach a node that is down.
+type raftLogger struct{ *repeatLogger }
+
+func newRaftLogger(log hclog.Logger) *raftLogger {
+	return &raftLogger{newRepeatLogger(log, repeatInterval)}
+}
+
+const failedHeartbeat = "failed to heartbeat to" // Raft's words for a node that it does not reach
+
+// routine is what Raft logs while all is well: at a start, when a leader finds out how much of the log a follower has,
+// at each attempt to be elected, and at the end. It is logged at debug level: the node's own lines say who leads, who
+// is a member, or why there is no leader.
+var routine = []string{
+	"initial configuration", "added peer, starting replication", "found temporary snapshot",
+	"failed to get previous log", "appendEntries rejected, sending older logs",
+	"no known peers, aborting election", "entering candidate state",
+	"pre-vote campaign failed, waiting for election timeout", "Election timeout reached, restarting election",
+	"failed to accept connection",
+}
+
+// Info, Warn and Error are all that Raft calls above debug level.
+
+func (l *raftLogger) Info(msg string, args ...any)  { l.logRaft(hclog.Info, msg, args) }
+func (l *raftLogger) Warn(msg string, args ...any)  { l.logRaft(hclog.Warn, msg, args) }
+func (l *raftLogger) Error(msg string, args ...any) { l.logRaft(hclog.Error, msg, args) }
+
+func (l *raftLogger) logRaft(level hclog.Level, msg string, args []any) {
+	starting := strings.Contains(fmt.Sprint(args...), errNoRaft.Error()) // the other node runs no Raft yet
+	if starting || slices.Contains(routine, msg) {
+		level = hclog.Debug
+	}
+	l.logAbout(peerIn(args), level, msg, args...)
+}
+
+// peerIn returns the node that a line of Raft's is about, "" for none. Raft names it first.
 func peerIn(args []any) string {
 	if len(args) < 2 {
 		return ""
@@ -181,14 +186,9 @@ func peerIn(args []any) string {
 	return ""
 }
 
-// reached takes note that a server has answered a heartbeat, and says so if its node could not be reached before.
-func (l *raftLog) reached(server string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	about := saying{failedHeartbeat, nodeOf(server)}
-	if last := l.said[about]; last.open {
-		last.open = false
-		l.said[about] = last
-		l.Logger.Info("reachable again", "node", about.node)
+// reached is called when a server has answered a heartbeat. It logs that its node is reachable again, if it was not.
+func (l *raftLogger) reached(server string) {
+	if node := nodeOf(server); l.solve(node, failedHeartbeat) {
+		l.Logger.Info("reachable again", "node", node)
 	}
 }

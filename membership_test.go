@@ -504,7 +504,7 @@ func TestServerWithoutAVote(t *testing.T) {
 			server := node.membership.server()
 			member, votes := leader.isMember(server)
 			term := binary.BigEndian.AppendUint64(nil, leader.raft.Load().CurrentTerm())
-			return member && !votes && leader.peers.agrees(t.Context(), server, opTerm, term)
+			return member && !votes && leader.peers.agrees(server, opTerm, term, confirmTimeout)
 		})
 		server := node.membership.server()
 		var resp raft.TimeoutNowResponse
@@ -517,7 +517,7 @@ func TestServerWithoutAVote(t *testing.T) {
 		c.cut(down, linkCut)
 		r := leader.raft.Load()
 		term := r.CurrentTerm()
-		_, err = leader.confirmLeadership(t.Context(), r)
+		_, err = leader.confirmLeadership(r)
 		led := leads(r, term)
 		if err == nil {
 			t.Error("a read was confirmed by two voters of four and a server without a vote; want that it is not")

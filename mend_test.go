@@ -90,7 +90,7 @@ func TestHeldSnapshotSetsNothingBack(t *testing.T) {
 	awaitEqualLogs(t, c.nodes...)
 }
 
-// The last entries of a snapshot may be applied between spare's look and Raft's.
+// The last entries of a snapshot may be applied between answerOldSnapshot's check and Raft's read.
 func TestSnapshotIsJudgedWhenItIsRead(t *testing.T) {
 	for index, refused := range map[uint64]bool{4: true, 5: false, 6: false} {
 		rest := strings.NewReader("the snapshot")
@@ -127,7 +127,7 @@ func TestMessagesAboutWhatASnapshotCovers(t *testing.T) {
 		for i := range tt.n {
 			req.Entries = append(req.Entries, &raft.Log{Index: tt.prev + 1 + i})
 		}
-		tr.mend(&raft.RPC{Command: req})
+		tr.correct(&raft.RPC{Command: req})
 		if req.PrevLogEntry != tt.wantPrev || uint64(len(req.Entries)) != tt.wantLen || req.LeaderCommitIndex != tt.wantCommit ||
 			tt.wantLen > 0 && req.Entries[len(req.Entries)-1].Index != tt.prev+tt.n {
 			t.Errorf("%s: got %d entries after %d, commit index %d; want %d, %d, %d", tt.name, len(req.Entries), req.PrevLogEntry,

@@ -26,7 +26,7 @@ type metrics struct {
 	round         prometheus.Histogram // reads
 	forwarded     prometheus.Counter   // commands
 	refusals      prometheus.Counter   // connections to the Raft port
-	crowded       prometheus.Counter
+	overLimit     prometheus.Counter
 	dropped       prometheus.Counter // lines of the log
 }
 
@@ -62,10 +62,10 @@ func newMetrics() *metrics {
 		round:         histogram("read_round_reads", "Linearizable reads that shared one confirmation round.", sizes),
 		forwarded:     counter("forwarded_commands_total", "Commands passed on to the leader."),
 		refusals:      counter("peer_refusals_total", "Connections to the Raft port that were refused, or too many."),
-		crowded:       counter("http_crowded_connections_total", "Connections to the HTTP port closed because there were too many."),
+		overLimit:     counter("http_connections_over_limit_total", "Connections to the HTTP port closed because there were too many."),
 		dropped:       counter("log_lines_dropped_total", "Lines of the log that stderr did not take in time, or at all."),
 	}
-	m.registry.MustRegister(m.requests, m.latency, m.leaderChanges, m.commit, m.apply, m.stored, m.batch, m.round, m.forwarded, m.refusals, m.crowded, m.dropped,
+	m.registry.MustRegister(m.requests, m.latency, m.leaderChanges, m.commit, m.apply, m.stored, m.batch, m.round, m.forwarded, m.refusals, m.overLimit, m.dropped,
 		collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }

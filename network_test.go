@@ -7,11 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net"
 	"net/netip"
 	"os"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -88,26 +86,26 @@ func (n *testNet) address(node string) (string, bool) {
 // testNetNode is a network, once it is started, and the directory that a test gives it.
 type testNetNode struct {
 	*network
-	id        string // of the node
-	server    string
-	port      port
-	lines     *logLines
-	log       hclog.Logger
-	certs     *reloaded[*certificates] // as is what follows, to be set before start
-	all       *testNet
-	cluster   string
-	unwelcome error        // what welcome returns
-	calls     atomic.Int32 // connections of kindCall that were welcome
+	id      string // of the node
+	server  string
+	port    port
+	lines   *logLines
+	log     hclog.Logger
+	certs   *reloaded[*certificates] // as is what follows, to be set before start
+	all     *testNet
+	cluster string
+	refusal error        // what authorize returns
+	calls   atomic.Int32 // accepted connections of kindCall
 }
 
 func (n *testNetNode) self() (server, cluster string)     { return n.server, n.cluster }
 func (n *testNetNode) address(node string) (string, bool) { return n.all.address(node) }
 
-func (n *testNetNode) welcome(h hello) error {
-	if n.unwelcome == nil && h.kind == kindCall {
+func (n *testNetNode) authorize(h hello) error {
+	if n.refusal == nil && h.kind == kindCall {
 		n.calls.Add(1)
 	}
-	return n.unwelcome
+	return n.refusal
 }
 
 // newTestNet returns networks of the nodes with the given ids, to be started, and closes them when the test ends. Their
@@ -151,21 +149,21 @@ func (n *testNet) start(nodes ...*testNetNode) {
 func (n *testNet) startEcho(nodes ...*testNetNode) {
 	n.start(nodes...)
 	for _, node := range nodes {
-		node.servePeers(func(conn accepted) { _, _ = io.Copy(conn, conn) })
+		node.servePeers(func(conn *peerConn) { _, _ = io.Copy(conn, conn) })
 	}
 }
 
 // servePeers has f serve each connection of kindCall and kindAsk, until the network closes.
-func (n *testNetNode) servePeers(f func(accepted)) {
-	n.goUnlessClosed(func() {
+func (n *testNetNode) servePeers(f func(*peerConn)) {
+	n.wg.Go(func() {
 		for {
 			select {
-			case conn := <-n.peerConns:
-				n.goUnlessClosed(func() {
+			case conn := <-n.callConns:
+				n.wg.Go(func() {
 					defer conn.Close()
 					f(conn)
 				})
-			case <-n.closing:
+			case <-n.ctx.Done():
 				return
 			}
 		}
@@ -180,7 +178,7 @@ func (n *testNetNode) unheard() (count int) {
 	n.listener.mu.Lock()
 	defer n.listener.mu.Unlock()
 	for c := range n.listener.open {
-		if c.since.Load() != 0 {
+		if c.waitingSince.Load() != 0 {
 			count++
 		}
 	}
@@ -189,12 +187,7 @@ func (n *testNetNode) unheard() (count int) {
 
 // breakOff closes every connection of n, as if it had died.
 func (n *testNetNode) breakOff() {
-	n.mu.Lock()
-	conns := slices.Collect(maps.Keys(n.conns))
-	n.mu.Unlock()
-	for _, conn := range conns {
-		_ = conn.Close()
-	}
+	n.closeConns(func(string) bool { return true })
 }
 
 func (n *testNetNode) addr() string { return n.port.Addr().String() }
@@ -302,18 +295,18 @@ func TestReadHelloOfOtherBytes(t *testing.T) {
 	}
 }
 
-func TestJudge(t *testing.T) {
-	unwelcome := errors.New("unwelcome")
+func TestCheckHello(t *testing.T) {
+	unauthorized := errors.New("unauthorized")
 	long := strings.Repeat("x", 200)
 	const lost = `node "node2" is server "node2#1" now, not "node2#0"`
-	type judgement struct {
+	type check struct {
 		name    string
 		hello   hello
-		cluster string // of the judge, node2#1
-		welcome error
+		cluster string // of the one that checks, node2#1
+		auth    error  // what authorize returns
 		want    string // in the refusal, "" for none
 	}
-	tests := []judgement{
+	tests := []check{
 		{"a call", testHello, "CLUSTER", nil, ""},
 		{"raft", hello{kindRaft, "node1#1", "node2#1", "CLUSTER"}, "CLUSTER", nil, ""},
 		{"another peer", hello{kindRaft, "node3#7", "node2#1", "CLUSTER"}, "CLUSTER", nil, ""},
@@ -331,18 +324,18 @@ func TestJudge(t *testing.T) {
 		{"a stranger", hello{kindCall, "node9#1", "node2#1", "CLUSTER"}, "CLUSTER", nil, `node "node9" is neither in the PEERS`},
 		{"a stranger's question", hello{kindAsk, "node9", "node2", ""}, "CLUSTER", nil, `node "node9" is neither in the PEERS`},
 		{"a stranger without a name", hello{kindCall, "", "node2#1", "CLUSTER"}, "CLUSTER", nil, `node "" is neither in the PEERS`},
-		{"the judge itself", hello{kindCall, "node2#1", "node2#1", "CLUSTER"}, "CLUSTER", nil, `node "node2" is neither in the PEERS`},
-		{"another state of the judge", hello{kindCall, "node2#0", "node2#1", "CLUSTER"}, "CLUSTER", nil, `node "node2" is neither in the PEERS`},
+		{"the server itself", hello{kindCall, "node2#1", "node2#1", "CLUSTER"}, "CLUSTER", nil, `node "node2" is neither in the PEERS`},
+		{"another state of its node", hello{kindCall, "node2#0", "node2#1", "CLUSTER"}, "CLUSTER", nil, `node "node2" is neither in the PEERS`},
 		{"an unknown kind", hello{'X', "node1#1", "node2#1", "CLUSTER"}, "CLUSTER", nil, "connection kind 'X' is not known"},
 		{"kind 0", hello{0, "node1#1", "node2#1", "CLUSTER"}, "CLUSTER", nil, "connection kind"},
-		{"not welcome", testHello, "CLUSTER", unwelcome, "unwelcome"},
-		{"a question that is not welcome", hello{kindAsk, "node1", "node2", ""}, "CLUSTER", unwelcome, "unwelcome"},
+		{"not authorized", testHello, "CLUSTER", unauthorized, "unauthorized"},
+		{"a question that is not authorized", hello{kindAsk, "node1", "node2", ""}, "CLUSTER", unauthorized, "unauthorized"},
 		{"a reason longer than the answer may be", hello{kindCall, long, long, "CLUSTER"}, "CLUSTER", nil, "this is node"},
 	}
 	for _, kind := range []byte{kindRaft, kindCall} {
 		for _, clusters := range [][2]string{{"CLUSTER", "OTHER"}, {"CLUSTER", ""}, {"", "CLUSTER"}, {"", ""}} {
 			says, is := clusters[0], clusters[1]
-			tests = append(tests, judgement{
+			tests = append(tests, check{
 				fmt.Sprintf("kind %c of cluster %q at one of %q", kind, says, is),
 				hello{kind, "node1#1", "node2#1", says},
 				is, nil,
@@ -354,19 +347,19 @@ func TestJudge(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			checkLeaks(t)
 			all, nodes := newTestNet(t, "node1", "node2", "node3")
-			judge := nodes[1]
-			judge.unwelcome = tt.welcome
-			judge.cluster = tt.cluster
-			all.startEcho(judge)
-			err := judge.judge(tt.hello, nil)
+			server := nodes[1]
+			server.refusal = tt.auth
+			server.cluster = tt.cluster
+			all.startEcho(server)
+			err := server.checkHello(tt.hello, nil)
 			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), tt.want)) {
 				t.Errorf("got error %v; want %q", err, tt.want)
 			}
-			if tt.welcome != nil && !errors.Is(err, tt.welcome) {
-				t.Errorf("got error %v; want %v", err, tt.welcome)
+			if tt.auth != nil && !errors.Is(err, tt.auth) {
+				t.Errorf("got error %v; want %v", err, tt.auth)
 			}
 			// The one who is refused hears why.
-			err = introduce(t.Context(), dialRaw(t, judge), tt.hello)
+			err = sendHello(dialRaw(t, server), tt.hello)
 			if tt.want == "" && err != nil || tt.want != "" && (err == nil || !strings.Contains(err.Error(), "refused: "+tt.want)) {
 				t.Errorf("got answer %v; want %q", err, tt.want)
 			}
@@ -383,7 +376,7 @@ func TestNetworkCarriesConnections(t *testing.T) {
 	}
 	peers := make(chan served, 1)
 	all.start(nodes...)
-	nodes[1].servePeers(func(conn accepted) {
+	nodes[1].servePeers(func(conn *peerConn) {
 		said, _ := io.ReadAll(conn)
 		peers <- served{conn.hello, string(said)}
 	})
@@ -404,12 +397,12 @@ func TestNetworkCarriesConnections(t *testing.T) {
 		}
 	}
 
-	conn, err := nodes[0].Dial("node2#1", time.Second)
+	conn, err := streamLayer{nodes[0].network}.Dial("node2#1", time.Second)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	accepted, err := nodes[1].Accept()
+	accepted, err := streamLayer{nodes[1].network}.Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -419,7 +412,7 @@ func TestNetworkCarriesConnections(t *testing.T) {
 	if _, err := io.ReadFull(accepted, got); err != nil || string(got) != "to raft" {
 		t.Errorf("got %q, error %v; want to raft and none", got, err)
 	}
-	if got := nodes[1].Addr(); got.String() != "node2#1" || got.Network() != "node" {
+	if got := (streamLayer{nodes[1].network}).Addr(); got.String() != "node2#1" || got.Network() != "node" {
 		t.Errorf("got address %v of %v; want the server's name", got, got.Network())
 	}
 }
@@ -541,7 +534,7 @@ func TestConnectionThatDoesNotSayWhoItIs(t *testing.T) {
 	checkEcho(t, nodes[0], nodes[1])
 }
 
-// greet takes the same time for one that says hello but does not hear the answer.
+// receiveHello takes the same time for one that says hello but does not hear the answer.
 func TestConnectionThatDoesNotHearTheAnswer(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		directory := &testNetNode{server: "node2#1", cluster: "CLUSTER", all: &testNet{addrs: map[string]string{"node1": ""}}}
@@ -551,7 +544,7 @@ func TestConnectionThatDoesNotHearTheAnswer(t *testing.T) {
 		defer far.Close()
 		go func() { _, _ = far.Write(testHello.encode()) }()
 		began := time.Now()
-		_, _, err := n.greet(near)
+		err := n.receiveHello(&peerConn{Conn: near, raw: near})
 		if took := time.Since(began); !errors.Is(err, os.ErrDeadlineExceeded) || took != helloTimeout {
 			t.Errorf("got error %v after %v; want %v after %v", err, took, os.ErrDeadlineExceeded, helloTimeout)
 		}
@@ -595,7 +588,7 @@ func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer established.Close()
-	most := nodes[1].listener.conns
+	most := nodes[1].listener.maxConns
 	idle := make([]net.Conn, most+500)
 	for i := range idle {
 		idle[i] = dialRaw(t, nodes[1])
@@ -618,9 +611,8 @@ func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
 func TestRefusalsAreLoggedNowAndThen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lines := new(logLines)
-		n := &network{
-			log: hclog.New(&hclog.LoggerOptions{Output: lines, Level: hclog.Debug}), refusals: newMetrics().refusals,
-		}
+		log := hclog.New(&hclog.LoggerOptions{Output: lines, Level: hclog.Debug})
+		n := &network{refusalLog: newRepeatLogger(log, warnInterval), refusals: newMetrics().refusals}
 		worth := errors.New("no such node")
 		began := time.Now()
 		refused, all := 0, 0
@@ -628,7 +620,7 @@ func TestRefusalsAreLoggedNowAndThen(t *testing.T) {
 			for _, err := range []error{
 				worth, io.EOF, fmt.Errorf("TLS: %w", io.ErrUnexpectedEOF), os.ErrDeadlineExceeded, syscall.ECONNRESET, errNoRaft,
 			} {
-				n.refuse("10.0.0.1:1", testHello, err)
+				n.logRefusal("10.0.0.1:1", "node1#1", err)
 				all++
 				if errors.Is(err, worth) || errors.Is(err, errNoRaft) {
 					refused++
@@ -642,8 +634,8 @@ func TestRefusalsAreLoggedNowAndThen(t *testing.T) {
 		if got := lines.count("refused a connection"); got != all {
 			t.Errorf("got %d lines; want %d", got, all)
 		}
-		if warned, first, later := lines.count("[WARN]"), lines.count("[WARN]", worth.Error(), "warning=0"),
-			lines.count("[WARN]", worth.Error(), "warning=9"); warned != 6 || first != 1 || later != 5 {
+		if warned, first, later := lines.count("[WARN]"), lines.count("[WARN]", worth.Error()+"\"\n"),
+			lines.count("[WARN]", worth.Error(), "left-out=9"); warned != 6 || first != 1 || later != 5 {
 			t.Errorf("got %d warnings, of them %d with none left out and %d with nine; want 6, 1 and 5", warned, first, later)
 		}
 	})
@@ -660,7 +652,7 @@ func TestRefusalsAreCounted(t *testing.T) {
 		"another node is meant": {kindRaft, "node3#1", "node1#1", "CLUSTER"},
 		"a stranger":            {kindAsk, "node8", "node2", ""},
 	} {
-		if err := introduce(t.Context(), dialRaw(t, server), h); err == nil {
+		if err := sendHello(dialRaw(t, server), h); err == nil {
 			t.Errorf("%s: got no refusal; want one", name)
 		}
 	}
@@ -687,7 +679,7 @@ func TestRefusalsAreCounted(t *testing.T) {
 func TestDialErrors(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
-	nodes[1].unwelcome = errNoRaft
+	nodes[1].refusal = errNoRaft
 	all.startEcho(nodes...)
 	all.set("nobody listens", freeAddr(t))
 	all.set("has another id", nodes[1].addr())
@@ -731,7 +723,7 @@ func TestDialErrors(t *testing.T) {
 		{"the node refuses", "node2#1", errNoRaft.Error(), t.Context(), 0},
 		{"the node hangs up", "hangs up#1", "", t.Context(), 0},
 		{"the context has ended", "node2#1", "cancel", ended, 0},
-		{"the context ends while it waits for an answer", "is silent#1", "timeout", t.Context(), 50 * time.Millisecond},
+		{"the context ends while it waits for an answer", "is silent#1", "deadline exceeded", t.Context(), 50 * time.Millisecond},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			ctx := tt.ctx
@@ -775,7 +767,7 @@ func TestCloseEndsEverything(t *testing.T) {
 		}
 		conns[name] = conn
 	}
-	ofRaft, err := server.Accept()
+	ofRaft, err := streamLayer{server.network}.Accept()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -791,7 +783,7 @@ func TestCloseEndsEverything(t *testing.T) {
 		t.Errorf("close: %v", err)
 	}
 	go func() {
-		conn, err := server.Accept()
+		conn, err := streamLayer{server.network}.Accept()
 		if err == nil {
 			_ = conn.Close()
 		}

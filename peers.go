@@ -2,18 +2,19 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
-// What nodes ask one another, beside Raft's own messages.
+// What nodes ask one another, beside Raft's own messages. The values are a format.
 const (
 	opApply     byte = iota + 1 // execute these commands, if you are the leader
 	opReadIndex                 // which index must I have applied to read linearizably, if you are the leader?
@@ -24,47 +25,45 @@ const (
 const (
 	maxCallBytes  = maxBodyBytes + 1<<20 // the largest command there can be, and what goes with it
 	callsPerPeer  = 8                    // under way at once, so there are no more connections to one peer than that
-	writeTimeout  = 3 * time.Second      // for the other end to take an answer from us
+	writeTimeout  = 3 * time.Second      // for the other node to read an answer of ours
 	callFrameHead = 4 + 1
 )
 
-// errRemote marks an error that the other node answered with: it heard the call and refused it.
+// errRemote marks an error that the other node answered with: it has received the call and refused it.
 var errRemote = errors.New("peer")
 
-// handler answers the calls of one kind. What it returns as an error reaches the caller as text.
+// handler answers the calls of one op. The text of its error travels to the caller.
 type handler func(ctx context.Context, from string, request []byte) (answer []byte, err error)
 
-// peers carries calls between nodes. A connection carries one call at a time and then waits in a pool for the next.
-// Format, both ways: 4 bytes of length of what follows; a byte, which in a call is its op, in an answer 0 or, for an
-// error, 1; then the payload.
+// peers makes calls to other nodes and answers theirs. A connection carries one call at a time and is kept for the
+// next.
 type peers struct {
 	network  *network
-	handlers map[byte]handler
-	ctx      context.Context // of every call, made and served; ended by close
+	handlers map[byte]handler // by op
+	ctx      context.Context  // of the calls that are served, and of those of agrees; ended by close
 	cancel   context.CancelFunc
 
-	mu    sync.Mutex // guards what follows, and the fields of each peer
+	mu    sync.Mutex // guards peers, and the fields of each peer
 	peers map[string]*peer
 }
 
-// peer is a node that this one calls.
+// peer is what this node knows of a node or server that it calls.
 type peer struct {
-	underWay int         // calls
-	idle     []*callConn // the one used last is the last
-	dialErr  error       // of the last dial, if it failed
-	dialed   time.Time   // when it did
+	slots  []*callConn // callsPerPeer less the calls under way; an idle connection each, or nil. The last is used first
+	err    error       // of the last dial that failed
+	failed time.Time   // when it did
 }
 
-// newPeers answers calls that come by n, by their op, until n closes.
+// newPeers answers the calls that come by n with the handler for their op, until n closes.
 func newPeers(n *network, handlers map[byte]handler) *peers {
 	ctx, cancel := context.WithCancel(context.Background())
 	p := &peers{network: n, handlers: handlers, ctx: ctx, cancel: cancel, peers: make(map[string]*peer)}
-	n.goUnlessClosed(func() {
+	n.wg.Go(func() {
 		for {
 			select {
-			case conn := <-n.peerConns:
-				n.goUnlessClosed(func() { p.serve(conn) })
-			case <-n.closing:
+			case conn := <-n.callConns:
+				n.wg.Go(func() { p.serve(conn) })
+			case <-n.ctx.Done():
 				return
 			}
 		}
@@ -72,125 +71,87 @@ func newPeers(n *network, handlers map[byte]handler) *peers {
 	return p
 }
 
-// close ends all calls. Those that are being served are answered with an error.
+// close ends the calls that are being served, which are answered with an error, and those of agrees.
 func (p *peers) close() { p.cancel() }
 
-// call asks a server by its name, or with opWho a node by its id, and returns the answer. An error that is a *dialError or
-// wraps errRemote says that the call was not made or was answered with that error; after any other the call may or may not
-// have had its effect.
-//
-// When ctx is canceled before there is an answer, the call goes on without its caller until ctx's deadline, or for
-// requestTimeout if it has none, and its connection is kept: a node that is slower than others is not dialed again each
-// time that they were faster.
+// call asks a server by its name, or with opWho a node by its id, and returns the answer. It waits until ctx ends,
+// for requestTimeout at most. A *dialError says that the call was not made, and errRemote that the other node refused
+// it: it certainly had no effect. After any other error it may have had its effect.
 func (p *peers) call(ctx context.Context, id string, op byte, request []byte) ([]byte, error) {
-	deadline, bounded := ctx.Deadline()
-	if !bounded {
-		deadline = time.Now().Add(requestTimeout)
-	}
-	var decided atomic.Bool     // that the call is sent, or that its caller has gone before
-	done := make(chan struct{}) // closed when answer and err are set
-	var answer []byte
-	var err error
-	go func() { // until the deadline at most, or close
-		defer close(done)
-		ctx, cancel := context.WithDeadline(p.ctx, deadline)
-		defer cancel()
-		answer, err = p.exchange(ctx, id, op, request, &decided)
-	}()
-	select {
-	case <-done:
-		return answer, err
-	case <-ctx.Done():
-		if decided.CompareAndSwap(false, true) {
-			return nil, &dialError{id, ctx.Err()}
-		}
-		return nil, fmt.Errorf("call node %q: %w", id, ctx.Err())
-	}
-}
-
-// exchange makes a call on a connection of its own, unless decided is set before there is one.
-func (p *peers) exchange(ctx context.Context, id string, op byte, request []byte, decided *atomic.Bool) ([]byte, error) {
-	c, err := p.take(id)
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout)
+	defer cancel()
+	conn, err := p.acquire(ctx, id)
 	if err != nil {
 		return nil, err
 	}
-	defer func() { p.giveBack(id, c) }()
-	if c == nil {
-		if c, err = p.dial(ctx, id); err != nil {
-			return nil, err
-		}
-	}
-	if !decided.CompareAndSwap(false, true) {
-		return nil, nil // nobody waits for it
-	}
-	f, err := c.call(ctx, op, request)
+	answer, err := conn.exchange(ctx, frame{op, request})
 	if err != nil {
-		_ = c.Close()
-		c = nil
+		p.release(id, nil)
 		return nil, fmt.Errorf("call node %q: %w", id, err)
 	}
-	if f.op != 0 {
-		return nil, fmt.Errorf("%w %q: %s", errRemote, id, f.payload)
+	p.release(id, conn)
+	if answer.op != 0 {
+		return nil, fmt.Errorf("%w %q: %s", errRemote, id, answer.payload)
 	}
-	return f.payload, nil
+	return answer.payload, nil
 }
 
-// peer returns what is known of a node. It is called with p.mu held.
-func (p *peers) peer(id string) *peer {
-	if p.peers[id] == nil {
-		p.peers[id] = new(peer)
-	}
-	return p.peers[id]
-}
-
-// take counts one more call to a node and returns an idle connection for it, nil where one must be dialed. After a dial
-// that failed the next is made only when redialInterval is over, so a node that is down costs little. Errors are
-// *dialError.
-func (p *peers) take(id string) (c *callConn, err error) {
+// acquire returns a connection for one call, and dials if none is idle. After a dial that failed it makes the next
+// only when redialInterval is over, so calls to a node that is down cost little. Its errors are *dialError.
+func (p *peers) acquire(ctx context.Context, id string) (*callConn, error) {
 	p.mu.Lock()
-	defer p.mu.Unlock()
-	n := p.peer(id)
-	if n.underWay == callsPerPeer {
+	n := p.peers[id]
+	if n == nil {
+		n = &peer{slots: make([]*callConn, callsPerPeer)}
+		p.peers[id] = n
+	}
+	last, err, failed := len(n.slots)-1, n.err, n.failed
+	if last < 0 {
+		p.mu.Unlock()
 		return nil, &dialError{id, fmt.Errorf("%d calls to it are under way", callsPerPeer)}
 	}
-	for c == nil && len(n.idle) > 0 {
-		last := len(n.idle) - 1
-		c, n.idle = n.idle[last], n.idle[:last]
-		if !c.usable() {
-			_ = c.Close()
-			c = nil
-		}
+	conn := n.slots[last]
+	n.slots = n.slots[:last]
+	p.mu.Unlock()
+	if conn != nil && conn.usable() {
+		return conn, nil
 	}
-	if c == nil && n.dialErr != nil && time.Since(n.dialed) < redialInterval {
-		return nil, n.dialErr
+	if conn != nil {
+		_ = conn.Close()
 	}
-	n.underWay++
-	return c, nil
+	if time.Since(failed) >= redialInterval {
+		conn, err = p.dial(ctx, id)
+	}
+	if err != nil {
+		p.release(id, nil)
+		return nil, err
+	}
+	return conn, nil
 }
 
-// giveBack counts one call less and keeps its connection, if it has one that is still good, for the next.
-func (p *peers) giveBack(id string, c *callConn) {
+// release ends a call. A connection that is good for another call is kept for it; nil if it is not.
+func (p *peers) release(id string, conn *callConn) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	n := p.peer(id)
-	n.underWay--
-	if c != nil {
-		n.idle = append(n.idle, c)
+	n := p.peers[id]
+	if conn != nil {
+		n.slots = append(n.slots, conn)
+	} else {
+		n.slots = slices.Insert(n.slots, 0, nil)
 	}
 }
 
-// dial makes a connection to a node. Errors are *dialError.
+// dial connects to a server or node. Its errors are *dialError.
 func (p *peers) dial(ctx context.Context, id string) (*callConn, error) {
 	kind := kindCall
 	if nodeOf(id) == id { // no server's name
 		kind = kindAsk
 	}
 	conn, err := p.network.dial(ctx, id, kind)
-	p.mu.Lock()
-	n := p.peer(id)
-	n.dialErr, n.dialed = err, time.Now()
-	p.mu.Unlock()
 	if err != nil {
+		p.mu.Lock()
+		p.peers[id].err, p.peers[id].failed = err, time.Now()
+		p.mu.Unlock()
 		return nil, err
 	}
 	c := &callConn{Conn: conn, frames: make(chan frame, 1)}
@@ -201,18 +162,18 @@ func (p *peers) dial(ctx context.Context, id string) (*callConn, error) {
 // callConn is a connection on which this node calls another.
 type callConn struct {
 	net.Conn
-	frames chan frame // what the other end says; closed when it says no more
-	err    error      // why it says no more; set before frames is closed
+	frames chan frame // from the other node; closed when there are no more
+	err    error      // why there are no more; set before frames is closed
 }
 
-// frame is a call or an answer on the wire.
+// frame is a call or an answer. Its format is 4 bytes with the length of the rest, a byte for op, then the payload.
 type frame struct {
 	op      byte // of a call; 0 in an answer, 1 in one that is an error
 	payload []byte
 }
 
-// receive reads what the other end says, also while no call is under way: so a connection that the other end has closed
-// is known to be lost before a call is sent on it.
+// receive reads what the other node sends, also while no call is under way. So this node notices that the other one has
+// closed the connection before it sends the next call on it, which would be of unknown outcome.
 func (c *callConn) receive() {
 	r := bufio.NewReader(c)
 	for c.err == nil {
@@ -226,11 +187,12 @@ func (c *callConn) receive() {
 		}
 		c.err = err
 	}
-	close(c.frames) // before c is closed, lest a call be sent meanwhile and fail
+	close(c.frames) // before the connection is closed: a call that is sent in between would fail
 	_ = c.Close()
 }
 
-// usable says whether a call can be sent on c: nothing has come since the last answer.
+// usable says whether a call can be sent on c: the other node has neither closed it nor sent more than it was asked
+// for.
 func (c *callConn) usable() bool {
 	select {
 	case <-c.frames:
@@ -240,31 +202,32 @@ func (c *callConn) usable() bool {
 	}
 }
 
-// call sends a call and waits for the answer. After an error c is of no more use.
-func (c *callConn) call(ctx context.Context, op byte, request []byte) (frame, error) {
-	deadline, _ := ctx.Deadline()
-	if err := writeFrame(c, frame{op, request}, deadline); err != nil {
-		return frame{}, err
-	}
-	select {
-	case f, more := <-c.frames:
-		if !more {
-			return frame{}, fmt.Errorf("connection lost: %w", c.err)
+// exchange sends a call and waits for the answer. After an error, of which the end of ctx is one, c is closed: a late
+// answer must not be taken for that to the next call.
+func (c *callConn) exchange(ctx context.Context, request frame) (frame, error) {
+	stop := context.AfterFunc(ctx, func() { _ = c.Close() }) // which ends what the next lines wait for
+	err := writeFrame(c, request)
+	answer, answered := frame{}, false
+	if err == nil {
+		if answer, answered = <-c.frames; !answered {
+			err = fmt.Errorf("connection lost: %w", c.err)
 		}
-		return f, nil
-	case <-ctx.Done():
-		return frame{}, ctx.Err()
 	}
+	if !stop() { // ctx has ended
+		err = ctx.Err()
+	}
+	if err != nil {
+		_ = c.Close()
+	}
+	return answer, err
 }
 
 // majority asks all nodes at once and returns true as soon as needed of them have said yes, false as soon as too many
-// have not.
-func majority(ctx context.Context, nodes []string, needed int, ask func(ctx context.Context, node string) bool) bool {
-	ctx, cancel := context.WithCancel(ctx) // ends what is still being asked when the answer is known
-	defer cancel()
+// have not. It does not wait for the others: each ask must end by a deadline of its own.
+func majority(nodes []string, needed int, ask func(node string) bool) bool {
 	answers := make(chan bool, len(nodes))
 	for _, node := range nodes {
-		go func() { answers <- ask(ctx, node) }()
+		go func() { answers <- ask(node) }()
 	}
 	for left := len(nodes); needed > 0; left-- {
 		if left < needed {
@@ -277,57 +240,59 @@ func majority(ctx context.Context, nodes []string, needed int, ask func(ctx cont
 	return true
 }
 
-// agrees asks a node a question that it answers with yes or no. No answer is a no.
-func (p *peers) agrees(ctx context.Context, id string, op byte, request []byte) bool {
+// agrees asks a server a question that it answers with yes or no. No answer within timeout is a no. The majority of a
+// read does not wait for a slow server, and its call goes on until timeout: were it canceled its connection would be
+// lost, and dialed again for the next read. With callsPerPeer of them under way the next is a no at once.
+func (p *peers) agrees(id string, op byte, request []byte, timeout time.Duration) bool {
+	ctx, cancel := context.WithTimeout(p.ctx, timeout)
+	defer cancel()
 	answer, err := p.call(ctx, id, op, request)
 	return err == nil && len(answer) == 1 && answer[0] == 1
 }
 
 // serve answers the calls that arrive on conn until it closes.
-func (p *peers) serve(conn accepted) {
+func (p *peers) serve(conn *peerConn) {
 	defer conn.Close()
 	r := bufio.NewReader(conn)
 	for {
-		called, err := readFrame(r)
+		call, err := readFrame(r)
 		if err != nil {
 			return
 		}
-		if writeFrame(conn, p.handle(conn.hello, called), time.Now().Add(writeTimeout)) != nil {
+		answer := p.handle(conn.hello, call)
+		if conn.SetWriteDeadline(time.Now().Add(writeTimeout)) != nil || writeFrame(conn, answer) != nil {
 			return
 		}
 	}
 }
 
 // handle answers one call.
-func (p *peers) handle(h hello, called frame) frame {
-	op := called.op
-	if (op == opWho) != (h.kind == kindAsk) {
+func (p *peers) handle(h hello, call frame) frame {
+	if (call.op == opWho) != (h.kind == kindAsk) {
 		return frame{1, []byte("this call is not for a connection of this kind")}
+	}
+	serve := p.handlers[call.op]
+	if serve == nil {
+		return frame{1, fmt.Appendf(nil, "call %d is not known to this node's version", call.op)}
 	}
 	ctx, cancel := context.WithTimeout(p.ctx, requestTimeout)
 	defer cancel()
-	serve := p.handlers[op]
-	if serve == nil {
-		return frame{1, fmt.Appendf(nil, "call %d is not known to this node's version", op)}
-	}
-	reply, err := serve(ctx, h.sender, called.payload)
+	answer, err := serve(ctx, h.sender, call.payload)
 	if err != nil {
 		return frame{1, []byte(err.Error())}
 	}
-	return frame{0, reply}
+	return frame{0, answer}
 }
 
-func writeFrame(conn net.Conn, f frame, deadline time.Time) error {
+func writeFrame(w io.Writer, f frame) error {
 	b := make([]byte, callFrameHead, callFrameHead+len(f.payload))
 	binary.BigEndian.PutUint32(b, uint32(len(f.payload)+callFrameHead-4))
 	b[4] = f.op
-	if err := conn.SetWriteDeadline(deadline); err != nil {
-		return err
-	}
-	_, err := conn.Write(append(b, f.payload...))
+	_, err := w.Write(append(b, f.payload...))
 	return err
 }
 
+// readFrame takes memory for a payload as it comes, not as it is announced.
 func readFrame(r *bufio.Reader) (f frame, err error) {
 	var head [callFrameHead]byte
 	if _, err := io.ReadFull(r, head[:]); err != nil {
@@ -337,21 +302,8 @@ func readFrame(r *bufio.Reader) (f frame, err error) {
 	if size < 0 || size > maxCallBytes {
 		return f, fmt.Errorf("a message of %d bytes is not allowed", size)
 	}
-	f.op = head[4]
-	f.payload, err = readN(r, size)
-	return f, err
-}
-
-// readN reads n bytes. It takes memory as they come, not as they are announced.
-func readN(r io.Reader, n int64) ([]byte, error) {
-	if n <= 64<<10 {
-		b := make([]byte, n)
-		_, err := io.ReadFull(r, b)
-		return b, err
-	}
-	b, err := io.ReadAll(io.LimitReader(r, n))
-	if err == nil && int64(len(b)) < n {
-		err = io.ErrUnexpectedEOF
-	}
-	return b, err
+	var payload bytes.Buffer
+	payload.Grow(int(min(size, 64<<10)) + bytes.MinRead)
+	_, err = io.CopyN(&payload, r, size)
+	return frame{head[4], payload.Bytes()}, err
 }

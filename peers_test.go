@@ -154,11 +154,16 @@ func TestCallsAndAnswers(t *testing.T) {
 	}
 }
 
-// idle returns how many connections to a node wait for the next call.
-func (n *peerNode) idle(id string) int {
+// idle returns how many connections to a node wait for the next call, and how many calls to it are under way.
+func (n *peerNode) idle(id string) (conns, calls int) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return len(n.peer(id).idle)
+	for _, conn := range n.peers.peers[id].slots {
+		if conn != nil {
+			conns++
+		}
+	}
+	return conns, callsPerPeer - len(n.peers.peers[id].slots)
 }
 
 // Each call has a connection of its own, which is then used again.
@@ -226,7 +231,7 @@ func TestSlowPeerInAMajority(t *testing.T) {
 	defer cancel()
 	began := time.Now()
 	for range 10 {
-		if !majority(ctx, []string{"node2#1", "node3#1"}, 1, func(ctx context.Context, id string) bool {
+		if !majority([]string{"node2#1", "node3#1"}, 1, func(id string) bool {
 			_, err := nodes[0].call(ctx, id, opHold, nil)
 			return err == nil
 		}) {
@@ -237,12 +242,15 @@ func TestSlowPeerInAMajority(t *testing.T) {
 		t.Errorf("took %v; want node3 not to be waited for", took)
 	}
 	close(nodes[2].letGo)
+	waitFor(t, "its calls to end", func() bool {
+		_, calls := nodes[0].idle("node3#1")
+		return calls == 0
+	})
 	slow := nodes[2].net.calls.Load()
-	waitFor(t, "its connections to be idle", func() bool { return nodes[0].idle("node3#1") == int(nodes[2].net.calls.Load()) })
 	for range 10 {
 		checkCall(t, nodes[0], "node3#1", "after")
 	}
-	if got := nodes[2].net.calls.Load(); got > callsPerPeer || got < slow {
+	if got := nodes[2].net.calls.Load(); got > callsPerPeer || got != slow {
 		t.Errorf("got %d connections to the slow node; want those that there were, %d", got, slow)
 	}
 }
@@ -310,50 +318,35 @@ func TestCallEndsWithItsContext(t *testing.T) {
 	checkLeaks(t)
 	_, nodes := newPeerNodes(t, "node1", "node2")
 
-	t.Run("canceled, which the connection survives", func(t *testing.T) {
-		ctx, cancel := context.WithCancel(t.Context())
-		done := nodes[0].hold(t, ctx, nodes[1])
-		cancel()
-		if err := <-done; !errors.Is(err, context.Canceled) || kindOf(err) != "unknown" {
-			t.Errorf("got error %v, which is %s; want %v, unknown", err, kindOf(err), context.Canceled)
-		}
-		nodes[1].letGo <- struct{}{}
-		waitFor(t, "its connection to be idle", func() bool { return nodes[0].idle("node2#1") == 1 })
-		checkCall(t, nodes[0], "node2#1", "after")
-		if got := nodes[1].net.calls.Load(); got != 1 {
-			t.Errorf("got %d connections; want 1", got)
-		}
-	})
-	t.Run("past its deadline, which the connection does not survive", func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Millisecond)
-		defer cancel()
-		began := time.Now()
-		_, err := nodes[0].call(ctx, "node2#1", opHold, nil)
-		if !errors.Is(err, context.DeadlineExceeded) || kindOf(err) != "unknown" || time.Since(began) > 2*time.Second {
-			t.Errorf("got error %v, which is %s, after %v; want %v, unknown", err, kindOf(err), time.Since(began), context.DeadlineExceeded)
-		}
-		nodes[1].letGo <- struct{}{} // too late: its answer must not be taken for that to the next call
-		checkCall(t, nodes[0], "node2#1", "after")
-		if got := nodes[1].net.calls.Load(); got != 2 {
-			t.Errorf("got %d connections; want 2", got)
-		}
-	})
-	t.Run("canceled, and then never answered", func(t *testing.T) {
-		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-		defer cancel()
-		canceled, leave := context.WithCancel(ctx)
-		done := nodes[0].hold(t, canceled, nodes[1])
-		leave()
-		if err := <-done; kindOf(err) != "unknown" {
-			t.Errorf("got error %v, which is %s; want unknown", err, kindOf(err))
-		}
-		<-ctx.Done()
-		waitFor(t, "the call to be given up", func() bool {
-			nodes[0].mu.Lock()
-			defer nodes[0].mu.Unlock()
-			return nodes[0].peer("node2#1").underWay == 0
+	for name, end := range map[string]func() (context.Context, context.CancelFunc){
+		"its deadline": func() (context.Context, context.CancelFunc) {
+			return context.WithTimeout(t.Context(), 30*time.Millisecond)
+		},
+		"canceled": func() (context.Context, context.CancelFunc) {
+			ctx, cancel := context.WithCancel(t.Context())
+			time.AfterFunc(30*time.Millisecond, cancel)
+			return ctx, cancel
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := end()
+			defer cancel()
+			began := time.Now()
+			before := nodes[1].net.calls.Load()
+			_, err := nodes[0].call(ctx, "node2#1", opHold, nil)
+			if !errors.Is(err, ctx.Err()) || kindOf(err) != "unknown" || time.Since(began) > 2*time.Second {
+				t.Errorf("got error %v, which is %s, after %v; want %v, unknown", err, kindOf(err), time.Since(began), ctx.Err())
+			}
+			nodes[1].letGo <- struct{}{} // too late: its answer must not be taken for that to the next call
+			checkCall(t, nodes[0], "node2#1", "after")
+			if got := nodes[1].net.calls.Load() - before; got > 2 {
+				t.Errorf("got %d connections; want 2", got)
+			}
+			if conns, calls := nodes[0].idle("node2#1"); conns != 1 || calls != 0 {
+				t.Errorf("got %d connections and %d calls; want 1 and none", conns, calls)
+			}
 		})
-	})
+	}
 }
 
 // A connection that the peer has closed is known to be lost before the next call is sent on it, so whoever restarts
@@ -580,7 +573,7 @@ func TestAnswerThatMakesNoSense(t *testing.T) {
 	all, nets := newTestNet(t, "node1", "node2")
 	answers := make(chan []byte, 1)
 	all.start(nets[1])
-	nets[1].servePeers(func(conn accepted) {
+	nets[1].servePeers(func(conn *peerConn) {
 		if _, err := readFrame(bufio.NewReader(conn)); err == nil {
 			_, _ = conn.Write(<-answers)
 			_, _ = io.Copy(io.Discard, conn)
@@ -605,13 +598,21 @@ func TestAnswerThatMakesNoSense(t *testing.T) {
 			t.Errorf("%s: got answer %q, error %v, which is %s; want %s", tt.name, got, err, kindOf(err), tt.want)
 		}
 		cancel()
-		waitFor(t, "the connection to be given up", func() bool {
-			c, err := caller.take("node2#1")
-			if err != nil {
-				t.Fatal(err)
+		waitFor(t, "the connection not to be used again", func() bool {
+			caller.mu.Lock()
+			defer caller.mu.Unlock()
+			slots := caller.peers.peers["node2#1"].slots
+			for i, conn := range slots {
+				if conn == nil {
+					continue
+				}
+				if conn.usable() {
+					return false
+				}
+				_ = conn.Close() // as acquire would
+				slots[i] = nil
 			}
-			caller.giveBack("node2#1", c)
-			return c == nil
+			return true
 		})
 	}
 }
@@ -640,7 +641,7 @@ func TestMajority(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 				defer cancel()
 				began := time.Now()
-				got := majority(ctx, tt.answers, tt.needed, func(ctx context.Context, answer string) bool {
+				got := majority(tt.answers, tt.needed, func(answer string) bool {
 					if answer == "silent" {
 						<-ctx.Done()
 					}

@@ -14,14 +14,16 @@ import (
 )
 
 const (
-	reloadInterval = 5 * time.Second // between two looks at the files that may be renewed
+	reloadInterval = 5 * time.Second // between two reads of the files that may be renewed
 	maxSecretFile  = 1 << 20         // bytes that a file of certificates, keys or tokens may hold
 )
 
-// readSecret returns what a file holds and who may read it. A file with nothing in it is an error, as is one to which
-// everybody can add a token or an authority, and one that could have the reader wait, such as a named pipe.
+// readSecret returns the content and the mode of a file of certificates, keys or tokens. These files are errors: one
+// that is empty; one that everybody can write, for they could add a token or an authority; one that is not regular,
+// for reading a named pipe could wait for ever.
 func readSecret(path string) (content []byte, mode os.FileMode, err error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // or the call would wait for a pipe's other end
+	// Without O_NONBLOCK the call would wait for a pipe's other end.
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return nil, 0, err
 	}
@@ -49,19 +51,20 @@ func readSecret(path string) (content []byte, mode os.FileMode, err error) {
 	return content, mode, nil
 }
 
-// reloaded is what some files say. Whoever renews them, Kubernetes for one, sends no signal, so they are read again
-// every few seconds. After a change for the worse, which is logged, what was read before stays.
+// reloaded is a value that is parsed from files. The files are read again every few seconds, since those who renew
+// them, such as Kubernetes, send no signal. When they cannot be used any more, that is logged and the value stays as
+// it is.
 type reloaded[T fmt.Stringer] struct {
-	name    string // of what the files hold, for the log
+	name    string // of the value, for the log
 	paths   []string
 	parse   func(contents [][]byte) (T, error)
 	log     hclog.Logger
-	now     atomic.Pointer[T]
-	seen    [sha256.Size]byte // of what the files held, or of why they could not be read; only reload uses it
-	changed chan struct{}     // receives when now has changed
+	value   atomic.Pointer[T]
+	digest  [sha256.Size]byte // of the contents, or of the error, when the files were last read; only reload uses it
+	changed chan struct{}     // receives after a change of value
 }
 
-// newReloaded reads the files, which must be good this first time.
+// newReloaded reads and parses the files. An error is that of the first file that cannot be used.
 func newReloaded[T fmt.Stringer](name string, log hclog.Logger, parse func(contents [][]byte) (T, error),
 	paths ...string,
 ) (*reloaded[T], error) {
@@ -70,28 +73,28 @@ func newReloaded[T fmt.Stringer](name string, log hclog.Logger, parse func(conte
 	if err != nil {
 		return nil, err
 	}
-	r.now.Store(&value)
+	r.value.Store(&value)
 	log.Info(name+" read", "what", value.String())
 	return r, nil
 }
 
-// get returns what the files say, or said when they were last good.
-func (r *reloaded[T]) get() T { return *r.now.Load() }
+// get returns the value that was last parsed without an error. Any goroutine may call it.
+func (r *reloaded[T]) get() T { return *r.value.Load() }
 
-// reload reads the files again, and does nothing if they have not changed, unless somebody has asked for it. It may wait
-// for as long as the files let it, and is for one goroutine at a time. Where there are no files it does nothing.
+// reload reads the files again. If their contents are the same it does nothing more, unless somebody has asked for
+// it. It takes as long as reading the files takes, and is for one goroutine at a time. On nil it does nothing.
 func (r *reloaded[T]) reload(asked bool) {
 	if r == nil {
 		return
 	}
-	before := r.seen
+	before := r.digest
 	value, err := r.read()
 	switch {
-	case r.seen == before && !asked:
+	case r.digest == before && !asked:
 	case err != nil:
 		r.log.Error(r.name+" cannot be used as they are now; what was read before stays in use", "error", err)
 	default:
-		r.now.Store(&value)
+		r.value.Store(&value)
 		r.log.Info(r.name+" read again", "what", value.String())
 		select {
 		case r.changed <- struct{}{}:
@@ -100,14 +103,15 @@ func (r *reloaded[T]) reload(asked bool) {
 	}
 }
 
+// read reads and parses the files, and sets digest.
 func (r *reloaded[T]) read() (value T, err error) {
 	contents := make([][]byte, len(r.paths))
 	for i, path := range r.paths {
 		if contents[i], _, err = readSecret(path); err != nil {
-			r.seen = sha256.Sum256([]byte(err.Error()))
+			r.digest = sha256.Sum256([]byte(err.Error()))
 			return value, err
 		}
 	}
-	r.seen = sha256.Sum256(bytes.Join(contents, []byte{0}))
+	r.digest = sha256.Sum256(bytes.Join(contents, []byte{0}))
 	return r.parse(contents)
 }

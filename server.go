@@ -106,8 +106,8 @@ func (s *server) listener() *http.Server {
 			if t, ok := conn.(*tls.Conn); ok {
 				conn = t.NetConn()
 			}
-			if l, ok := conn.(*limited); ok {
-				ctx = withClient(ctx, &client{limited: l})
+			if l, ok := conn.(*limitedConn); ok {
+				ctx = withClient(ctx, &client{limitedConn: l})
 			}
 			return ctx
 		},
@@ -116,7 +116,7 @@ func (s *server) listener() *http.Server {
 
 // door returns a listener over l with the limits on connections, under TLS if there are certificates.
 func (s *server) door(l net.Listener, certs *reloaded[*certificates]) net.Listener {
-	l = newLimiter(sparing{l}, min(maxWebConns, maxFiles()/2), requestBytes, s.metrics.crowded)
+	l = newConnLimiter(smallBuffers{l}, min(maxWebConns, maxFiles()/2), requestBytes, s.metrics.overLimit)
 	if certs != nil {
 		l = tls.NewListener(l, webConfig(certs))
 	}
@@ -125,7 +125,7 @@ func (s *server) door(l net.Listener, certs *reloaded[*certificates]) net.Listen
 
 // client is a connection to the HTTP port, in the context of its requests, which come one after the other.
 type client struct {
-	*limited
+	*limitedConn
 	applied atomic.Bool // a command of the request under way may have been executed
 }
 
@@ -140,7 +140,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	began := time.Now()
 	c, ok := r.Context().Value(clientKey{}).(*client)
 	if !ok { // it came by another listener
-		c = &client{limited: &limited{limiter: new(limiter)}}
+		c = &client{limitedConn: &limitedConn{limiter: new(connLimiter)}}
 		r = r.WithContext(withClient(r.Context(), c))
 	}
 	c.applied.Store(false)
@@ -163,8 +163,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			}
 		}
 		took := time.Since(began)
-		c.give()
-		c.waits(began.Add(took), headerWeight)
+		c.releaseMemory()
+		c.expect(began.Add(took), headerWeight)
 		e.series.answered(cmp.Or(a.status, http.StatusInternalServerError), took)
 		if failure != nil {
 			panic(failure)
@@ -212,8 +212,8 @@ func (a *answer) WriteHeader(status int) {
 func (a *answer) Write(p []byte) (int, error) {
 	a.begin(http.StatusOK)
 	if len(p) > largeWrite {
-		a.client.since.Store(time.Now().UnixNano())
-		defer a.client.served()
+		a.client.beginWait(time.Now())
+		defer a.client.endWait()
 	}
 	return a.ResponseWriter.Write(p)
 }
@@ -245,12 +245,12 @@ func (b body) Read(p []byte) (int, error) {
 	switch {
 	case err == nil:
 	case errors.Is(err, io.EOF):
-		b.answer.client.served()
+		b.answer.client.endWait()
 	case errors.As(err, &tooLarge):
 		err = errTooLarge(tooLarge.Limit)
-	case errors.Is(err, errCrowded):
+	case errors.Is(err, errMemoryLimit):
 		b.answer.linger()
-		err = &httpError{http.StatusServiceUnavailable, errCrowded.Error()}
+		err = &httpError{http.StatusServiceUnavailable, errMemoryLimit.Error()}
 	default:
 		err = badRequest("the body did not arrive: %v", err)
 	}
@@ -294,10 +294,10 @@ func (s *server) serve(a *answer, r *http.Request, rt *route, handle handlerFunc
 		a.linger() // without a look at the body, so that it is not asked for
 		return errTooLarge(s.cfg.MaxBodyBytes)
 	case r.ContentLength == 0:
-		a.client.served()
+		a.client.endWait()
 		return handle(a, r)
 	}
-	a.client.waits(time.Now(), 1)
+	a.client.expect(time.Now(), 1)
 	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout) // a body may take its time, of which the Store knows nothing
 	defer cancel()
 	r = r.WithContext(ctx)
@@ -314,7 +314,7 @@ var (
 // admit says why a request is not served for whoever it comes from, if it is not.
 func (s *server) admit(answer http.Header, r *http.Request, rt *route) error {
 	if s.tokens != nil && !rt.open {
-		if err := s.tokens.get().admit(r); err != nil {
+		if err := s.tokens.get().check(r); err != nil {
 			answer.Set("WWW-Authenticate", `Bearer realm="raftstarter"`)
 			return &httpError{http.StatusUnauthorized, err.Error()}
 		}

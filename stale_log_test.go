@@ -46,7 +46,7 @@ func TestLogOfAFallenLeaderGoesWithASnapshot(t *testing.T) {
 	}
 	elect(b, b, l)
 	heard := make(chan raft.RPCResponse, 1) // by A: it takes nothing any more that B still sends from the term before
-	c.nodes[a].transport.rpcs <- raft.RPC{
+	c.nodes[a].transport.received <- raft.RPC{
 		Command: &raft.AppendEntriesRequest{RPCHeader: header(c.nodes[b]), Term: c.nodes[b].State().Term}, RespChan: heard,
 	}
 	<-heard

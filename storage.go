@@ -72,7 +72,7 @@ func openFiles(cfg *Config, log hclog.Logger, m *metrics, w *watchdog, node stor
 	if err != nil {
 		return nil, err
 	}
-	files, err := openSnapshotFiles(cfg.StateDir, newRaftLog(log.Named("snapshot")))
+	files, err := openSnapshotFiles(cfg.StateDir, newRaftLogger(log.Named("snapshot")))
 	if err != nil {
 		return nil, errors.Join(err, db.Close())
 	}

@@ -186,7 +186,7 @@ func (s *Store) startRaft() (err error) {
 	id := s.membership.identity()
 	conf := raft.DefaultConfig()
 	conf.LocalID = raft.ServerID(id.Server)
-	log := newRaftLog(s.log.Named("raft"))
+	log := newRaftLogger(s.log.Named("raft"))
 	conf.Logger = log
 	conf.HeartbeatTimeout, conf.ElectionTimeout, conf.LeaderLeaseTimeout = heartbeatTimeout, electionTimeout, leaseTimeout
 	conf.MaxAppendEntries, conf.CommitTimeout = maxAppendEntries, commitTimeout
@@ -394,7 +394,7 @@ func (s *Store) findReadIndex() (uint64, error) {
 		return 0, ErrNoLeader
 	}
 	if r.State() == raft.Leader {
-		return s.confirmLeadership(s.ctx, r)
+		return s.confirmLeadership(r)
 	}
 	answer, err := s.callLeader(opReadIndex, binary.BigEndian.AppendUint64(nil, r.CommitIndex()), confirmTimeout)
 	if err != nil || len(answer) != 8 {
@@ -405,7 +405,7 @@ func (s *Store) findReadIndex() (uint64, error) {
 
 // confirmLeadership returns the index of the last entry that this leader has executed, once a majority of the voters has
 // said that it still is in this leader's term. See "Linearizable reads" in DESIGN.md.
-func (s *Store) confirmLeadership(ctx context.Context, r *raft.Raft) (index uint64, err error) {
+func (s *Store) confirmLeadership(r *raft.Raft) (index uint64, err error) {
 	term := r.CurrentTerm()
 	if s.ready.Load() != term || !leads(r, term) {
 		return 0, ErrNotLeader
@@ -426,10 +426,8 @@ func (s *Store) confirmLeadership(ctx context.Context, r *raft.Raft) (index uint
 	}
 	needed += voters/2 + 1
 	request := binary.BigEndian.AppendUint64(nil, term)
-	ctx, cancel := context.WithTimeout(ctx, confirmTimeout)
-	defer cancel()
-	confirmed := majority(ctx, others, needed, func(ctx context.Context, server string) bool {
-		return s.peers.agrees(ctx, server, opTerm, request)
+	confirmed := majority(others, needed, func(server string) bool {
+		return s.peers.agrees(server, opTerm, request, confirmTimeout)
 	})
 	if !confirmed || !leads(r, term) {
 		return 0, ErrNotLeader
@@ -671,8 +669,8 @@ func (s *Store) self() (server, cluster string) {
 	return id.Server, id.Cluster
 }
 
-// welcome lets Raft's messages and calls in only while Raft runs.
-func (s *Store) welcome(h hello) error {
+// authorize lets Raft's messages and calls in only while Raft runs.
+func (s *Store) authorize(h hello) error {
 	if h.kind != kindAsk && (s.raft.Load() == nil || s.membership.at() == stageRetired) {
 		return errNoRaft
 	}
@@ -682,7 +680,7 @@ func (s *Store) welcome(h hello) error {
 // Abandon closes the port and all connections to other nodes, and waits for nothing: it is for a node that has failed.
 func (s *Store) Abandon() {
 	s.peers.close()
-	_ = s.network.sever()
+	_ = s.network.closeNow()
 }
 
 // Shutdown hands leadership over if this node has it, stops Raft and closes the storage. It gives up waiting when ctx

@@ -13,14 +13,14 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// tokens are the bearer tokens (RFC 6750) that open the HTTP API, as digests: all are as long as one another, and none can
-// be read in a dump.
+// tokens are the bearer tokens (RFC 6750) for the HTTP API, as digests: those have one length, and a memory dump does
+// not show the tokens.
 type tokens [][sha256.Size]byte
 
-// tokenForm is what a token may look like (RFC 6750, 2.1).
+// tokenForm is the syntax of a token (RFC 6750, 2.1).
 var tokenForm = regexp.MustCompile(`^[A-Za-z0-9._~+/-]+=*$`)
 
-// parseTokens reads a file of tokens, one a line. Its errors name lines, never what is in them.
+// parseTokens parses a file of tokens, one a line. Its errors name lines, never their content.
 func parseTokens(path string, content []byte) (tokens, error) {
 	var all tokens
 	n := 0
@@ -30,7 +30,8 @@ func parseTokens(path string, content []byte) (tokens, error) {
 			continue
 		}
 		if !tokenForm.Match(line) {
-			return nil, fmt.Errorf("line %d of %s is not a token: use letters, digits and -._~+/, with nothing else on the line", n, path)
+			return nil, fmt.Errorf("line %d of %s is not a token: "+
+				"use letters, digits and -._~+/, with nothing else on the line", n, path)
 		}
 		all = append(all, sha256.Sum256(line))
 	}
@@ -50,12 +51,11 @@ func openTokens(cfg *Config, log hclog.Logger) (*reloaded[tokens], error) {
 	}, cfg.HTTPTokenFile)
 }
 
-// String says how many tokens there are, and nothing of what they are.
+// String returns how many tokens there are, and nothing of their content.
 func (t tokens) String() string { return fmt.Sprintf("%d tokens", len(t)) }
 
-// admit says why a request is not let in, if it is not: it must carry one of the tokens. How long it takes says nothing
-// about them.
-func (t tokens) admit(r *http.Request) error {
+// check returns an error unless a request carries one of the tokens. How long that takes says nothing about the tokens.
+func (t tokens) check(r *http.Request) error {
 	header := r.Header["Authorization"]
 	if len(header) == 0 {
 		return errors.New("a token is needed here, in a header such as Authorization: Bearer <token>; " +

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -19,14 +20,14 @@ const (
 	maxAppendBytes = 2 << 20         // of log entries in one message, but for a single larger one
 )
 
-// transport is Raft's own transport, but for what this service does differently.
+// transport is Raft's own transport, with corrections to some of the messages that it sends and receives.
 type transport struct {
 	*raft.NetworkTransport
-	node    localNode
-	storage *storage
-	log     *raftLog
-	rpcs    chan raft.RPC
-	closing <-chan struct{}
+	node     localNode
+	storage  *storage
+	log      *raftLogger
+	received chan raft.RPC   // corrected messages, for Raft's main thread
+	ctx      context.Context // the network's
 }
 
 // localNode is what the transport must know of its node. The Store is one.
@@ -39,91 +40,69 @@ type localNode interface {
 	isMember(server string) (member, votes bool) // of its newest configuration
 }
 
-func newTransport(n *network, st *storage, node localNode, log *raftLog) *transport {
+// newTransport sends and receives Raft's messages through n, until n closes.
+func newTransport(n *network, st *storage, node localNode, log *raftLogger) *transport {
 	t := &transport{
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-			Stream: patientNetwork{n}, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
-			// A pipeline can wedge a follower (hashicorp/raft issue 612), and would go past AppendEntries below.
+			Stream: streamLayer{n}, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
+			// A pipeline can stop for ever (hashicorp/raft issue 612), and would not call AppendEntries below.
 			MaxRPCsInFlight:       1,
 			ServerAddressProvider: idsAreAddresses{},
 		}),
 		node: node, storage: st, log: log,
-		rpcs:    make(chan raft.RPC),
-		closing: n.closing,
+		received: make(chan raft.RPC),
+		ctx:      n.ctx,
 	}
-	t.TimeoutScale = math.MaxInt // what patientConn adds is enough for snapshots, too
-	go func() {                  // it ends with the network, also when Raft never gets to run on it
-		<-n.closing
-		_ = t.NetworkTransport.Close()
-	}()
-	n.goUnlessClosed(func() {
-		for {
-			select {
-			case rpc := <-t.NetworkTransport.Consumer():
-				if t.refuse(rpc) || t.spare(rpc) {
-					continue
-				}
-				t.mend(&rpc)
-				select {
-				case t.rpcs <- rpc:
-				case <-n.closing:
-					return
-				}
-			case <-n.closing:
-				return
-			}
-		}
-	})
+	t.TimeoutScale = math.MaxInt // a snapshot gets no time of its own: largeWriteConn gives it enough
+	context.AfterFunc(n.ctx, func() { _ = t.NetworkTransport.Close() })
+	go t.receive() // until n closes
 	return t
 }
 
-// patientNetwork gives large messages more time than Raft's transport does: with the same for all, an entry that a slow
-// link cannot carry in that time would be sent again and again, and nothing after it would be committed.
-type patientNetwork struct{ *network }
-
-func (n patientNetwork) Dial(id raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
-	conn, err := n.network.Dial(id, timeout)
-	if err != nil {
-		return nil, err
-	}
-	return &patientConn{Conn: conn}, nil
-}
-
-// patientConn is a connection of which the deadline, set before a message, moves as the message is written.
-type patientConn struct {
-	net.Conn
-	deadline time.Time // the transport has a connection used by one goroutine at a time
-}
-
-func (c *patientConn) SetDeadline(t time.Time) error {
-	c.deadline = t
-	return c.Conn.SetDeadline(t)
-}
-
-func (c *patientConn) Write(p []byte) (int, error) {
-	if len(p) > slowestLink/8 { // what is smaller has time enough
-		more := time.Duration(len(p)) * time.Second / slowestLink
-		if err := c.SetDeadline(c.deadline.Add(more)); err != nil {
-			return 0, err
+// receive corrects the messages of other nodes and passes them on to Raft, until the network closes.
+func (t *transport) receive() {
+	for {
+		select {
+		case rpc := <-t.NetworkTransport.Consumer():
+			if t.correct(&rpc) {
+				continue
+			}
+			select {
+			case t.received <- rpc:
+			case <-t.ctx.Done():
+				return
+			}
+		case <-t.ctx.Done():
+			return
 		}
 	}
-	return c.Conn.Write(p)
 }
 
-// idsAreAddresses makes Raft know every server by its name alone, so no address ends up in a vote or in the log's idea of
-// who leads.
-type idsAreAddresses struct{}
-
-func (idsAreAddresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
-	return raft.ServerAddress(id), nil
-}
-
-// refuse answers the leader that tells a server without a vote to stand for election: Raft would do so. It returns true
-// when it has answered.
-func (t *transport) refuse(rpc raft.RPC) bool {
-	if _, ok := rpc.Command.(*raft.TimeoutNowRequest); !ok {
-		return false
+// correct changes what Raft would take wrongly in a message. It returns true if it has answered the message itself,
+// which Raft must not see then.
+func (t *transport) correct(rpc *raft.RPC) (answered bool) {
+	switch req := rpc.Command.(type) {
+	case *raft.TimeoutNowRequest:
+		return t.answerTimeoutNow(rpc)
+	case *raft.RequestVoteRequest:
+		req.ID = t.voterID(req.ID)
+	case *raft.RequestPreVoteRequest:
+		req.ID = t.voterID(req.ID)
+	case *raft.InstallSnapshotRequest:
+		if t.answerOldSnapshot(rpc, req) {
+			return true
+		}
+		rpc.Reader = &newerSnapshot{Reader: rpc.Reader, index: req.LastLogIndex, applied: t.node.appliedIndex}
+	case *raft.AppendEntriesRequest:
+		limitCommitIndex(req)
+		t.skipSnapshotEntries(req)
 	}
+	return false
+}
+
+// answerTimeoutNow refuses to stand for election without a vote. Raft would stand when the leader asks for it: node3, a
+// non-voter that catches up, would disturb a leader, and could not win.
+func (t *transport) answerTimeoutNow(rpc *raft.RPC) bool {
 	server, _ := t.node.self()
 	if _, votes := t.node.isMember(server); votes {
 		return false
@@ -132,11 +111,11 @@ func (t *transport) refuse(rpc raft.RPC) bool {
 	return true
 }
 
-// spare answers a leader that sends a snapshot of which this node has applied all: it has heard no answer to it, or takes
-// the node for empty. Raft would go back to the snapshot. It returns true when it has answered.
-func (t *transport) spare(rpc raft.RPC) bool {
-	req, ok := rpc.Command.(*raft.InstallSnapshotRequest)
-	if !ok || !t.node.follows(req.Term) || t.node.appliedIndex() < req.LastLogIndex {
+// answerOldSnapshot reports success for a snapshot that this node has applied already. Raft would set its state back
+// to the snapshot: node1, the leader, sends node3 a snapshot up to entry 100, the answer is lost, node3 goes on to
+// entry 120, and node1 sends the snapshot again.
+func (t *transport) answerOldSnapshot(rpc *raft.RPC, req *raft.InstallSnapshotRequest) bool {
+	if !t.node.follows(req.Term) || t.node.appliedIndex() < req.LastLogIndex {
 		return false
 	}
 	go func() { // until the snapshot has been read off its connection, or that ends
@@ -146,40 +125,50 @@ func (t *transport) spare(rpc raft.RPC) bool {
 	return true
 }
 
-// mend saves Raft from messages that it takes wrongly.
-//
-// A snapshot that the network has held back would set the state back to what it was, and the node would go on serving it.
-//
-// Entries up to the leader's commit index would be taken for committed, also those that this node has from another leader
-// and that the message does not compare with the leader's.
-//
-// What this node's snapshot covers is left out: it is committed, so the leader's is the same, and so is what is left of it in
-// the log (see logStore.setSnapshot). Raft would look for it in the log alone, and where it is not there refuse all that the leader
-// sends.
-//
-// And who asks for a vote is judged by its log alone, as in Ongaro's dissertation (4.2.1). Raft refuses whom this server does
-// not know as a voter; but the change that made it one may be committed without this server: node1 is replaced while node3 is
-// slow, the leader, node2, dies, and then only node1 can lead, with node3's vote. The id serves that check alone.
-func (t *transport) mend(rpc *raft.RPC) {
-	switch req := rpc.Command.(type) {
-	case *raft.RequestVoteRequest:
-		req.ID = t.knownVoter(req.ID)
-	case *raft.RequestPreVoteRequest:
-		req.ID = t.knownVoter(req.ID)
-	case *raft.InstallSnapshotRequest:
-		rpc.Reader = &newerSnapshot{Reader: rpc.Reader, index: req.LastLogIndex, applied: t.node.appliedIndex}
-	case *raft.AppendEntriesRequest:
-		end := req.PrevLogEntry + uint64(len(req.Entries))
-		req.LeaderCommitIndex = min(req.LeaderCommitIndex, end)
-		if newest := t.storage.log.snapshotIndex.Load(); end > 0 && req.PrevLogEntry <= newest {
-			req.Entries = req.Entries[min(newest-req.PrevLogEntry, uint64(len(req.Entries))):]
-			req.PrevLogEntry, req.PrevLogTerm = 0, 0 // which Raft does not ask about
-		}
-	}
+// newerSnapshot is a snapshot that cannot be read when this node has applied more than it holds. It repeats the check
+// of answerOldSnapshot, since entries may have been applied after that. Raft reads the snapshot on its main thread,
+// where nothing is applied meanwhile. It discards what it reads after the error.
+type newerSnapshot struct {
+	io.Reader
+	index   uint64
+	applied func() uint64
+	checked bool
 }
 
-// knownVoter returns the id of a voter in this server's newest configuration; the given one if there is none.
-func (t *transport) knownVoter(id []byte) []byte {
+func (s *newerSnapshot) Read(p []byte) (int, error) {
+	if !s.checked {
+		s.checked = true
+		if applied := s.applied(); s.index < applied {
+			return 0, fmt.Errorf("a snapshot up to entry %d comes too late: entry %d is applied", s.index, applied)
+		}
+	}
+	return s.Reader.Read(p)
+}
+
+// limitCommitIndex limits the leader's commit index to the entries that the message compares with the leader's log.
+// Raft would commit all that this node has up to that index: node3 has entry 8 from node1, a fallen leader; node2,
+// the leader, has committed another entry 8, and its message that ends at entry 7 says so.
+func limitCommitIndex(req *raft.AppendEntriesRequest) {
+	req.LeaderCommitIndex = min(req.LeaderCommitIndex, req.PrevLogEntry+uint64(len(req.Entries)))
+}
+
+// skipSnapshotEntries leaves out the entries that this node's snapshot covers. They are committed, so the leader has
+// the same. Raft would look for them in the log, where they may be gone, and then refuse all that the leader sends:
+// node3 has a snapshot up to entry 10 and no log below it, and node2, the leader, sends the entries after entry 8.
+func (t *transport) skipSnapshotEntries(req *raft.AppendEntriesRequest) {
+	newest := t.storage.log.snapshotIndex.Load()
+	if req.PrevLogEntry > newest || req.PrevLogEntry == 0 && len(req.Entries) == 0 {
+		return
+	}
+	req.Entries = req.Entries[min(newest-req.PrevLogEntry, uint64(len(req.Entries))):]
+	req.PrevLogEntry, req.PrevLogTerm = 0, 0 // Raft does not compare entry 0
+}
+
+// voterID returns the id of some voter in this node's newest configuration, id if there is none. Raft refuses a vote
+// to a candidate that is no voter there, and uses the id for nothing else. A vote must depend on the candidate's log
+// and term alone (Ongaro's dissertation, 4.2.1), for this configuration may be an old one: node1 is replaced while
+// node3 is slow and does not hear of it; the leader, node2, dies. Now only the new node1 can lead, with node3's vote.
+func (t *transport) voterID(id []byte) []byte {
 	members := t.node.members()
 	if i := slices.IndexFunc(members, isVoter); i >= 0 {
 		return []byte(members[i].Server)
@@ -187,39 +176,27 @@ func (t *transport) knownVoter(id []byte) []byte {
 	return id
 }
 
-// newerSnapshot fails to be read when the node has applied more than is in it, if only since spare looked. Raft reads it on
-// its main thread, so nothing is applied meanwhile; what it reads after that failure goes nowhere.
-type newerSnapshot struct {
-	io.Reader
-	index   uint64
-	applied func() uint64
-	judged  bool
-}
+// Consumer returns the messages for Raft's main thread.
+func (t *transport) Consumer() <-chan raft.RPC { return t.received }
 
-func (s *newerSnapshot) Read(p []byte) (int, error) {
-	if applied := s.applied(); !s.judged && s.index < applied {
-		s.judged = true
-		return 0, fmt.Errorf("a snapshot up to entry %d comes late: the node has applied entry %d", s.index, applied)
-	}
-	s.judged = true
-	return s.Reader.Read(p)
-}
-
-// Consumer returns the channel on which Raft's main thread hears its peers.
-func (t *transport) Consumer() <-chan raft.RPC { return t.rpcs }
-
-// Close does nothing: Raft calls it when it stops, but the port is the Store's, and other nodes may go on asking.
+// Close does nothing. Raft calls it when it stops, but the Raft port stays open: other nodes may still ask who this
+// one is.
 func (t *transport) Close() error { return nil }
 
-// SetHeartbeatHandler does nothing: heartbeats take the way of all messages, through Raft's main thread. The short cut
+// SetHeartbeatHandler does nothing, so heartbeats go through Raft's main thread as all messages do. Raft's short cut
 // would change term and state beside that thread, unsafely (hashicorp/raft issue 695).
 func (t *transport) SetHeartbeatHandler(func(raft.RPC)) {}
 
-// AppendEntries sends log entries or a heartbeat. It differs from Raft's own in three ways. It sends at most
-// maxAppendBytes at once; Raft looks at args to see what was sent. While a node cannot be reached it goes on trying
-// as long as this node leads and the other is a member: Raft would wait longer after each failure, up to 10 s, and a node that comes back would
-// be left behind for as long. And it comes back with the other node's success only when this node has stored the entries, too:
-// Raft counts this node before that, but commits nothing that no other node is known to have.
+// AppendEntries sends log entries or a heartbeat. It differs from Raft's own in three ways.
+//
+// It sends at most maxAppendBytes. It shortens args, where Raft looks for what was sent.
+//
+// While the other node cannot be reached it dials again every redialInterval, as long as this node leads and the
+// other is a member. Raft would wait up to 10 s after repeated failures, and a node that comes back would be behind
+// for as long.
+//
+// It returns success only when this node has stored the entries as well. Raft counts this node before that; but it
+// commits nothing before another node has it.
 func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest,
 	resp *raft.AppendEntriesResponse,
 ) error {
@@ -240,21 +217,92 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 			return t.storage.disk.waitStored(args.Entries[n-1].Index)
 		}
 		member, _ := t.node.isMember(string(id))
-		if unreachable := new(dialError); heartbeat || !errors.As(err, &unreachable) || !member || !t.node.leadsIn(args.Term) {
+		unreachable := errors.As(err, new(*dialError))
+		if heartbeat || !unreachable || !member || !t.node.leadsIn(args.Term) {
 			return err
 		}
 		time.Sleep(redialInterval)
 	}
 }
 
-// campaign makes this node stand for election at once, as if the leader had handed over to it.
+// campaign makes this node stand for election at once, as if the leader had handed over to it. It gives up when stop
+// closes.
 func (t *transport) campaign(stop <-chan struct{}) {
 	rpc := raft.RPC{
 		Command:  &raft.TimeoutNowRequest{RPCHeader: raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax}},
 		RespChan: make(chan raft.RPCResponse, 1),
 	}
 	select {
-	case t.rpcs <- rpc:
+	case t.received <- rpc:
 	case <-stop:
 	}
+}
+
+// idsAreAddresses makes Raft know every server by its name alone. So no address gets into a vote or into who leads,
+// and a node may move.
+type idsAreAddresses struct{}
+
+func (idsAreAddresses) ServerAddr(id raft.ServerID) (raft.ServerAddress, error) {
+	return raft.ServerAddress(id), nil
+}
+
+// streamLayer is the network as Raft's transport sees it. A server's "address" is its name.
+type streamLayer struct{ network *network }
+
+// Accept returns the next connection that carries Raft's messages.
+func (l streamLayer) Accept() (net.Conn, error) {
+	select {
+	case conn := <-l.network.raftConns:
+		return conn, nil
+	case <-l.network.ctx.Done():
+		return nil, net.ErrClosed
+	}
+}
+
+// Close does nothing: the network is the Store's.
+func (l streamLayer) Close() error { return nil }
+
+// Addr returns this server's name.
+func (l streamLayer) Addr() net.Addr {
+	server, _ := l.network.directory.self()
+	return nodeAddr(server)
+}
+
+// Dial connects to the server with the given name.
+func (l streamLayer) Dial(server raft.ServerAddress, timeout time.Duration) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	conn, err := l.network.dial(ctx, string(server), kindRaft)
+	if err != nil {
+		return nil, err
+	}
+	return &largeWriteConn{Conn: conn}, nil
+}
+
+// nodeAddr is a node's id or a server's name where net wants an address.
+type nodeAddr string
+
+func (nodeAddr) Network() string  { return "node" }
+func (a nodeAddr) String() string { return string(a) }
+
+// largeWriteConn gives large messages more time. Raft's transport gives all messages the same: an entry that a slow
+// link cannot carry in that time would be sent again and again, and nothing after it would be committed.
+type largeWriteConn struct {
+	net.Conn
+	deadline time.Time // set before each message; a connection is used by one goroutine at a time
+}
+
+func (c *largeWriteConn) SetDeadline(t time.Time) error {
+	c.deadline = t
+	return c.Conn.SetDeadline(t)
+}
+
+func (c *largeWriteConn) Write(p []byte) (int, error) {
+	if len(p) > slowestLink/8 { // what is smaller has time enough
+		more := time.Duration(len(p)) * time.Second / slowestLink
+		if err := c.SetDeadline(c.deadline.Add(more)); err != nil {
+			return 0, err
+		}
+	}
+	return c.Conn.Write(p)
 }

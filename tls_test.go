@@ -163,11 +163,11 @@ func TestCertificateNames(t *testing.T) {
 		{"node2", "10.0.0.2", false},
 		{"", "", false},
 	} {
-		if err := names(cert, tt.id, tt.host, func(string) bool { return false }); (err == nil) != tt.want {
+		if err := checkNode(cert, tt.id, net.JoinHostPort(tt.host, "12000"), func(string) bool { return false }); (err == nil) != tt.want {
 			t.Errorf("node %q at %q: got %v; want it named: %v", tt.id, tt.host, err, tt.want)
 		}
 		// Ids go before hosts, which nodes may share.
-		if err := names(cert, tt.id, tt.host, func(id string) bool { return id == "node1" }); (err == nil) != (tt.id == "node1") {
+		if err := checkNode(cert, tt.id, net.JoinHostPort(tt.host, "12000"), func(id string) bool { return id == "node1" }); (err == nil) != (tt.id == "node1") {
 			t.Errorf("node %q at %q: got %v of the certificate of node1; want it for that node only", tt.id, tt.host, err)
 		}
 	}
@@ -217,7 +217,7 @@ func TestOnlyPeersGetIn(t *testing.T) {
 			all.startEcho(server)
 			accepted := make(chan net.Conn, 1)
 			go func() {
-				if conn, err := server.Accept(); err == nil {
+				if conn, err := (streamLayer{server.network}).Accept(); err == nil {
 					accepted <- conn
 				}
 			}()
@@ -227,7 +227,7 @@ func TestOnlyPeersGetIn(t *testing.T) {
 				tt.tls.InsecureSkipVerify = true // what the attacker thinks of us is not what this is about
 				conn = tls.Client(conn, tt.tls)
 			}
-			err := introduce(t.Context(), conn, tt.says)
+			err := sendHello(conn, tt.says)
 			if tt.log == "" {
 				if err != nil {
 					t.Fatalf("got error %v; want none", err)
