@@ -82,16 +82,16 @@ func TestTokensAreAskedFor(t *testing.T) {
 		{"GET", "/metrics", true},
 		{"POST", "/livez", true}, // 405 to anybody
 		{"GET", "/status", false},
-		{"GET", "/key/a", false},
-		{"HEAD", "/key/a", false},
-		{"PUT", "/key/a", false},
-		{"DELETE", "/key/a", false},
-		{"POST", "/key", false},
-		{"GET", "/key?prefix=", false},
-		{"OPTIONS", "/key/a", false},
+		{"GET", "/value/a", false},
+		{"HEAD", "/value/a", false},
+		{"PUT", "/value/a", false},
+		{"DELETE", "/value/a", false},
+		{"POST", "/value", false},
+		{"GET", "/value?prefix=", false},
+		{"OPTIONS", "/value/a", false},
 		{"GET", "/nowhere", false},
 		{"GET", "/livez/more", false},
-		{"GET", "/key/../livez", false},
+		{"GET", "/value/../livez", false},
 	} {
 		for _, headers := range [][]string{{}, {"Authorization", "Bearer wrong"}} {
 			a := ask(t, n, tt.method, tt.path, "", headers...)
@@ -103,23 +103,23 @@ func TestTokensAreAskedFor(t *testing.T) {
 			t.Errorf("%s %s with a token: got 401", tt.method, tt.path)
 		}
 	}
-	if a := want(t, n, 401, "PUT", "/key/a", "1"); !strings.Contains(a.body, "a token is needed here") {
+	if a := want(t, n, 401, "PUT", "/value/a", "1"); !strings.Contains(a.body, "a token is needed here") {
 		t.Errorf("got %s without a token", a.body)
 	}
-	if a := want(t, n, 401, "PUT", "/key/a", "1", "Authorization", "Bearer wrong"); !strings.Contains(a.body, "this token is not good") {
+	if a := want(t, n, 401, "PUT", "/value/a", "1", "Authorization", "Bearer wrong"); !strings.Contains(a.body, "this token is not good") {
 		t.Errorf("got %s with a wrong token", a.body)
 	}
-	want(t, n, 200, "PUT", "/key/a", "2", "Authorization", "Bearer old")
+	want(t, n, 200, "PUT", "/value/a", "2", "Authorization", "Bearer old")
 
 	write("old\nnew\n") // rotation: both, then only the new one
-	want(t, n, 200, "PUT", "/key/a", "3", "Authorization", "Bearer new")
-	want(t, n, 200, "PUT", "/key/a", "4", "Authorization", "Bearer old")
+	want(t, n, 200, "PUT", "/value/a", "3", "Authorization", "Bearer new")
+	want(t, n, 200, "PUT", "/value/a", "4", "Authorization", "Bearer old")
 	write("new\n")
-	want(t, n, 401, "PUT", "/key/a", "5", "Authorization", "Bearer old")
-	want(t, n, 200, "PUT", "/key/a", "6", "Authorization", "Bearer new")
+	want(t, n, 401, "PUT", "/value/a", "5", "Authorization", "Bearer old")
+	want(t, n, 200, "PUT", "/value/a", "6", "Authorization", "Bearer new")
 	write("") // worse: what was there stays
-	want(t, n, 200, "PUT", "/key/a", "7", "Authorization", "Bearer new")
-	want(t, n, 401, "PUT", "/key/a", "8")
+	want(t, n, 200, "PUT", "/value/a", "7", "Authorization", "Bearer new")
+	want(t, n, 401, "PUT", "/value/a", "8")
 	if lines.count("[ERROR]", "is empty", "stays in use") != 1 {
 		t.Error("got no error in the log about the empty file; want one")
 	}
@@ -138,18 +138,18 @@ func TestCrossOriginWrites(t *testing.T) {
 		headers            []string
 		want               int
 	}{
-		{"no browser", "PUT", "/key/a", nil, 200},
-		{"the same origin", "PUT", "/key/a", []string{"Sec-Fetch-Site", "same-origin"}, 200},
-		{"typed by the user", "PUT", "/key/a", []string{"Sec-Fetch-Site", "none"}, 200},
-		{"another site", "PUT", "/key/a", []string{"Sec-Fetch-Site", "cross-site"}, 403},
-		{"another port", "POST", "/key", []string{"Sec-Fetch-Site", "same-site"}, 403},
-		{"another origin in an old browser", "POST", "/key", []string{"Origin", "http://evil.example"}, 403},
-		{"the same origin in an old browser", "POST", "/key", []string{"Origin", "http://test"}, 200},
-		{"a file", "DELETE", "/key/a", []string{"Origin", "null"}, 403},
-		{"a read", "GET", "/key/a", []string{"Sec-Fetch-Site", "cross-site", "Origin", "http://evil.example"}, 200},
-		{"a preflight", "OPTIONS", "/key/a", []string{"Origin", "http://evil.example", "Access-Control-Request-Method", "PUT"}, 405},
+		{"no browser", "PUT", "/value/a", nil, 200},
+		{"the same origin", "PUT", "/value/a", []string{"Sec-Fetch-Site", "same-origin"}, 200},
+		{"typed by the user", "PUT", "/value/a", []string{"Sec-Fetch-Site", "none"}, 200},
+		{"another site", "PUT", "/value/a", []string{"Sec-Fetch-Site", "cross-site"}, 403},
+		{"another port", "POST", "/value", []string{"Sec-Fetch-Site", "same-site"}, 403},
+		{"another origin in an old browser", "POST", "/value", []string{"Origin", "http://evil.example"}, 403},
+		{"the same origin in an old browser", "POST", "/value", []string{"Origin", "http://test"}, 200},
+		{"a file", "DELETE", "/value/a", []string{"Origin", "null"}, 403},
+		{"a read", "GET", "/value/a", []string{"Sec-Fetch-Site", "cross-site", "Origin", "http://evil.example"}, 200},
+		{"a preflight", "OPTIONS", "/value/a", []string{"Origin", "http://evil.example", "Access-Control-Request-Method", "PUT"}, 405},
 	} {
-		a := want(t, n, tt.want, tt.method, tt.path, map[bool]string{true: "{}", false: "1"}[tt.path == "/key"], tt.headers...)
+		a := want(t, n, tt.want, tt.method, tt.path, map[bool]string{true: "{}", false: "1"}[tt.path == "/value"], tt.headers...)
 		if a.header.Get("X-Content-Type-Options") != "nosniff" || a.header.Get("Access-Control-Allow-Origin") != "" {
 			t.Errorf("%s: got %v; want nosniff, and no other origin allowed", tt.name, a.header)
 		}
@@ -173,25 +173,29 @@ func TestSlowBodiesKeepNobodyOut(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer conn.Close()
-	_, _ = fmt.Fprintf(conn, "PUT /key/slow HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%s", len(large), large[:part])
+	_, _ = fmt.Fprintf(conn, "PUT /value/slow HTTP/1.1\r\nHost: test\r\nContent-Length: %d\r\n\r\n%s", len(large), large[:part])
 	waitFor(t, "the body to arrive", func() bool { return taken() >= part-2*freeBytes })
-	put(t, n, "small", "1")
-	put(t, n, "large", large)
-	wantValue(t, n, "large", large)
+	want(t, n, 200, "PUT", "/value/small", "1")
+	want(t, n, 200, "PUT", "/value/large", large)
+	if a := want(t, n, 200, "GET", "/value/large", ""); a.body != large {
+		t.Errorf("got %d bytes; want the %d of the large value", len(a.body), len(large))
+	}
 	_, _ = io.WriteString(conn, large[part:])
 	if said, _ := io.ReadAll(conn); strings.Contains(string(said), " 200 ") {
 		t.Errorf("got %.40q for the slow body; want its connection closed", said)
 	}
-	wantValue(t, n, "slow", "null")
+	if a := want(t, n, 200, "GET", "/value/slow", ""); a.body != "" {
+		t.Errorf("got %d bytes of the slow value; want none", len(a.body))
+	}
 	waitFor(t, "the memory to be given back", func() bool { return taken() == 0 })
 
 	// Where all bodies are here and worked on, none can go.
 	l.memory = 1
-	a := want(t, n, 503, http.MethodPut, "/key/large", large[:10<<10]+`"`)
+	a := want(t, n, 503, http.MethodPut, "/value/large", large[:10<<10]+`"`)
 	if a.header.Get("Retry-After") == "" {
 		t.Errorf("got %v; want Retry-After", a.header)
 	}
-	put(t, n, "small", "2")
+	want(t, n, 200, "PUT", "/value/small", "2")
 	waitFor(t, "the memory to be given back", func() bool { return taken() == 0 })
 }
 

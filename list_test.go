@@ -24,9 +24,9 @@ import (
 
 func TestListing(t *testing.T) {
 	t.Parallel()
-	c := newTestCluster(t, 3, storeMemory)
+	c := newKVCluster(t, 3, storeMemory)
 	pairs := []Pair{{"b", "1"}, {"a", "2"}, {"ab", "3"}, {"a/b", "4"}, {"a c", "5"}, {"é", "6"}, {`q"\`, "7"}, {"ab\x00", "[1.0]"}, {"a&b=+", "8"}}
-	if _, err := c.nodes[0].kv.Set(t.Context(), pairs, Condition{}); err != nil {
+	if _, err := kvOf(c.nodes[0]).Set(t.Context(), pairs, Condition{}); err != nil {
 		t.Fatal(err)
 	}
 	const all = `{"a":2,"a c":5,"a&b=+":8,"a/b":4,"ab":3,"ab\u0000":[1.0],"b":1,"q\"\\":7,"é":6}`
@@ -50,7 +50,9 @@ func TestListing(t *testing.T) {
 		},
 	}
 	for _, node := range c.nodes {
-		node.get(t, "a") // so that stale reads see all, too
+		if _, err := kvOf(node).Get(t.Context(), "a", Linearizable); err != nil { // so that stale reads see all, too
+			t.Fatal(err)
+		}
 		for _, tt := range tests {
 			a := request(t, http.MethodGet, node.url+"/key?"+tt.query, "")
 			if a.status != http.StatusOK || a.body != tt.want || a.header.Get("Link") != tt.next {
@@ -84,7 +86,7 @@ func TestListing(t *testing.T) {
 // Following Link from page to page gives every key once, whatever the pages' sizes.
 func TestListingPageByPage(t *testing.T) {
 	t.Parallel()
-	node := newTestNode(t, storeMemory)
+	node := newKVNode(t, storeMemory)
 	want := make(map[string]string)
 	var pairs []Pair
 	for i := range 40 {
@@ -92,7 +94,7 @@ func TestListingPageByPage(t *testing.T) {
 		want[key] = strings.Repeat("x", 400<<10)
 		pairs = append(pairs, Pair{key, `"` + want[key] + `"`})
 	}
-	if _, err := node.kv.Set(t.Context(), pairs, Condition{}); err != nil {
+	if _, err := kvOf(node).Set(t.Context(), pairs, Condition{}); err != nil {
 		t.Fatal(err)
 	}
 	for _, limit := range []int{1, 7, 40, 1000} {
@@ -127,7 +129,7 @@ func TestListingPageByPage(t *testing.T) {
 // A listing is of one moment, and neither holds up what is written meanwhile nor sees it.
 func TestListingOfAStateThatChanges(t *testing.T) {
 	t.Parallel()
-	kv := newTestNode(t, storeMemory).kv
+	kv := kvOf(newKVNode(t, storeMemory))
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	set := func(value string) {
@@ -174,8 +176,8 @@ func TestListingsShareTheState(t *testing.T) {
 // A listing that gets no turn is refused in time, and one that nobody waits for at once.
 func TestListingWithoutATurn(t *testing.T) {
 	t.Parallel()
-	node := newTestNode(t, storeMemory)
-	a := &api{node.cfg, node.kv, make(chan struct{})} // which nobody takes a turn from
+	node := newKVNode(t, storeMemory)
+	a := &api{node.cfg, kvOf(node), make(chan struct{})} // which nobody takes a turn from
 	for _, patience := range []time.Duration{100 * time.Millisecond, time.Minute} {
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		began, w := time.Now(), httptest.NewRecorder()
@@ -192,12 +194,12 @@ func TestListingWithoutATurn(t *testing.T) {
 // Readers that do not read are ended, and hold up nobody: not even other listings, nor large values.
 func TestReadersThatDoNotRead(t *testing.T) {
 	t.Parallel()
-	node := newTestNode(t, storeMemory)
+	node := newKVNode(t, storeMemory)
 	value := `"` + strings.Repeat("x", 400<<10) + `"`
 	for i := range 10 {
 		put(t, node, fmt.Sprint("k", i), value)
 	}
-	a := &api{node.cfg, node.kv, make(chan struct{}, maxListings)}
+	a := &api{node.cfg, kvOf(node), make(chan struct{}, maxListings)}
 	routes := []route{{path: "/key", get: a.listKeys}, {path: keyPrefix, get: a.getKey}}
 	server := newServer(node.cfg, node.Store, node.metrics, testLogger(t, "http"), routes)
 	web := httptest.NewUnstartedServer(nil)

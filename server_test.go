@@ -118,7 +118,7 @@ func TestNeverNotAppliedAfterApply(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := fork(t, n, func(_ http.ResponseWriter, r *http.Request) error {
-				if _, err := n.kv.Set(r.Context(), []Pair{{"applied", "1"}}, Condition{}); err != nil {
+				if _, err := n.client.set(r.Context(), "applied", "1"); err != nil {
 					t.Error(err)
 				}
 				return fails(r)
@@ -135,7 +135,7 @@ func TestNeverNotAppliedAfterApply(t *testing.T) {
 	// The next request on the connection has nothing to do with it.
 	f := fork(t, n, func(w http.ResponseWriter, r *http.Request) error {
 		if r.Method == http.MethodGet {
-			_, err := n.kv.Set(r.Context(), []Pair{{"applied", "1"}}, Condition{})
+			_, err := n.client.set(r.Context(), "applied", "1")
 			return err
 		}
 		return badRequest("no")
@@ -170,7 +170,7 @@ func TestTooLargeBodiesAreNotAskedFor(t *testing.T) {
 		}
 		defer conn.Close()
 		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
-		target := map[string]string{http.MethodPut: "/key/a", http.MethodPost: "/key"}[method]
+		target := map[string]string{http.MethodPut: "/value/a", http.MethodPost: "/value"}[method]
 		_, _ = fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: test\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n",
 			method, target, n.cfg.MaxBodyBytes+1)
 		response, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: method})
@@ -197,7 +197,7 @@ func TestLeaderIsAsKnownAtTheAnswer(t *testing.T) {
 		t.Fatalf("got leader %s at the start; want none yet", leader)
 	}
 	// It asks before there is a leader.
-	a := request(t, http.MethodPut, node.url+"/key/k", "1")
+	a := request(t, http.MethodPut, node.url+"/value/k", "1")
 	if got := a.header.Get("Raft-Leader"); a.status != http.StatusOK || got == "" {
 		t.Errorf("got %d, Raft-Leader %q; want 200 and who led", a.status, got)
 	}

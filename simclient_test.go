@@ -17,17 +17,17 @@ import (
 
 // simMachine is a state machine that takes note of what it executes.
 type simMachine struct {
-	*kvMachine
+	*testMachine
 	node *simNode
 }
 
 func (m *simMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
-	result, err := m.kvMachine.Apply(encoded, at)
+	result, err := m.testMachine.Apply(encoded, at)
 	if err != nil {
 		return nil, err
 	}
 	r := m.node.run.Load() // what a node executes to be saved, nobody may have committed
-	if tag := Tag(binary.BigEndian.Uint64(result)); tag != 0 && r != nil && r.store.membership.at() != stageRetired {
+	if tag := binary.BigEndian.Uint64(result); tag != 0 && r != nil && r.store.membership.at() != stageRetired {
 		s := m.node.sim
 		s.mu.Lock()
 		before, known := s.commands[tag]
@@ -131,33 +131,31 @@ func (s *sim) do(id int, n *simNode, op kvOp) (out kvAnswer, ok bool) {
 }
 
 func (r *simRun) do(op kvOp) (out kvAnswer, err error) {
-	var condition Condition
-	if op.match != 0 {
-		condition.Match = &Tags{List: []Tag{Tag(op.match)}}
-	}
-	var w Written
+	var w testWritten
+	command := testCommand{match: op.match, pairs: []testPair{{op.key, op.value}}}
 	switch op.kind {
 	case "get":
-		item, err := r.kv.Get(context.Background(), op.key, Linearizable)
+		item, err := r.client.get(context.Background(), op.key, Linearizable)
 		return simItem(item), err
 	case "put":
-		if w, err = r.kv.Set(context.Background(), []Pair{{op.key, op.value}}, condition); err == nil {
-			out.tag = uint64(w.Tag)
+		if w, err = r.client.apply(context.Background(), command); err == nil {
+			out.tag = w.Version
 		}
 	case "delete":
-		_, err = r.kv.Delete(context.Background(), op.key, condition)
+		command.remove = true
+		_, err = r.client.apply(context.Background(), command)
 	}
-	if errors.Is(err, ErrCondition) {
+	if errors.Is(err, errTestMatch) {
 		return kvAnswer{failed: true}, nil
 	}
 	return out, err
 }
 
-func simItem(item Item) kvAnswer {
-	if item.Tag == 0 {
+func simItem(item testItem) kvAnswer {
+	if item.Version == 0 {
 		return kvAnswer{value: "null"}
 	}
-	return kvAnswer{value: item.Value, tag: uint64(item.Tag)}
+	return kvAnswer{value: item.Value, tag: item.Version}
 }
 
 // compare has every node tell all it has. That ends the history.
@@ -173,7 +171,7 @@ func (s *sim) compare() {
 		}
 		if err := r.store.Read(context.Background(), Linearizable, func() {
 			for key := range keys {
-				item, _ := r.kv.machine.items.Get(key)
+				item := r.client.machine.items[key]
 				s.h.add(porcupine.Operation{
 					Input: kvOp{kind: "get", key: key}, Output: func() kvAnswer { a := simItem(item); a.known = true; return a }(),
 					Call: s.clock.Add(1), Return: s.clock.Add(1), Metadata: r.store.membership.cluster(),
