@@ -169,7 +169,7 @@ func FuzzTags(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		for _, weak := range []bool{false, true} {
-			set, err := tags(&http.Request{Header: http.Header{"If-Match": {s}}}, "If-Match", weak)
+			set, err := readTags(&http.Request{Header: http.Header{"If-Match": {s}}}, "If-Match", weak)
 			if err != nil || set.Any {
 				if err == nil && (strings.Trim(s, " \t,") != "*" || len(set.List) > 0) {
 					t.Errorf("got any for %q", s)
@@ -186,7 +186,7 @@ func FuzzTags(f *testing.F) {
 			if len(again) == 0 {
 				continue
 			}
-			same, err := tags(&http.Request{Header: http.Header{"If-Match": again}}, "If-Match", weak)
+			same, err := readTags(&http.Request{Header: http.Header{"If-Match": again}}, "If-Match", weak)
 			if diff := cmp.Diff(set, same); err != nil || diff != "" {
 				t.Errorf("%v (-want +got)\n%s", err, diff)
 			}

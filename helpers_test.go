@@ -191,13 +191,13 @@ func (c *testCluster) start(i int) {
 	if machine, tiny := node.machine.(*testMachine); tiny {
 		node.client = &testClient{node.Store, machine}
 	}
-	node.server = newServer(node.cfg, node.Store, m, log, c.service.routes(node.cfg, node.Store, node.machine))
+	node.server = newServer(node.cfg, node.Store, nil, m, log, c.service.routes(node.cfg, node.Store, node.machine))
 	if err := node.Open(); err != nil {
 		c.t.Fatalf("open: %v", err)
 	}
 	node.web = httptest.NewUnstartedServer(nil)
-	node.web.Config = node.server.listener()
-	node.web.Listener = node.server.door(node.web.Listener, nil)
+	node.web.Config = node.server.httpServer()
+	node.web.Listener = node.server.limitListener(node.web.Listener, nil)
 	node.web.Start()
 	node.url = node.web.URL
 	node.running = true

@@ -614,7 +614,7 @@ func TestWithoutLeader(t *testing.T) {
 			if !tt.early {
 				store.started = time.Now().Add(-time.Minute)
 			}
-			handler := newServer(cfg, store, store.metrics, log, routes(cfg, store, machine))
+			handler := newServer(cfg, store, nil, store.metrics, log, routes(store, machine))
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel() // a leader is not waited for
 			recorder := httptest.NewRecorder()
@@ -637,8 +637,8 @@ func TestWithoutLeader(t *testing.T) {
 
 func TestErrorsHaveTheirStatus(t *testing.T) {
 	statuses := map[error]int{
-		conditionFailed(new(http.Request), Condition{}, fmt.Errorf("%w", ErrCondition)): 412, ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503,
-		ErrNotConfirmed: 503, ErrStarting: 503, badRequest("what?"): 400, errors.New("node7 is broken"): 500,
+		ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503, ErrNotConfirmed: 503,
+		ErrStarting: 503, badRequest("what?"): 400, errNotFound: 404, errors.New("node7 is broken"): 500,
 	}
 	for _, row := range statusOf {
 		if _, tested := statuses[row.err]; !tested {
@@ -655,7 +655,7 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 			for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete} {
 				for _, err := range []error{tested, fmt.Errorf("in /secret: %w", tested)} {
 					recorder := httptest.NewRecorder()
-					a := &answer{ResponseWriter: recorder, server: n.server, client: new(client)}
+					a := &response{ResponseWriter: recorder, server: n.server, client: new(client)}
 					n.server.writeError(a, httptest.NewRequestWithContext(t.Context(), method, "/key/k", nil), err)
 					got := answerTo{recorder.Code, recorder.Header(), recorder.Body.String()}
 					if got.status != status || strings.Contains(got.body, "secret") || strings.Contains(got.body, "node7") {
@@ -718,7 +718,7 @@ func TestStatusAndHealth(t *testing.T) {
 
 func TestSlowRequestsAreCutOff(t *testing.T) {
 	n := newKVNode(t, storeMemory)
-	server := n.server.listener()
+	server := n.server.httpServer()
 	header, all := server.ReadHeaderTimeout, server.ReadTimeout
 	if header <= 0 || header > 30*time.Second || all <= 0 || all > 15*time.Second {
 		t.Errorf("got ReadHeaderTimeout %v, ReadTimeout %v; want up to 30 s and 15 s", header, all)

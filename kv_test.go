@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -19,8 +21,8 @@ type kvService struct{}
 
 func (kvService) newMachine() StateMachine { return newMachine() }
 
-func (kvService) routes(cfg *Config, store *Store, machine StateMachine) []route {
-	return routes(cfg, store, machine.(*kvMachine))
+func (kvService) routes(_ *Config, store *Store, machine StateMachine) []route {
+	return routes(store, machine.(*kvMachine))
 }
 
 // newKVNode is newTestNode with the key-value service.
@@ -38,8 +40,48 @@ func newKVCluster(t testing.TB, n int, store string) *testCluster {
 	return c
 }
 
-// kvOf returns the KV of a node of such a cluster.
-func kvOf(n *testNode) *KV { return &KV{n.Store, n.machine.(*kvMachine)} }
+// kvClient uses a kvMachine through a Store, without HTTP.
+type kvClient struct {
+	store   *Store
+	machine *kvMachine
+}
+
+// kvOf returns a client of a node of such a cluster.
+func kvOf(n *testNode) *kvClient { return &kvClient{n.Store, n.machine.(*kvMachine)} }
+
+// kvWritten is what became of a successful write.
+type kvWritten struct {
+	Index uint64 // of its log entry
+	Tag   Tag
+}
+
+// errCondition says that a condition was not met.
+var errCondition = errors.New("the condition was not met")
+
+func (kv *kvClient) set(ctx context.Context, pairs []Pair, condition Condition) (kvWritten, error) {
+	return kv.apply(ctx, command{op: opSet, condition: condition, pairs: pairs})
+}
+
+func (kv *kvClient) delete(ctx context.Context, key string, condition Condition) (kvWritten, error) {
+	return kv.apply(ctx, command{op: opDelete, condition: condition, pairs: []Pair{{Key: key}}})
+}
+
+func (kv *kvClient) apply(ctx context.Context, c command) (kvWritten, error) {
+	result, err := kv.store.Apply(ctx, c.encode())
+	if err != nil {
+		return kvWritten{}, err
+	}
+	tag, err := decodeResult(result.Data)
+	if err == nil && tag == 0 {
+		err = errCondition
+	}
+	return kvWritten{result.Index, tag}, err
+}
+
+func (kv *kvClient) get(ctx context.Context, key string, consistency Consistency) (item Item, err error) {
+	err = kv.store.Read(ctx, consistency, func() { item, _ = kv.machine.items.Get(key) })
+	return item, err
+}
 
 // kvState is all that a kvMachine holds.
 type kvState struct {
@@ -92,7 +134,7 @@ func BenchmarkHandlers(b *testing.B) {
 func BenchmarkStaleReadOverHTTP(b *testing.B) {
 	node := newKVNode(b, storeMemory)
 	value := `"` + strings.Repeat("x", 256) + `"`
-	if _, err := kvOf(node).Set(b.Context(), []Pair{{"k", value}}, Condition{}); err != nil {
+	if _, err := kvOf(node).set(b.Context(), []Pair{{"k", value}}, Condition{}); err != nil {
 		b.Fatal(err)
 	}
 	answer := []byte(`{"k":` + value + `}`)

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"runtime"
 	"strings"
@@ -20,13 +21,14 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/tidwall/btree"
 )
 
 func TestListing(t *testing.T) {
 	t.Parallel()
 	c := newKVCluster(t, 3, storeMemory)
 	pairs := []Pair{{"b", "1"}, {"a", "2"}, {"ab", "3"}, {"a/b", "4"}, {"a c", "5"}, {"é", "6"}, {`q"\`, "7"}, {"ab\x00", "[1.0]"}, {"a&b=+", "8"}}
-	if _, err := kvOf(c.nodes[0]).Set(t.Context(), pairs, Condition{}); err != nil {
+	if _, err := kvOf(c.nodes[0]).set(t.Context(), pairs, Condition{}); err != nil {
 		t.Fatal(err)
 	}
 	const all = `{"a":2,"a c":5,"a&b=+":8,"a/b":4,"ab":3,"ab\u0000":[1.0],"b":1,"q\"\\":7,"é":6}`
@@ -50,7 +52,7 @@ func TestListing(t *testing.T) {
 		},
 	}
 	for _, node := range c.nodes {
-		if _, err := kvOf(node).Get(t.Context(), "a", Linearizable); err != nil { // so that stale reads see all, too
+		if _, err := kvOf(node).get(t.Context(), "a", Linearizable); err != nil { // so that stale reads see all, too
 			t.Fatal(err)
 		}
 		for _, tt := range tests {
@@ -94,7 +96,7 @@ func TestListingPageByPage(t *testing.T) {
 		want[key] = strings.Repeat("x", 400<<10)
 		pairs = append(pairs, Pair{key, `"` + want[key] + `"`})
 	}
-	if _, err := kvOf(node).Set(t.Context(), pairs, Condition{}); err != nil {
+	if _, err := kvOf(node).set(t.Context(), pairs, Condition{}); err != nil {
 		t.Fatal(err)
 	}
 	for _, limit := range []int{1, 7, 40, 1000} {
@@ -134,13 +136,15 @@ func TestListingOfAStateThatChanges(t *testing.T) {
 	defer cancel()
 	set := func(value string) {
 		t.Helper()
-		if _, err := kv.Set(ctx, []Pair{{"a", value}, {"b", value}, {"c" + value, value}}, Condition{}); err != nil {
+		if _, err := kv.set(ctx, []Pair{{"a", value}, {"b", value}, {"c" + value, value}}, Condition{}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	set("1")
 	var got []string
-	kv.List("", "", func(key string, item Item) bool {
+	var items *btree.Map[string, Item]
+	kv.store.Capture(func() { items = kv.machine.items.Copy() })
+	items.Scan(func(key string, item Item) bool {
 		set("2")
 		got = append(got, key+item.Value)
 		return true
@@ -148,7 +152,7 @@ func TestListingOfAStateThatChanges(t *testing.T) {
 	if diff := cmp.Diff([]string{"a1", "b1", "c11"}, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}
-	if item, err := kv.Get(ctx, "a", Linearizable); err != nil || item.Value != "2" {
+	if item, err := kv.get(ctx, "a", Linearizable); err != nil || item.Value != "2" {
 		t.Errorf("got %v, %v; want what was written meanwhile", item, err)
 	}
 }
@@ -157,14 +161,13 @@ func TestListingOfAStateThatChanges(t *testing.T) {
 // differs in it.
 func TestListingsShareTheState(t *testing.T) {
 	m := newMachine()
-	kv := &KV{&Store{replica: &replica{machine: m, metrics: newMetrics()}}, m}
 	for i := range 100_000 {
 		m.items.Set(fmt.Sprintf("key-%08d", i), Item{Value: "1", Tag: 1})
 	}
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	for range 1000 {
-		kv.List("", "", func(string, Item) bool { return false })
+		listing{query: make(url.Values), limit: 1}.page(m.items.Copy())
 	}
 	m.items.Set("key-00050000", Item{Value: "2", Tag: 2})
 	runtime.ReadMemStats(&after)
@@ -177,13 +180,13 @@ func TestListingsShareTheState(t *testing.T) {
 func TestListingWithoutATurn(t *testing.T) {
 	t.Parallel()
 	node := newKVNode(t, storeMemory)
-	a := &api{node.cfg, kvOf(node), make(chan struct{})} // which nobody takes a turn from
+	a := &api{node.Store, node.machine.(*kvMachine), make(chan struct{})} // which nobody takes a turn from
 	for _, patience := range []time.Duration{100 * time.Millisecond, time.Minute} {
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		began, w := time.Now(), httptest.NewRecorder()
 		r := httptest.NewRequestWithContext(ctx, http.MethodGet, "/key?prefix=", http.NoBody)
 		err := a.listKeys(w, r)
-		node.server.writeError(&answer{ResponseWriter: w, server: node.server, client: new(client)}, r, err)
+		node.server.writeError(&response{ResponseWriter: w, server: node.server, client: new(client)}, r, err)
 		if took := time.Since(began); w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || took > 5*time.Second {
 			t.Errorf("got %v, %d, after %v; want 503 within 5 s", err, w.Code, took)
 		}
@@ -199,12 +202,12 @@ func TestReadersThatDoNotRead(t *testing.T) {
 	for i := range 10 {
 		put(t, node, fmt.Sprint("k", i), value)
 	}
-	a := &api{node.cfg, kvOf(node), make(chan struct{}, maxListings)}
+	a := &api{node.Store, node.machine.(*kvMachine), make(chan struct{}, maxListings)}
 	routes := []route{{path: "/key", get: a.listKeys}, {path: keyPrefix, get: a.getKey}}
-	server := newServer(node.cfg, node.Store, node.metrics, testLogger(t, "http"), routes)
+	server := newServer(node.cfg, node.Store, nil, node.metrics, testLogger(t, "http"), routes)
 	web := httptest.NewUnstartedServer(nil)
-	web.Config = server.listener()
-	web.Listener = server.door(web.Listener, nil)
+	web.Config = server.httpServer()
+	web.Listener = server.limitListener(web.Listener, nil)
 	web.Start()
 	t.Cleanup(web.Close)
 	var silent []net.Conn
@@ -333,12 +336,10 @@ func BenchmarkListPageOf1000In1M(b *testing.B) {
 		key := fmt.Sprintf("key-%08d", i)
 		m.items.Set(key, Item{Value: "1", Tag: 1})
 	}
-	kv := &KV{&Store{replica: &replica{machine: m}}, m}
 	for b.Loop() {
-		n := 0
-		kv.List("key-", "key-00500000", func(string, Item) bool { n++; return n < defaultPage })
-		if n != defaultPage {
-			b.Fatalf("got %d keys; want %d", n, defaultPage)
+		l := listing{query: make(url.Values), prefix: "key-", after: "key-00500000", limit: defaultPage}
+		if _, next := l.page(m.items.Copy()); next == "" {
+			b.Fatal("got the last page; want the first of many")
 		}
 	}
 }

@@ -34,10 +34,10 @@ func forkWithin(t *testing.T, n *testNode, timeout time.Duration, handle handler
 	t.Helper()
 	f := &forked{testNode: n, lines: new(logLines), web: httptest.NewUnstartedServer(nil)}
 	log := hclog.New(&hclog.LoggerOptions{Output: f.lines})
-	s := newServer(n.cfg, n.Store, n.metrics, log, []route{{path: "/fork", get: handle, post: handle}})
-	f.web.Config = s.listener()
+	s := newServer(n.cfg, n.Store, nil, n.metrics, log, []route{{path: "/fork", get: handle, post: handle}})
+	f.web.Config = s.httpServer()
 	f.web.Config.ReadTimeout, f.web.Config.WriteTimeout = timeout, timeout
-	f.web.Listener = s.door(f.web.Listener, nil)
+	f.web.Listener = s.limitListener(f.web.Listener, nil)
 	f.web.Start()
 	t.Cleanup(f.web.Close)
 	return f
@@ -157,6 +157,24 @@ func TestNeverNotAppliedAfterApply(t *testing.T) {
 		if method == http.MethodPost && !strings.Contains(string(text), `"outcome":"not-applied"`) {
 			t.Errorf("got %s; want not-applied", text)
 		}
+	}
+}
+
+// 409 and 412 after Apply say what the state machine has decided: nothing was changed.
+func TestRefusedByTheStateMachine(t *testing.T) {
+	n := newTestNode(t, storeMemory)
+	for _, status := range []int{http.StatusConflict, http.StatusPreconditionFailed} {
+		f := fork(t, n, func(w http.ResponseWriter, r *http.Request) error {
+			if _, err := applyCommand(w, r, n.Store, testSet(testPair{"k", "1"})); err != nil {
+				return err
+			}
+			return statusError(status, "100 %d is not allowed", 1)
+		})
+		a, err := f.ask(t, http.MethodPost, "body")
+		if err != nil || a.status != status || a.header["Raft-Index"] != nil || !strings.Contains(a.body, "100 1 is not allowed") {
+			t.Errorf("got %v, %v; want %d with its detail and without Raft-Index", a, err, status)
+		}
+		checkProblem(t, http.MethodPost, a, "not-applied")
 	}
 }
 

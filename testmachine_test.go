@@ -227,12 +227,9 @@ type tinyAPI struct {
 }
 
 func (a *tinyAPI) get(w http.ResponseWriter, r *http.Request) error {
-	consistency, err := consistency(a.cfg, r.URL.Query())
-	if err != nil {
-		return err
-	}
-	markStale(w, a.client.store, consistency)
-	item, err := a.client.get(r.Context(), r.URL.Path[len("/value/"):], consistency)
+	var item testItem
+	key := r.URL.Path[len("/value/"):]
+	err := readState(w, r, a.client.store, r.URL.Query(), func() { item = a.client.machine.items[key] })
 	if err != nil {
 		return err
 	}
