@@ -58,24 +58,25 @@ func main() {
 
 // run does what the arguments ask for and returns the exit code.
 func run(args []string, getenv func(string) string, sig signals, stdout, stderr io.Writer) int {
-	action, err := parseArgs(args)
-	if err != nil {
-		fmt.Fprintln(stderr, err)
-		return exitUsage
-	}
-	switch action {
-	case "help":
-		_, _ = io.WriteString(stdout, helpText) // if standard output is closed there is nobody to tell
-		return exitOK
-	case "version":
-		fmt.Fprintln(stdout, version)
-		return exitOK
-	case "healthcheck":
-		if err := checkHealth(getenv); err != nil {
-			fmt.Fprintln(stderr, "raftstarter:", err)
-			return exitFailed
+	if len(args) == 1 {
+		switch args[0] {
+		case "-h", "-help", "--help":
+			_, _ = io.WriteString(stdout, helpText) // if standard output is closed there is nobody to tell
+			return exitOK
+		case "--version":
+			fmt.Fprintln(stdout, version)
+			return exitOK
+		case "--healthcheck":
+			if err := checkHealth(getenv); err != nil {
+				fmt.Fprintln(stderr, "raftstarter:", err)
+				return exitFailed
+			}
+			return exitOK
 		}
-		return exitOK
+	}
+	if len(args) > 0 {
+		fmt.Fprintf(stderr, "raftstarter: unexpected arguments %q; configuration comes from the environment, see --help\n", args)
+		return exitUsage
 	}
 	var cfg *Config
 	stopped, err := untilSignal(sig, func() (err error) {
@@ -98,24 +99,6 @@ func run(args []string, getenv func(string) string, sig signals, stdout, stderr 
 		return exitFailed
 	}
 	return exitOK
-}
-
-func parseArgs(args []string) (action string, err error) {
-	if len(args) == 0 {
-		return "serve", nil
-	}
-	switch args[0] {
-	case "-h", "-help", "--help":
-		action = "help"
-	case "--version":
-		action = "version"
-	case "--healthcheck":
-		action = "healthcheck"
-	}
-	if action == "" || len(args) > 1 {
-		return "", fmt.Errorf("raftstarter: unexpected arguments %q; configuration comes from the environment, see --help", args)
-	}
-	return action, nil
 }
 
 // untilSignal calls f and returns its error, or stopped if a signal asks to stop before f returns. f may hang, because it
@@ -272,11 +255,7 @@ func reloadForever(certs *reloaded[*certificates], tokens *reloaded[tokens], ask
 // warnOfOpenPorts logs what other machines can do without a token or a certificate.
 func warnOfOpenPorts(cfg *Config, log hclog.Logger) {
 	var open []string
-	host := func(addr string) net.IP {
-		host, _, _ := net.SplitHostPort(addr)
-		return net.ParseIP(host)
-	}
-	if !host(cfg.HTTPAddr).IsLoopback() {
+	if host, _, _ := net.SplitHostPort(cfg.HTTPAddr); !isLoopback(host) {
 		switch {
 		case cfg.HTTPTokenFile == "":
 			open = append(open, "whoever reaches the HTTP port can read and write: set HTTP_TOKEN_FILE")
@@ -284,8 +263,9 @@ func warnOfOpenPorts(cfg *Config, log hclog.Logger) {
 			open = append(open, "tokens cross the network in the clear: set the TLS files")
 		}
 	}
-	if cfg.TLSCertFile == "" && !host(cfg.RaftAddr).IsLoopback() {
-		open = append(open, "whoever reaches the Raft port can take the cluster over: set the TLS files, or let only the peers reach it")
+	if host, _, _ := net.SplitHostPort(cfg.RaftAddr); cfg.TLSCertFile == "" && !isLoopback(host) {
+		open = append(open, "whoever reaches the Raft port can take the cluster over: set the TLS files, or let only "+
+			"the peers reach it")
 	}
 	if len(open) > 0 {
 		log.Warn("open ports: " + strings.Join(open, "; "))
@@ -295,7 +275,7 @@ func warnOfOpenPorts(cfg *Config, log hclog.Logger) {
 // localURL returns the URL at which this machine reaches the HTTP port.
 func localURL(cfg *Config) string {
 	host, port, _ := net.SplitHostPort(cfg.HTTPAddr) // loadConfig has checked it
-	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+	if isUnspecified(host) {
 		host = "localhost"
 	}
 	scheme := "http"
