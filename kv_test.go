@@ -3,7 +3,6 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -25,16 +24,16 @@ func (kvService) routes(_ *Config, store *Store, machine StateMachine) []route {
 	return routes(store, machine.(*kvMachine))
 }
 
-// newKVNode is newTestNode with the key-value service.
-func newKVNode(t testing.TB, store string) *testNode {
+// newKVNode is newTestNode with the key-value service, in memory.
+func newKVNode(t testing.TB) *testNode {
 	t.Helper()
-	return newKVCluster(t, 1, store).nodes[0]
+	return newKVCluster(t, 1).nodes[0]
 }
 
 // newKVCluster is newTestCluster with the key-value service.
-func newKVCluster(t testing.TB, n int, store string) *testCluster {
+func newKVCluster(t testing.TB, n int) *testCluster {
 	t.Helper()
-	c := unstartedCluster(t, n, store)
+	c := unstartedCluster(t, n, storeMemory)
 	c.service = kvService{}
 	c.startAll()
 	return c
@@ -49,33 +48,13 @@ type kvClient struct {
 // kvOf returns a client of a node of such a cluster.
 func kvOf(n *testNode) *kvClient { return &kvClient{n.Store, n.machine.(*kvMachine)} }
 
-// kvWritten is what became of a successful write.
-type kvWritten struct {
-	Index uint64 // of its log entry
-	Tag   Tag
-}
-
-// errCondition says that a condition was not met.
-var errCondition = errors.New("the condition was not met")
-
-func (kv *kvClient) set(ctx context.Context, pairs []Pair, condition Condition) (kvWritten, error) {
-	return kv.apply(ctx, command{op: opSet, condition: condition, pairs: pairs})
-}
-
-func (kv *kvClient) delete(ctx context.Context, key string, condition Condition) (kvWritten, error) {
-	return kv.apply(ctx, command{op: opDelete, condition: condition, pairs: []Pair{{Key: key}}})
-}
-
-func (kv *kvClient) apply(ctx context.Context, c command) (kvWritten, error) {
-	result, err := kv.store.Apply(ctx, c.encode())
+// set sets pairs, all or none, and returns their tag.
+func (kv *kvClient) set(ctx context.Context, pairs ...Pair) (Tag, error) {
+	result, err := kv.store.Apply(ctx, command{op: opSet, pairs: pairs}.encode())
 	if err != nil {
-		return kvWritten{}, err
+		return 0, err
 	}
-	tag, err := decodeResult(result.Data)
-	if err == nil && tag == 0 {
-		err = errCondition
-	}
-	return kvWritten{result.Index, tag}, err
+	return decodeResult(result.Data)
 }
 
 func (kv *kvClient) get(ctx context.Context, key string, consistency Consistency) (item Item, err error) {
@@ -109,7 +88,7 @@ func (d *discard) WriteHeader(int)             {}
 
 // BenchmarkHandlers measures what this service adds to net/http for a request: routing, the state machine, the answer.
 func BenchmarkHandlers(b *testing.B) {
-	node := newKVNode(b, storeMemory)
+	node := newKVNode(b)
 	handler := node.server
 	value := `"` + strings.Repeat("x", 256) + `"`
 	for _, bm := range []struct{ name, method, target, body string }{
@@ -132,9 +111,9 @@ func BenchmarkHandlers(b *testing.B) {
 
 // BenchmarkStaleReadOverHTTP compares a stale read with what net/http alone needs for an answer of the same size.
 func BenchmarkStaleReadOverHTTP(b *testing.B) {
-	node := newKVNode(b, storeMemory)
+	node := newKVNode(b)
 	value := `"` + strings.Repeat("x", 256) + `"`
-	if _, err := kvOf(node).set(b.Context(), []Pair{{"k", value}}, Condition{}); err != nil {
+	if _, err := kvOf(node).set(b.Context(), Pair{"k", value}); err != nil {
 		b.Fatal(err)
 	}
 	answer := []byte(`{"k":` + value + `}`)

@@ -26,9 +26,9 @@ import (
 
 func TestListing(t *testing.T) {
 	t.Parallel()
-	c := newKVCluster(t, 3, storeMemory)
+	c := newKVCluster(t, 3)
 	pairs := []Pair{{"b", "1"}, {"a", "2"}, {"ab", "3"}, {"a/b", "4"}, {"a c", "5"}, {"é", "6"}, {`q"\`, "7"}, {"ab\x00", "[1.0]"}, {"a&b=+", "8"}}
-	if _, err := kvOf(c.nodes[0]).set(t.Context(), pairs, Condition{}); err != nil {
+	if _, err := kvOf(c.nodes[0]).set(t.Context(), pairs...); err != nil {
 		t.Fatal(err)
 	}
 	const all = `{"a":2,"a c":5,"a&b=+":8,"a/b":4,"ab":3,"ab\u0000":[1.0],"b":1,"q\"\\":7,"é":6}`
@@ -88,7 +88,7 @@ func TestListing(t *testing.T) {
 // Following Link from page to page gives every key once, whatever the pages' sizes.
 func TestListingPageByPage(t *testing.T) {
 	t.Parallel()
-	node := newKVNode(t, storeMemory)
+	node := newKVNode(t)
 	want := make(map[string]string)
 	var pairs []Pair
 	for i := range 40 {
@@ -96,7 +96,7 @@ func TestListingPageByPage(t *testing.T) {
 		want[key] = strings.Repeat("x", 400<<10)
 		pairs = append(pairs, Pair{key, `"` + want[key] + `"`})
 	}
-	if _, err := kvOf(node).set(t.Context(), pairs, Condition{}); err != nil {
+	if _, err := kvOf(node).set(t.Context(), pairs...); err != nil {
 		t.Fatal(err)
 	}
 	for _, limit := range []int{1, 7, 40, 1000} {
@@ -131,12 +131,12 @@ func TestListingPageByPage(t *testing.T) {
 // A listing is of one moment, and neither holds up what is written meanwhile nor sees it.
 func TestListingOfAStateThatChanges(t *testing.T) {
 	t.Parallel()
-	kv := kvOf(newKVNode(t, storeMemory))
+	kv := kvOf(newKVNode(t))
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	set := func(value string) {
 		t.Helper()
-		if _, err := kv.set(ctx, []Pair{{"a", value}, {"b", value}, {"c" + value, value}}, Condition{}); err != nil {
+		if _, err := kv.set(ctx, Pair{"a", value}, Pair{"b", value}, Pair{"c" + value, value}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -179,7 +179,7 @@ func TestListingsShareTheState(t *testing.T) {
 // A listing that gets no turn is refused in time, and one that nobody waits for at once.
 func TestListingWithoutATurn(t *testing.T) {
 	t.Parallel()
-	node := newKVNode(t, storeMemory)
+	node := newKVNode(t)
 	a := &api{node.Store, node.machine.(*kvMachine), make(chan struct{})} // which nobody takes a turn from
 	for _, patience := range []time.Duration{100 * time.Millisecond, time.Minute} {
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -197,7 +197,7 @@ func TestListingWithoutATurn(t *testing.T) {
 // Readers that do not read are ended, and hold up nobody: not even other listings, nor large values.
 func TestReadersThatDoNotRead(t *testing.T) {
 	t.Parallel()
-	node := newKVNode(t, storeMemory)
+	node := newKVNode(t)
 	value := `"` + strings.Repeat("x", 400<<10) + `"`
 	for i := range 10 {
 		put(t, node, fmt.Sprint("k", i), value)

@@ -75,7 +75,7 @@ func run(args []string, getenv func(string) string, sig signals, stdout, stderr 
 		}
 	}
 	if len(args) > 0 {
-		fmt.Fprintf(stderr, "raftstarter: unexpected arguments %q; configuration comes from the environment, see --help\n", args)
+		_, _ = fmt.Fprintf(stderr, "raftstarter: unexpected arguments %q; configuration comes from the environment, see --help\n", args)
 		return exitUsage
 	}
 	var cfg *Config
