@@ -48,13 +48,10 @@ type kvClient struct {
 // kvOf returns a client of a node of such a cluster.
 func kvOf(n *testNode) *kvClient { return &kvClient{n.Store, n.machine.(*kvMachine)} }
 
-// set sets pairs, all or none, and returns their tag.
-func (kv *kvClient) set(ctx context.Context, pairs ...Pair) (Tag, error) {
-	result, err := kv.store.Apply(ctx, command{op: opSet, pairs: pairs}.encode())
-	if err != nil {
-		return 0, err
-	}
-	return decodeResult(result.Data)
+// set sets pairs, all or none.
+func (kv *kvClient) set(ctx context.Context, pairs ...Pair) error {
+	_, err := kv.store.Apply(ctx, command{op: opSet, pairs: pairs}.encode())
+	return err
 }
 
 func (kv *kvClient) get(ctx context.Context, key string, consistency Consistency) (item Item, err error) {
@@ -113,7 +110,7 @@ func BenchmarkHandlers(b *testing.B) {
 func BenchmarkStaleReadOverHTTP(b *testing.B) {
 	node := newKVNode(b)
 	value := `"` + strings.Repeat("x", 256) + `"`
-	if _, err := kvOf(node).set(b.Context(), Pair{"k", value}); err != nil {
+	if err := kvOf(node).set(b.Context(), Pair{"k", value}); err != nil {
 		b.Fatal(err)
 	}
 	answer := []byte(`{"k":` + value + `}`)

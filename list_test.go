@@ -28,7 +28,7 @@ func TestListing(t *testing.T) {
 	t.Parallel()
 	c := newKVCluster(t, 3)
 	pairs := []Pair{{"b", "1"}, {"a", "2"}, {"ab", "3"}, {"a/b", "4"}, {"a c", "5"}, {"é", "6"}, {`q"\`, "7"}, {"ab\x00", "[1.0]"}, {"a&b=+", "8"}}
-	if _, err := kvOf(c.nodes[0]).set(t.Context(), pairs...); err != nil {
+	if err := kvOf(c.nodes[0]).set(t.Context(), pairs...); err != nil {
 		t.Fatal(err)
 	}
 	const all = `{"a":2,"a c":5,"a&b=+":8,"a/b":4,"ab":3,"ab\u0000":[1.0],"b":1,"q\"\\":7,"é":6}`
@@ -96,7 +96,7 @@ func TestListingPageByPage(t *testing.T) {
 		want[key] = strings.Repeat("x", 400<<10)
 		pairs = append(pairs, Pair{key, `"` + want[key] + `"`})
 	}
-	if _, err := kvOf(node).set(t.Context(), pairs...); err != nil {
+	if err := kvOf(node).set(t.Context(), pairs...); err != nil {
 		t.Fatal(err)
 	}
 	for _, limit := range []int{1, 7, 40, 1000} {
@@ -136,7 +136,7 @@ func TestListingOfAStateThatChanges(t *testing.T) {
 	defer cancel()
 	set := func(value string) {
 		t.Helper()
-		if _, err := kv.set(ctx, Pair{"a", value}, Pair{"b", value}, Pair{"c" + value, value}); err != nil {
+		if err := kv.set(ctx, Pair{"a", value}, Pair{"b", value}, Pair{"c" + value, value}); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -28,7 +28,7 @@ target=$(cd "$(dirname -- "$target")" && pwd)/$(basename -- "$target")
 cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # What is left out: the key-value service with its tests and documents, and how this project itself is tested and measured.
-left_out='^(fsm|http|list|kv|fuzz_http|example|walk)_test\.go$|^(fsm|http)\.go$|^test/|^testdata/fuzz/'
+left_out='^(fsm|http|list|kv|json|fuzz_http|example|walk)_test\.go$|^(fsm|http)\.go$|^test/|^testdata/fuzz/'
 left_out+='|^\.ci/|^_examples/|^_scripts/(mutants|k8s/|new\.sh|mutants\.sh|faults\.sh|bench\.sh|plot\.sh|image-test\.sh|k8s-test\.sh)'
 left_out+='|^(README|CHANGELOG|CONTRIBUTING|PERFORMANCE|RELIABILITY)\.md$|^docs/(api\.md|performance\.)'
 
