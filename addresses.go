@@ -24,8 +24,8 @@ const (
 	portRule = "a number from 1 to 65535"
 )
 
-// parsePeers reads PEERS and returns the peers in the order of their ids, and all problems. A peer with a bad address has
-// the address "".
+// parsePeers reads PEERS and returns the peers in the order of their ids, and all problems. A peer with a bad address
+// has the address "".
 func parsePeers(text string) (peers []Peer, problems []error) {
 	for i, entry := range strings.Split(text, ",") {
 		if entry = strings.TrimSpace(entry); entry == "" {
@@ -37,7 +37,8 @@ func parsePeers(text string) (peers []Peer, problems []error) {
 		if slices.ContainsFunc(peers, func(p Peer) bool { return p.ID == peer.ID }) {
 			whys = append(whys, "has the same id as one before it: give every node its own")
 		}
-		if peer.Addr != "" && slices.ContainsFunc(peers, func(p Peer) bool { return strings.EqualFold(p.Addr, peer.Addr) }) {
+		sameAddr := func(p Peer) bool { return strings.EqualFold(p.Addr, peer.Addr) }
+		if peer.Addr != "" && slices.ContainsFunc(peers, sameAddr) {
 			whys = append(whys, "has the same address as one before it: give every node its own")
 		}
 		for _, why := range whys {

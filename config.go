@@ -164,8 +164,8 @@ func (e *env) port(name, def string) string {
 	text := e.text(name, def)
 	port, ok := parsePort(text)
 	if strings.HasPrefix(text, "tcp://") {
-		e.problem("%s=%q is a Kubernetes service link, not a port: set enableServiceLinks: false in the pod, or %s to %s",
-			name, text, name, portRule)
+		e.problem("%s=%q is a Kubernetes service link, not a port: set enableServiceLinks: false in the pod, "+
+			"or %s to %s", name, text, name, portRule)
 	} else if !ok && text != "" {
 		e.invalid(name, "is not a port", portRule)
 	}
@@ -188,7 +188,8 @@ func (e *env) host(name, def string, parse func(string) (host, why string)) stri
 // directory reads a path. What a shell would have expanded, such as ~ or $HOME, is not expanded here.
 func (e *env) directory(name, def string) string {
 	dir := e.get(name)
-	if strings.HasPrefix(dir, "~") || strings.ContainsAny(dir, "\"'`$") || strings.ContainsFunc(dir, unicode.IsControl) {
+	control := strings.ContainsFunc(dir, unicode.IsControl)
+	if control || strings.HasPrefix(dir, "~") || strings.ContainsAny(dir, "\"'`$") {
 		e.invalid(name, "has quotes, control characters, a leading ~ or a $, which nobody has expanded",
 			"the path itself, such as /var/lib/raftstarter")
 	}
@@ -214,7 +215,8 @@ func loadConfig(getenv func(string) string, sys system) (*Config, error) {
 	}
 	c.HTTPAddr, c.RaftAddr = net.JoinHostPort(httpHost, httpPort), net.JoinHostPort(raftHost, raftPort)
 	e.identify(c, sys)
-	c.ReadConsistency = Consistency(e.word("READ_CONSISTENCY", string(Linearizable), string(Linearizable), string(Stale)))
+	const linearizable, stale = string(Linearizable), string(Stale)
+	c.ReadConsistency = Consistency(e.word("READ_CONSISTENCY", linearizable, linearizable, stale))
 	c.LogLevel = e.word("LOG_LEVEL", "info", "trace", "debug", "info", "warn", "error", "off")
 	c.LogFormat = e.word("LOG_FORMAT", "text", "text", "json")
 	c.MaxBodyBytes = int64(e.number("MAX_BODY_BYTES", 512<<10, 1, maxBodyBytes))
@@ -233,8 +235,8 @@ func loadConfig(getenv func(string) string, sys system) (*Config, error) {
 	return c, nil
 }
 
-// loadHealthcheck reads as much as it takes to ask the node that runs with the same environment whether it is alive. What
-// is wrong with other variables, or with files by now, does that node no harm.
+// loadHealthcheck reads as much as it takes to ask the node that runs with the same environment whether it is alive.
+// What is wrong with other variables, or with files by now, does that node no harm.
 func loadHealthcheck(getenv func(string) string) (*Config, error) {
 	e := &env{get: getenv}
 	host, port := e.httpAddr()
@@ -269,8 +271,8 @@ func (e *env) identify(c *Config, sys system) {
 	}
 	i := slices.IndexFunc(c.Peers, func(p Peer) bool { return p.ID == c.NodeID })
 	if i < 0 {
-		e.problem("%s is not in PEERS, which has %q: set NODE_ID to one of these, or add this node to PEERS on every node",
-			named, peerIDs(c.Peers))
+		e.problem("%s is not in PEERS, which has %q: set NODE_ID to one of these, or add this node to PEERS on every "+
+			"node", named, peerIDs(c.Peers))
 		return
 	}
 	c.RaftAdvertise = c.Peers[i].Addr
@@ -282,12 +284,13 @@ func (e *env) identify(c *Config, sys system) {
 func (c *Config) warnOfPeers(host, port string, sys system) {
 	warn := func(format string, args ...any) { c.Warnings = append(c.Warnings, fmt.Sprintf(format, args...)) }
 	if c.KVStore == storeMemory && len(c.Peers) == 2 {
-		warn(`KV_STORE="memory" and PEERS has two nodes: neither can outlive the other's restart, since one of two is no ` +
-			"majority: name three nodes in PEERS on every node, or set KV_STORE to boltdb")
+		warn(`KV_STORE="memory" and PEERS has two nodes: neither can outlive the other's restart, since one of two ` +
+			"is no majority: name three nodes in PEERS on every node, or set KV_STORE to boltdb")
 	}
 	entryHost, entryPort, _ := net.SplitHostPort(c.RaftAdvertise)
 	listenHost, listenPort, _ := net.SplitHostPort(c.RaftAddr)
-	const wins = "%s=%q differs from %q, this node's entry in PEERS, which wins: unset %[1]s, or correct PEERS on every node"
+	const wins = "%s=%q differs from %q, this node's entry in PEERS, which wins: unset %[1]s, or correct PEERS on " +
+		"every node"
 	if host != "" && !strings.EqualFold(host, entryHost) {
 		warn(wins, "RAFT_ADVERTISE_ADDR", host, c.RaftAdvertise)
 	}
@@ -295,17 +298,17 @@ func (c *Config) warnOfPeers(host, port string, sys system) {
 		warn(wins, "RAFT_ADVERTISE_PORT", port, c.RaftAdvertise)
 	}
 	if listenPort != entryPort && sys.owns(entryHost) {
-		warn("RAFT_PORT=%q is where this node listens, and %q, its entry in PEERS, is where the others look for it on this "+
-			"machine: set RAFT_PORT to %s, or correct PEERS on every node", listenPort, c.RaftAdvertise, entryPort)
+		warn("RAFT_PORT=%q is where this node listens, and %q, its entry in PEERS, is where the others look for it on "+
+			"this machine: set RAFT_PORT to %s, or correct PEERS on every node", listenPort, c.RaftAdvertise, entryPort)
 	}
 	if isLoopback(listenHost) && !isLoopback(entryHost) {
-		warn("RAFT_ADDR=%q can be reached from this machine alone, and %q, this node's entry in PEERS, is no such address: "+
-			"set RAFT_ADDR to 0.0.0.0 or to an address that the others reach", listenHost, c.RaftAdvertise)
+		warn("RAFT_ADDR=%q can be reached from this machine alone, and %q, this node's entry in PEERS, is no such "+
+			"address: set RAFT_ADDR to 0.0.0.0 or to an address that the others reach", listenHost, c.RaftAdvertise)
 	}
 }
 
-// readFile returns the content of the file that variable name is set to, nil if it is unset. A secret should be readable
-// by this user only.
+// readFile returns the content of the file that variable name is set to, nil if it is unset. A secret should be
+// readable by this user only.
 func (e *env) readFile(c *Config, name string, secret bool) []byte {
 	path := e.get(name)
 	if path == "" {
@@ -316,8 +319,8 @@ func (e *env) readFile(c *Config, name string, secret bool) []byte {
 		e.invalid(name, "will not do: "+err.Error(),
 			"a file that holds something, that this user can read and that not everybody can write")
 	} else if secret && mode&0o004 != 0 {
-		c.Warnings = append(c.Warnings, fmt.Sprintf("%s=%q can be read by every user of this machine (its mode is %#o): "+
-			"chmod o-r it", name, path, mode.Perm()))
+		c.Warnings = append(c.Warnings, fmt.Sprintf("%s=%q can be read by every user of this machine (its mode is "+
+			"%#o): chmod o-r it", name, path, mode.Perm()))
 	}
 	return content
 }
@@ -357,7 +360,8 @@ func (c *Config) logPairs() []any {
 		"peers", strings.Join(peers, ","), "read_consistency", string(c.ReadConsistency),
 		"log_level", c.LogLevel, "log_format", c.LogFormat, "max_body_bytes", c.MaxBodyBytes,
 		"snapshot_threshold", c.SnapshotThreshold, "snapshot_interval", c.SnapshotInterval.String(),
-		"trailing_logs", c.TrailingLogs, "shutdown_timeout", c.ShutdownTimeout.String(), "http_token_file", c.HTTPTokenFile,
-		"tls_cert_file", c.TLSCertFile, "tls_key_file", c.TLSKeyFile, "tls_ca_file", c.TLSCAFile,
+		"trailing_logs", c.TrailingLogs, "shutdown_timeout", c.ShutdownTimeout.String(),
+		"http_token_file", c.HTTPTokenFile, "tls_cert_file", c.TLSCertFile,
+		"tls_key_file", c.TLSKeyFile, "tls_ca_file", c.TLSCAFile,
 	}
 }

@@ -84,8 +84,8 @@ func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
 		}
 	}
 	if m.lastTag == 0 {
-		// The counter begins at the clock, in microseconds. A cluster that begins anew after a loss of all state thus begins
-		// above every tag given out before, because no cluster executes a command in each microsecond.
+		// The counter begins at the clock, in microseconds. A cluster that begins anew after a loss of all state thus
+		// begins above every tag given out before, because no cluster executes a command in each microsecond.
 		m.lastTag = Tag(at.UnixMicro())
 	}
 	m.lastTag++
@@ -107,9 +107,9 @@ func decodeResult(result []byte) (Tag, error) {
 	return Tag(binary.BigEndian.Uint64(result)), nil
 }
 
-// The format of a snapshot, on disk and between nodes: the last tag and the number of keys, as 8 bytes each, big-endian.
-// Then for every key, in byte order: the length of the key, the key, the length of the value, the value, and the tag.
-// Lengths and tags are uvarints.
+// The format of a snapshot, on disk and between nodes: the last tag and the number of keys, as 8 bytes each,
+// big-endian. Then for every key, in byte order: the length of the key, the key, the length of the value, the value,
+// and the tag. Lengths and tags are uvarints.
 
 // Snapshot captures the state in constant time: the copy shares every tree node that is not written to later.
 func (m *kvMachine) Snapshot() func(io.Writer) error {
@@ -171,9 +171,9 @@ func readBytes(r *bufio.Reader, buf []byte) ([]byte, error) {
 }
 
 // The format of a command, in the log and between nodes: a version byte, a byte for the operation, the condition, the
-// number of pairs, and for each pair the length of the key, the key, and (to set it) the length of the value and the value.
-// A condition is a byte of the bits below, then for each set that exists the number of its tags, and the tags. Numbers are
-// uvarints.
+// number of pairs, and for each pair the length of the key, the key, and (to set it) the length of the value and the
+// value. A condition is a byte of the bits below, then for each set that exists the number of its tags, and the tags.
+// Numbers are uvarints.
 const commandVersion = 1
 
 type operation byte

@@ -3,7 +3,6 @@ package main
 import (
 	"net/http"
 	"net/url"
-	"slices"
 	"strconv"
 	"strings"
 )
@@ -33,13 +32,19 @@ type endpoint struct {
 
 func (rt *route) register(m *metrics) {
 	rt.methods = make(map[string]endpoint)
-	names := []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete}
-	for i, handle := range []handlerFunc{rt.get, rt.get, rt.post, rt.put, rt.delete} {
+	var allow []string
+	add := func(method string, handle handlerFunc) {
 		if handle != nil {
-			rt.methods[names[i]] = endpoint{handle, m.series(rt.path, names[i])}
+			rt.methods[method] = endpoint{handle, m.series(rt.path, method)}
+			allow = append(allow, method)
 		}
 	}
-	rt.allow = strings.Join(slices.DeleteFunc(names, func(name string) bool { return rt.methods[name].handle == nil }), ", ")
+	add(http.MethodGet, rt.get)
+	add(http.MethodHead, rt.get)
+	add(http.MethodPost, rt.post)
+	add(http.MethodPut, rt.put)
+	add(http.MethodDelete, rt.delete)
+	rt.allow = strings.Join(allow, ", ")
 }
 
 // applyCommand has the state machine execute command and returns its result. The answer gets the header Raft-Index.

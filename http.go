@@ -153,7 +153,8 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	// The wait for a leader comes before the wait for other listings: a listing that needs no leader must not wait for one.
+	// The wait for a leader comes before the wait for other listings: a listing that needs no leader must not wait for
+	// one.
 	if err := readState(w, r, a.store, l.query, func() {}); err != nil {
 		return err
 	}
@@ -242,8 +243,8 @@ func readTarget(r *http.Request) (key string, c Condition, err error) {
 	if _, err = readQuery(r); err != nil {
 		return "", c, err
 	}
-	err = rejectHeaders(r, "keys have no time of modification; use If-Match", "If-Unmodified-Since", "If-Modified-Since")
-	if err != nil {
+	if err := rejectHeaders(r, "keys have no time of modification; use If-Match",
+		"If-Unmodified-Since", "If-Modified-Since"); err != nil {
 		return "", c, err
 	}
 	if c.Match, err = readTags(r, "If-Match", false); err != nil {
@@ -276,8 +277,8 @@ func checkKey(key string) error {
 
 // cachedTags returns the tags of the answers that the client has in its cache, nil for none.
 func cachedTags(r *http.Request) (*Tags, error) {
-	err := rejectHeaders(r, "a GET changes nothing; If-None-Match is the precondition for it", "If-Match", "If-Unmodified-Since")
-	if err != nil {
+	if err := rejectHeaders(r, "a GET changes nothing; If-None-Match is the precondition for it",
+		"If-Match", "If-Unmodified-Since"); err != nil {
 		return nil, err
 	}
 	return readTags(r, "If-None-Match", true)
@@ -302,7 +303,8 @@ func readTags(r *http.Request, header string, weak bool) (*Tags, error) {
 		isWeak := strings.HasPrefix(rest, "W/")
 		opaque, after, ok := cutTag(strings.TrimPrefix(rest, "W/"))
 		if !ok {
-			return nil, badRequest(`%s: %q is neither * nor a list of entity tags such as "17"`, header, strings.Join(values, ","))
+			return nil, badRequest(`%s: %q is neither * nor a list of entity tags such as "17"`,
+				header, strings.Join(values, ","))
 		}
 		n, err := strconv.ParseUint(opaque, 10, 64)
 		if err == nil && strconv.FormatUint(n, 10) == opaque && (weak || !isWeak) {
@@ -366,7 +368,8 @@ func members(object []byte) ([]Pair, error) {
 	slices.SortFunc(pairs, func(a, b Pair) int { return strings.Compare(a.Key, b.Key) })
 	for i := range pairs[min(1, len(pairs)):] {
 		if pairs[i].Key == pairs[i+1].Key {
-			return nil, badRequest("the key %.40q is given more than once; which value is meant cannot be known", pairs[i].Key)
+			return nil, badRequest("the key %.40q is given more than once; which value is meant cannot be known",
+				pairs[i].Key)
 		}
 	}
 	return pairs, nil

@@ -201,8 +201,8 @@ func FuzzCommand(f *testing.F) {
 	})
 }
 
-// A snapshot's content, behind the checksums that would keep most foreign bytes out. A string of it may announce as much as
-// a request may hold, and there are two.
+// A snapshot's content, behind the checksums that would keep most foreign bytes out. A string of it may announce as
+// much as a request may hold, and there are two.
 func FuzzSnapshot(f *testing.F) {
 	written := func(tb testing.TB, m *kvMachine) []byte {
 		tb.Helper()

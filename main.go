@@ -42,8 +42,8 @@ const (
 const lastRequests = 500 * time.Millisecond
 
 // ballastBytes are allocated and never touched, so they take no memory. The garbage collector counts them, and lets as
-// much more garbage pile up before it runs: with a small state under load it would else run dozens of times a second. It
-// counts them towards GOMEMLIMIT, too, which is therefore raised by as much.
+// much more garbage pile up before it runs: with a small state under load it would else run dozens of times a second.
+// It counts them towards GOMEMLIMIT, too, which is therefore raised by as much.
 const ballastBytes = 24 << 20
 
 func main() {
@@ -75,7 +75,8 @@ func run(args []string, getenv func(string) string, sig signals, stdout, stderr 
 		}
 	}
 	if len(args) > 0 {
-		_, _ = fmt.Fprintf(stderr, "raftstarter: unexpected arguments %q; configuration comes from the environment, see --help\n", args)
+		_, _ = fmt.Fprintf(stderr, "raftstarter: unexpected arguments %q; configuration comes from the environment, "+
+			"see --help\n", args)
 		return exitUsage
 	}
 	var cfg *Config
@@ -101,8 +102,8 @@ func run(args []string, getenv func(string) string, sig signals, stdout, stderr 
 	return exitOK
 }
 
-// untilSignal calls f and returns its error, or stopped if a signal asks to stop before f returns. f may hang, because it
-// reads files, which may be on a network file system, or asks a name server.
+// untilSignal calls f and returns its error, or stopped if a signal asks to stop before f returns. f may hang, because
+// it reads files, which may be on a network file system, or asks a name server.
 func untilSignal(sig signals, f func() error) (stopped bool, err error) {
 	done := make(chan error, 1)
 	go func() { done <- f() }() // if it hangs, until the process ends
@@ -201,8 +202,8 @@ func (n *node) run(listener net.Listener) error {
 	}
 }
 
-// shutdown lets requests under way finish, hands leadership over and stops Raft, all within SHUTDOWN_TIMEOUT. If that is
-// not enough the node ends all the same, without an error: nothing that was acknowledged can be lost.
+// shutdown lets requests under way finish, hands leadership over and stops Raft, all within SHUTDOWN_TIMEOUT. If that
+// is not enough the node ends all the same, without an error: nothing that was acknowledged can be lost.
 func (n *node) shutdown() error {
 	timeout := n.cfg.ShutdownTimeout
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
@@ -210,8 +211,8 @@ func (n *node) shutdown() error {
 	n.handler.stopping.Store(true)
 	done := make(chan error, 1)
 	go func() {
-		// Answers close their connections from now on. An idle connection stays open for a moment, because a request may be
-		// on its way on it.
+		// Answers close their connections from now on. An idle connection stays open for a moment, because a request
+		// may be on its way on it.
 		time.Sleep(min(lastRequests, timeout/8))
 		// Requests hang where there is no majority. They must leave time for the steps after this.
 		drain, cancel := context.WithTimeout(ctx, timeout*2/3)
@@ -285,8 +286,8 @@ func localURL(cfg *Config) string {
 	return scheme + "://" + net.JoinHostPort(host, port)
 }
 
-// checkHealth asks the node that runs with the same environment whether it is alive. It accepts any certificate, because
-// that of a live node may have expired, and sends no secret.
+// checkHealth asks the node that runs with the same environment whether it is alive. It accepts any certificate,
+// because that of a live node may have expired, and sends no secret.
 func checkHealth(getenv func(string) string) error {
 	cfg, err := loadHealthcheck(getenv)
 	if err != nil {
@@ -295,7 +296,7 @@ func checkHealth(getenv func(string) string) error {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()
 	client := &http.Client{Transport: &http.Transport{ // without a proxy
-		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true}, //nolint:gosec // see above
+		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true}, //nolint:gosec // as said
 	}}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, localURL(cfg)+"/livez", http.NoBody)
 	if err != nil {

@@ -44,7 +44,8 @@ type series struct {
 
 func newMetrics() *metrics {
 	registry := prometheus.NewRegistry()
-	registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	registry.MustRegister(collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	register := promauto.With(registry)
 	counter := func(name, help string) prometheus.Counter {
 		return register.NewCounter(prometheus.CounterOpts{Name: metricsPrefix + name, Help: help})
@@ -60,18 +61,20 @@ func newMetrics() *metrics {
 			Name: metricsPrefix + "http_requests_total", Help: "HTTP requests answered.",
 		}, []string{"route", "method", "status"}),
 		latency: register.NewHistogramVec(prometheus.HistogramOpts{
-			Name: metricsPrefix + "http_request_duration_seconds", Help: "From a request's header to its answer.", Buckets: times,
+			Name: metricsPrefix + "http_request_duration_seconds", Help: "From a request's header to its answer.",
+			Buckets: times,
 		}, []string{"route", "method"}),
 		leaderChanges: counter("leader_changes_total", "How often this node heard of another leader than before."),
-		commit:        histogram("commit_duration_seconds", "On the leader, from appending a log entry to its execution.", times),
-		apply:         histogram("apply_duration_seconds", "Executing the commands of one log entry.", times),
-		stored:        histogram("log_store_duration_seconds", "With boltdb, storing log entries on the disk (fsync).", times),
-		batch:         histogram("entry_commands", "Commands in one log entry, as it is executed.", sizes),
-		round:         histogram("read_round_reads", "Linearizable reads that shared one confirmation round.", sizes),
-		forwarded:     counter("forwarded_commands_total", "Commands forwarded to the leader."),
-		refusals:      counter("peer_refusals_total", "Connections to the Raft port that were refused, or too many."),
-		crowded:       counter("http_crowded_connections_total", "Connections to the HTTP port closed because of too many."),
-		dropped:       counter("log_lines_dropped_total", "Lines of the log that stderr did not take in time, or at all."),
+		commit: histogram("commit_duration_seconds",
+			"On the leader, from appending a log entry to its execution.", times),
+		apply:     histogram("apply_duration_seconds", "Executing the commands of one log entry.", times),
+		stored:    histogram("log_store_duration_seconds", "With boltdb, storing entries on disk (fsync).", times),
+		batch:     histogram("entry_commands", "Commands in one log entry, as it is executed.", sizes),
+		round:     histogram("read_round_reads", "Linearizable reads that shared one confirmation round.", sizes),
+		forwarded: counter("forwarded_commands_total", "Commands forwarded to the leader."),
+		refusals:  counter("peer_refusals_total", "Connections to the Raft port that were refused, or too many."),
+		crowded:   counter("http_crowded_connections_total", "HTTP connections closed because of too many."),
+		dropped:   counter("log_lines_dropped_total", "Lines of the log that could not be written to stderr."),
 	}
 }
 
@@ -98,8 +101,8 @@ func zeroOrOne(is func() bool) func() float64 {
 	}
 }
 
-// collectRaft adds the metrics of the raft and raft-boltdb packages. They know only one sink for the whole process: that
-// of armon/go-metrics, unless they are built with the tag hashicorpmetrics.
+// collectRaft adds the metrics of the raft and raft-boltdb packages. They know only one sink for the whole process:
+// that of armon/go-metrics, unless they are built with the tag hashicorpmetrics.
 func (m *metrics) collectRaft() error {
 	sink, err := raftsink.NewPrometheusSinkFrom(raftsink.PrometheusOpts{Registerer: m.registry})
 	if err != nil {

@@ -12,7 +12,8 @@ import (
 	"unicode/utf8"
 )
 
-// This file reads requests: path, query and body. What it returns as errors are *httpError, with a status for the client.
+// This file reads requests: path, query and body. What it returns as errors are *httpError, with a status for the
+// client.
 
 // rawPath returns the path as it was sent. URL.Path is decoded, which loses the difference between / and %2F, and
 // URL.EscapedPath encodes again what the client should have encoded.
@@ -118,5 +119,6 @@ func (b requestBody) Read(p []byte) (int, error) {
 }
 
 func errTooLarge(limit int64) error {
-	return statusError(http.StatusRequestEntityTooLarge, "the body has more than %d bytes, the limit set by MAX_BODY_BYTES", limit)
+	return statusError(http.StatusRequestEntityTooLarge,
+		"the body has more than %d bytes, the limit set by MAX_BODY_BYTES", limit)
 }

@@ -73,9 +73,9 @@ func (a *response) FlushError() error {
 	return http.NewResponseController(a.ResponseWriter).Flush()
 }
 
-// delayClose is called before an answer to a client that may still be sending. If net/http closed the connection at once,
-// the client's system would discard the answer. After a MaxBytesReader has met its limit it waits half a second, so here
-// is one that meets it.
+// delayClose is called before an answer to a client that may still be sending. If net/http closed the connection at
+// once, the client's system would discard the answer. After a MaxBytesReader has met its limit it waits half a second,
+// so here is one that meets it.
 func (a *response) delayClose() {
 	_, _ = http.MaxBytesReader(a.ResponseWriter, io.NopCloser(strings.NewReader("x")), 0).Read(make([]byte, 1))
 }

@@ -17,8 +17,8 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// This file serves HTTP for any state machine: limits, tokens, web origins, panics, metrics, probes and status. The routes
-// of this service are in http.go.
+// This file serves HTTP for any state machine: limits, tokens, web origins, panics, metrics, probes and status. The
+// routes of this service are in http.go.
 
 const (
 	maxHeader     = 12 << 10         // bytes; net/http reads 4 KiB more; a key of 1024 bytes is 3 KiB in a path
@@ -44,7 +44,9 @@ type server struct {
 	stopping atomic.Bool // the node shuts down, and says so to load balancers
 }
 
-func newServer(cfg *Config, store *Store, tokens *reloaded[tokens], m *metrics, log hclog.Logger, routes []route) *server {
+func newServer(
+	cfg *Config, store *Store, tokens *reloaded[tokens], m *metrics, log hclog.Logger, routes []route,
+) *server {
 	s := &server{
 		cfg: cfg, store: store, tokens: tokens, metrics: m, log: log,
 		origins: http.NewCrossOriginProtection(), servedBy: []string{cfg.NodeID},
@@ -141,8 +143,8 @@ func (s *server) find(path string) *route {
 	return &route{path: "none"}
 }
 
-// handle checks whether the client may send such a request, and calls the handler, which is nil for a method that is not
-// allowed. A panic of the handler is returned as an error.
+// handle checks whether the client may send such a request, and calls the handler, which is nil for a method that is
+// not allowed. A panic of the handler is returned as an error.
 func (s *server) handle(a *response, r *http.Request, rt *route, handler handlerFunc) (err error) {
 	h := a.Header()
 	h["X-Content-Type-Options"] = noSniff
@@ -175,7 +177,8 @@ func (s *server) handle(a *response, r *http.Request, rt *route, handler handler
 		return handler(a, r)
 	}
 	a.client.waits(time.Now(), 1)
-	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout) // includes the body's arrival, which the Store does not see
+	// The Store's own time limit begins only when the body has arrived.
+	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
 	defer cancel()
 	r = r.WithContext(ctx)
 	r.Body = requestBody{http.MaxBytesReader(a.ResponseWriter, r.Body, s.cfg.MaxBodyBytes), a}

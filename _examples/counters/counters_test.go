@@ -16,8 +16,8 @@ func (countersService) routes(_ *Config, store *Store, machine StateMachine) []r
 	return routes(store, machine.(*counters))
 }
 
-// Three nodes in this process count while the leader stops and another one takes over. c.cut(i, linkCut) would cut node i
-// off instead, c.start(i) starts it again.
+// Three nodes in this process count while the leader stops and another one takes over. c.cut(i, linkCut) would cut node
+// i off instead, c.start(i) starts it again.
 func TestCountersWhileTheLeaderStops(t *testing.T) {
 	c := unstartedCluster(t, 3, storeMemory)
 	c.service = countersService{}
@@ -35,7 +35,9 @@ func TestCountersWhileTheLeaderStops(t *testing.T) {
 	if a := request(t, http.MethodGet, node.url+"/counter/visits", ""); a.status != http.StatusOK || a.body != "10" {
 		t.Errorf("got %v; want 10", a)
 	}
-	for target, want := range map[string]int{"/counter/none": 404, "/counter/": 404, "/counter/a/b": 404, "/counters?x=1": 400} {
+	for target, want := range map[string]int{
+		"/counter/none": 404, "/counter/": 404, "/counter/a/b": 404, "/counters?x=1": 400,
+	} {
 		if a := request(t, http.MethodGet, node.url+target, ""); a.status != want {
 			t.Errorf("GET %s: got %v; want %d", target, a, want)
 		}
@@ -69,7 +71,8 @@ func TestCountersSnapshot(t *testing.T) {
 		t.Fatal(err)
 	}
 	install()
-	if err := restored.Snapshot()(&second); err != nil || restored.Len() != 2 || !bytes.Equal(first.Bytes(), second.Bytes()) {
+	err = restored.Snapshot()(&second)
+	if err != nil || restored.Len() != 2 || !bytes.Equal(first.Bytes(), second.Bytes()) {
 		t.Errorf("restored: got %v; want %v", restored.values, m.values)
 	}
 	for _, bad := range []string{`{"op":"multiply"}`, `{`, ``} {

@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// This file is a state machine: counters with names, none of which is ever negative. Commands, results and snapshots are
-// JSON, which is the shortest to write; a format of your own (see codec.go) is faster.
+// This file is a state machine: counters with names, none of which is ever negative. Commands, results and snapshots
+// are JSON, which is the shortest to write; a format of your own (see codec.go) is faster.
 
 // counters is the state. It is a StateMachine, so it needs no locks.
 type counters struct {
