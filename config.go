@@ -307,10 +307,9 @@ func (c *Config) warnOfPeers(host, port string, sys system) {
 	}
 }
 
-// readFile returns the content of the file that variable name is set to, nil if it is unset. A secret should be
+// readFile returns the content of the file that the variable name is set to, nil if path is "". A secret should be
 // readable by this user only.
-func (e *env) readFile(c *Config, name string, secret bool) []byte {
-	path := e.get(name)
+func (e *env) readFile(c *Config, name, path string, secret bool) []byte {
 	if path == "" {
 		return nil
 	}
@@ -327,14 +326,15 @@ func (e *env) readFile(c *Config, name string, secret bool) []byte {
 
 // checkFiles reports what is wrong with the files of tokens, certificates and keys. main reads them again to use them.
 func (e *env) checkFiles(c *Config) {
-	if content := e.readFile(c, "HTTP_TOKEN_FILE", true); content != nil {
+	if content := e.readFile(c, "HTTP_TOKEN_FILE", c.HTTPTokenFile, true); content != nil {
 		if _, err := parseTokens(c.HTTPTokenFile, content); err != nil {
 			e.problem("HTTP_TOKEN_FILE: %w", err)
 		}
 	}
 	before := len(e.problems)
-	cert, key := e.readFile(c, "TLS_CERT_FILE", false), e.readFile(c, "TLS_KEY_FILE", true)
-	authority := e.readFile(c, "TLS_CA_FILE", false)
+	cert := e.readFile(c, "TLS_CERT_FILE", c.TLSCertFile, false)
+	key := e.readFile(c, "TLS_KEY_FILE", c.TLSKeyFile, true)
+	authority := e.readFile(c, "TLS_CA_FILE", c.TLSCAFile, false)
 	readable := len(e.problems) == before
 	set := c.TLSCertFile != "" && c.TLSKeyFile != "" && c.TLSCAFile != ""
 	switch {
