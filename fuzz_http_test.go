@@ -215,7 +215,7 @@ func FuzzRequest(f *testing.F) {
 	f.Add("DELETE", "/key/k", `"1"`, "", []byte{})
 	f.Add("BREW\r\nX: y", "//key/../status?%", "", "", []byte("x"))
 	f.Add("HEAD", "/metrics", "", "", []byte{})
-	node := newKVNode(f, storeMemory)
+	node := newKVNode(f)
 	f.Fuzz(func(t *testing.T, method, target, match, noneMatch string, body []byte) {
 		u, err := url.ParseRequestURI(target)
 		if err != nil {
@@ -283,7 +283,7 @@ func FuzzListing(f *testing.F) {
 	for _, query := range []string{"prefix=", "prefix=a&limit=2", "after=a%2Fb", "limit=3", "limit=0", "limit=1&limit=1", "prefix=a;after=b", "prefix=%ff", "%zz", "consistency=stale&after=é", "x=1"} {
 		f.Add(query)
 	}
-	node := newKVNode(f, storeMemory)
+	node := newKVNode(f)
 	values := make(map[string]json.RawMessage)
 	for i, key := range []string{"a", "a/b", "a/b/c", "a b", "b", "é", "\x00", `"`, "a+b", "a&b=c", "%", "zz"} {
 		values[key] = json.RawMessage(strconv.Itoa(i))

@@ -62,7 +62,7 @@ func nested(open, end string, depth int) string {
 }
 
 func TestValuesComeBackByteForByte(t *testing.T) {
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	values := map[string]string{
 		"object": `{"a":{},"b":[]}`, "array": `[1,"2",null,true]`, "string": `"text"`, "empty string": `""`,
 		"true": `true`, "false": `false`, "null": `null`, "zero": `0`, "negative zero": `-0`,
@@ -99,7 +99,7 @@ func TestValuesComeBackByteForByte(t *testing.T) {
 }
 
 func TestReadAndDelete(t *testing.T) {
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	t.Run("missing or null", func(t *testing.T) {
 		if a := wantValue(t, n, "null", "null"); a.header["Etag"] != nil {
 			t.Errorf("missing: got %v; want no ETag", a.header)
@@ -140,7 +140,7 @@ func TestReadAndDelete(t *testing.T) {
 
 func TestTagsAndIndexesGrow(t *testing.T) {
 	before := uint64(time.Now().UnixMicro())
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	first := put(t, n, "a", "1")
 	if after := uint64(time.Now().UnixMicro()); first < before || first > after {
 		t.Errorf("first tag: got %d; want the wall clock in microseconds, from %d to %d", first, before, after)
@@ -172,7 +172,7 @@ func TestTagsAndIndexesGrow(t *testing.T) {
 }
 
 func TestBadBodies(t *testing.T) {
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	notJSON := map[string]string{
 		"empty": "", "white space": " \n", "bare word": "nil", "unfinished": `{"k":1`, "trailing garbage": `{"k":1}x`,
 		"second value": `{"k":1} {"k":2}`, "trailing comma": `{"k":1,}`, "name without quotes": `{k:1}`,
@@ -240,7 +240,7 @@ func TestBadBodies(t *testing.T) {
 }
 
 func TestKeys(t *testing.T) {
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	long := strings.Repeat("k", maxKeyBytes)
 	tests := []struct{ name, path, json, key string }{
 		{"slash", "a/b", `a/b`, "a/b"},
@@ -322,7 +322,7 @@ func TestKeys(t *testing.T) {
 }
 
 func TestRoutes(t *testing.T) {
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	methods := []string{
 		http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete,
 		http.MethodPatch, http.MethodOptions, http.MethodTrace, http.MethodConnect, "get", "PROPFIND",
@@ -362,7 +362,7 @@ func TestRoutes(t *testing.T) {
 }
 
 func TestPreconditions(t *testing.T) {
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	const match, none = "If-Match", "If-None-Match"
 	type test struct {
 		name              string
@@ -485,7 +485,7 @@ func TestPreconditions(t *testing.T) {
 }
 
 func TestWritesAtOnce(t *testing.T) {
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	const writers = 16
 	for _, tt := range []struct {
 		name, header, tag string
@@ -522,7 +522,7 @@ func TestWritesAtOnce(t *testing.T) {
 }
 
 func TestConsistencyParameter(t *testing.T) {
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	put(t, n, "k", "1")
 	for query, status := range map[string]int{
 		"": 200, "?": 200, "?consistency=linearizable": 200, "?consistency=stale": 200, "?%63onsistency=%73tale": 200,
@@ -544,7 +544,7 @@ func TestConsistencyParameter(t *testing.T) {
 
 // A parameter that is not known is no request for what is known: the write does not happen, the listing is not another.
 func TestUnknownParameters(t *testing.T) {
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	put(t, n, "k", "1")
 	tests := []struct {
 		method, target, body string
@@ -645,7 +645,7 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 			t.Errorf("no test for %v", row.err)
 		}
 	}
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	for tested, status := range statuses {
 		t.Run(tested.Error(), func(t *testing.T) {
 			outcome := "not-applied"
@@ -673,7 +673,7 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 }
 
 func TestStatusAndHealth(t *testing.T) {
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	want(t, n, 200, http.MethodGet, "/livez", "")
 	want(t, n, 200, http.MethodGet, "/readyz", "")
 	put(t, n, "a", "1")
@@ -717,7 +717,7 @@ func TestStatusAndHealth(t *testing.T) {
 }
 
 func TestSlowRequestsAreCutOff(t *testing.T) {
-	n := newKVNode(t, storeMemory)
+	n := newKVNode(t)
 	server := n.server.listener()
 	header, all := server.ReadHeaderTimeout, server.ReadTimeout
 	if header <= 0 || header > 30*time.Second || all <= 0 || all > 15*time.Second {

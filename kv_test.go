@@ -23,10 +23,10 @@ func (kvService) routes(cfg *Config, store *Store, machine StateMachine) []route
 	return routes(cfg, store, machine.(*kvMachine))
 }
 
-// newKVNode is newTestNode with the key-value service.
-func newKVNode(t testing.TB, store string) *testNode {
+// newKVNode starts a cluster of one node that runs the key-value service, in memory.
+func newKVNode(t testing.TB) *testNode {
 	t.Helper()
-	return newKVCluster(t, 1, store).nodes[0]
+	return newKVCluster(t, 1, storeMemory).nodes[0]
 }
 
 // newKVCluster is newTestCluster with the key-value service.
@@ -67,7 +67,7 @@ func (d *discard) WriteHeader(int)             {}
 
 // BenchmarkHandlers measures what this service adds to net/http for a request: routing, the state machine, the answer.
 func BenchmarkHandlers(b *testing.B) {
-	node := newKVNode(b, storeMemory)
+	node := newKVNode(b)
 	handler := node.server
 	value := `"` + strings.Repeat("x", 256) + `"`
 	for _, bm := range []struct{ name, method, target, body string }{
@@ -90,7 +90,7 @@ func BenchmarkHandlers(b *testing.B) {
 
 // BenchmarkStaleReadOverHTTP compares a stale read with what net/http alone needs for an answer of the same size.
 func BenchmarkStaleReadOverHTTP(b *testing.B) {
-	node := newKVNode(b, storeMemory)
+	node := newKVNode(b)
 	value := `"` + strings.Repeat("x", 256) + `"`
 	if _, err := kvOf(node).Set(b.Context(), []Pair{{"k", value}}, Condition{}); err != nil {
 		b.Fatal(err)
