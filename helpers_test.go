@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"net"
 	"net/http/httptest"
@@ -15,6 +16,14 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 )
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue { // tests mostly wait, for timeouts
+		_ = f.Value.Set("4")
+	}
+	os.Exit(m.Run())
+}
 
 // waitFor waits until condition holds, and fails the test if it does not within 15 s.
 func waitFor(t testing.TB, what string, condition func() bool) {

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,9 +13,6 @@ import (
 	"os"
 	"runtime"
 	"strings"
-	"sync"
-	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -240,94 +236,6 @@ func TestReadersThatDoNotRead(t *testing.T) {
 			t.Fatalf("got %d bytes, %v, of an answer that nobody read; want its connection closed", n, err)
 		}
 	}
-}
-
-// 3,000 listings at once, at the manifests' limit of memory, beside 800 clients that do not read a large value: those that
-// get no turn are refused, and who reads one key is answered in time.
-func TestProcessManyListings(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("memory is read from /proc")
-	}
-	p := newProc(t, map[string]string{"GOMEMLIMIT": "384MiB", "KV_STORE": storeMemory})
-	startAll(p)
-	value := `"` + strings.Repeat("x", 400) + `"`
-	for i := range 10 {
-		body := make([]string, 1000)
-		for j := range body {
-			body[j] = fmt.Sprintf(`"k%d%03d":%s`, i, j, value)
-		}
-		p.expect(http.StatusOK, http.MethodPost, "/key", "{"+strings.Join(body, ",")+"}")
-	}
-	p.put("large", `"`+strings.Repeat("x", 500<<10)+`"`)
-	ask := func(target string) (net.Conn, error) {
-		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", p.env["HTTP_ADDR"]+":"+p.env["HTTP_PORT"])
-		if err != nil {
-			return nil, err
-		}
-		_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
-		_, err = io.WriteString(conn, requestText(http.MethodGet, target, ""))
-		return conn, err
-	}
-	for range 800 { // who do not read what they have asked for
-		conn, err := ask("/key/large")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-	}
-	list := func() (status int, size int64, err error) { // of a client that keeps nothing, for there are many of them
-		conn, err := ask("/key?prefix=k&limit=10000")
-		if err != nil {
-			return 0, 0, err
-		}
-		defer conn.Close()
-		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		if err != nil {
-			return 0, 0, err
-		}
-		defer response.Body.Close()
-		size, err = io.Copy(io.Discard, response.Body)
-		return response.StatusCode, size, err
-	}
-	var answered, refused, failed atomic.Int64
-	var listings, reads sync.WaitGroup
-	done := make(chan struct{})
-	reads.Go(func() {
-		for ended := false; !ended; {
-			began := time.Now()
-			a, err := p.ask(http.MethodGet, "/key/k0000", "")
-			if took := time.Since(began); err != nil || a.status != http.StatusOK || took > 5*time.Second {
-				t.Errorf("a read of one key: got %d, %v, after %v; want it within 5 s", a.status, err, took)
-			}
-			select {
-			case <-done:
-				ended = true
-			case <-time.After(50 * time.Millisecond):
-			}
-		}
-	})
-	for range 3000 {
-		listings.Go(func() {
-			switch status, size, err := list(); {
-			case err == nil && status == http.StatusOK && size > maxPageBytes:
-				answered.Add(1)
-			case err == nil && status == http.StatusServiceUnavailable:
-				refused.Add(1)
-			default:
-				failed.Add(1)
-				t.Logf("a listing: got %d, %d bytes, %v", status, size, err)
-			}
-		})
-	}
-	listings.Wait()
-	close(done)
-	reads.Wait()
-	mb := residentMB(t, p.cmd.Process.Pid)
-	t.Logf("%d listings answered, %d refused; at most %d MB resident", answered.Load(), refused.Load(), mb)
-	if mb > 450 || failed.Load() > 0 || answered.Load() < 100 {
-		t.Errorf("got %d MB, %d answered, %d failed; want at most 450 MB, hundreds answered and none failed", mb, answered.Load(), failed.Load())
-	}
-	p.end(syscall.SIGTERM, exitOK)
 }
 
 func BenchmarkListPageOf1000In1M(b *testing.B) {

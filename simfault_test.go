@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"raftstarter/test/history"
 	"regexp"
 	"slices"
 	"time"
@@ -270,7 +271,7 @@ func (s *sim) cure() {
 	}
 	unserved := r.disk.valuesAfter(r.store.replica.applied.load())
 	for _, op := range s.h.all() {
-		if out := op.Output.(kvAnswer); out.known && !out.failed && unserved[op.Input.(kvOp).value] {
+		if out := op.Output.(history.Answer); out.Known && !out.Failed && unserved[op.Input.(history.Op).Value] {
 			simTotals.unserved.Add(1)
 		}
 	}

@@ -28,7 +28,7 @@ target=$(cd "$(dirname -- "$target")" && pwd)/$(basename -- "$target")
 cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # What is left out: the key-value service with its tests and documents, and how this project itself is tested and measured.
-left_out='^(fsm|http|list|kv|json|fuzz_http|example|walk)_test\.go$|^(fsm|http)\.go$|^test/|^testdata/fuzz/'
+left_out='^(fsm|http|list|kv|json|fuzz_http|example)_test\.go$|^(fsm|http)\.go$|^test/[^/]*$'
 left_out+='|^\.ci/|^_examples/|^_scripts/(mutants|k8s/|new\.sh|mutants\.sh|faults\.sh|bench\.sh|plot\.sh|image-test\.sh|k8s-test\.sh)'
 left_out+='|^(README|CHANGELOG|CONTRIBUTING|PERFORMANCE|RELIABILITY)\.md$|^docs/(api\.md|performance\.)'
 
@@ -42,7 +42,12 @@ cp -- _examples/counters/*.go "$target"
 
 cd -- "$target"
 title=${name^}
-find . -type f -print0 | xargs -0 sed -i "s/raftstarter/$name/g; s/Raftstarter/$title/g; s/Raft Starter/$title/g; s/RAFTSTARTER/${name^^}/g"
+find . -type f -print0 | xargs -0 sed -i "
+  s|\"raftstarter/|\"@MODULE@/|g
+  s|raftstarter|$name|g
+  s|RAFTSTARTER|${name^^}|g
+  s/Raft Starter\|Raftstarter/$title/g
+  s|@MODULE@|$module|g"
 cat >README.md <<EOF
 # $title
 
