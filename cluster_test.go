@@ -19,7 +19,7 @@ import (
 
 func (n *testNode) put(t *testing.T, key, value string) {
 	t.Helper()
-	if a := request(t, http.MethodPut, n.url+"/key/"+key, value); a.status != http.StatusOK {
+	if a := request(t, http.MethodPut, n.url+"/value/"+key, value); a.status != http.StatusOK {
 		t.Fatalf("put %s through %s: got %v; want 200", key, n.cfg.NodeID, a)
 	}
 }
@@ -27,7 +27,7 @@ func (n *testNode) put(t *testing.T, key, value string) {
 // get returns what a linearizable read through the node answers.
 func (n *testNode) get(t *testing.T, key string) string {
 	t.Helper()
-	a := request(t, http.MethodGet, n.url+"/key/"+key, "")
+	a := request(t, http.MethodGet, n.url+"/value/"+key, "")
 	if a.status != http.StatusOK {
 		t.Fatalf("get %s through %s: got %v; want 200", key, n.cfg.NodeID, a)
 	}
@@ -43,7 +43,7 @@ func TestAnyNodeTakesAnyRequest(t *testing.T) {
 				value := fmt.Sprint(i)
 				writer.put(t, "k", value)
 				for _, reader := range c.nodes {
-					if got, want := reader.get(t, "k"), `{"k":`+value+`}`; got != want {
+					if got, want := reader.get(t, "k"), value; got != want {
 						t.Errorf("got %s through %s; want %s, put through %s", got, reader.cfg.NodeID, want, writer.cfg.NodeID)
 					}
 				}
@@ -93,7 +93,7 @@ func readFromDeposedLeader(t *testing.T, c *testCluster, i int) (deceived bool) 
 	next := c.nodes[others[0]]
 	next.transport.campaign(nil) // elected at once, not only when the old leader has given up
 	c.leader(others...)
-	if _, err := next.kv.Set(t.Context(), []Pair{{"k", after}}, Condition{}); err != nil {
+	if _, err := next.client.set(t.Context(), "k", after); err != nil {
 		t.Fatal(err)
 	}
 	begun := old.roundsBegun.Load()
@@ -101,7 +101,7 @@ func readFromDeposedLeader(t *testing.T, c *testCluster, i int) (deceived bool) 
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
 	go func() {
-		item, _ := old.kv.Get(ctx, "k", Linearizable)
+		item, _ := old.client.get(ctx, "k", Linearizable)
 		answered <- item.Value
 	}()
 	waitFor(t, "the read to have begun", func() bool { return old.roundsBegun.Load() > begun || len(answered) > 0 })
@@ -129,7 +129,7 @@ func TestReadThroughFollowerOfIdleClusterIsQuick(t *testing.T) {
 	for i := range rounds {
 		c.nodes[leader].put(t, "k", fmt.Sprint(i))
 		began := time.Now()
-		if got, want := reader.get(t, "k"), fmt.Sprintf(`{"k":%d}`, i); got != want {
+		if got, want := reader.get(t, "k"), fmt.Sprint(i); got != want {
 			t.Fatalf("got %s; want %s", got, want)
 		}
 		// Without being told at once a follower would hear of it after commitTimeout, at the earliest.
@@ -153,7 +153,7 @@ func TestFollowersOfIdleClusterHearOfCommits(t *testing.T) {
 		began := time.Now()
 		for _, f := range c.followers(leader) {
 			waitFor(t, "a follower to have it", func() bool {
-				item, err := c.nodes[f].kv.Get(t.Context(), "k", Stale)
+				item, err := c.nodes[f].client.get(t.Context(), "k", Stale)
 				return err == nil && item.Value == fmt.Sprint(i)
 			})
 		}
@@ -173,14 +173,14 @@ func TestLeaderWithoutMajorityPromisesNothing(t *testing.T) {
 	node := c.nodes[leader]
 	node.put(t, "k", `"before"`)
 	c.cut(leader, linkCut)
-	a := request(t, http.MethodPut, node.url+"/key/k", `"after"`)
+	a := request(t, http.MethodPut, node.url+"/value/k", `"after"`)
 	if a.status != http.StatusGatewayTimeout && a.status != http.StatusServiceUnavailable {
 		t.Errorf("write: got %v; want 504 or 503", a)
 	}
-	if a := request(t, http.MethodGet, node.url+"/key/k", ""); a.status != http.StatusServiceUnavailable {
+	if a := request(t, http.MethodGet, node.url+"/value/k", ""); a.status != http.StatusServiceUnavailable {
 		t.Errorf("linearizable read: got %v; want 503", a)
 	}
-	if a := request(t, http.MethodGet, node.url+"/key/k?consistency=stale", ""); a.status != http.StatusOK {
+	if a := request(t, http.MethodGet, node.url+"/value/k?consistency=stale", ""); a.status != http.StatusOK {
 		t.Errorf("stale read: got %v; want 200", a)
 	}
 	if a := request(t, http.MethodGet, node.url+"/readyz", ""); a.status != http.StatusServiceUnavailable {
@@ -201,7 +201,7 @@ func TestLeadershipChangesUnderLoad(t *testing.T) {
 			for i := 0; ctx.Err() == nil; i++ {
 				key := fmt.Sprintf("%d-%d", w, i)
 				began := time.Now()
-				_, err := c.nodes[w%3].kv.Set(t.Context(), []Pair{{key, "1"}}, Condition{})
+				_, err := c.nodes[w%3].client.set(t.Context(), key, "1")
 				if err == nil {
 					acked[w][key] = true
 				}
@@ -224,7 +224,7 @@ func TestLeadershipChangesUnderLoad(t *testing.T) {
 	for _, keys := range acked {
 		for key := range keys {
 			for _, node := range c.nodes {
-				if item, err := node.kv.Get(t.Context(), key, Linearizable); err != nil || item.Tag == 0 {
+				if item, err := node.client.get(t.Context(), key, Linearizable); err != nil || item.Version == 0 {
 					t.Fatalf("acknowledged key %s through %s: got %v, %v; want it to be there", key, node.cfg.NodeID, item, err)
 				}
 			}
@@ -258,7 +258,7 @@ func TestFollowerThatWasAwayIsBroughtUp(t *testing.T) {
 			})
 			c.start(away)
 			for i := range keys {
-				if got, want := c.nodes[away].get(t, fmt.Sprint(i)), fmt.Sprintf(`{"%d":%d}`, i, i); got != want {
+				if got, want := c.nodes[away].get(t, fmt.Sprint(i)), fmt.Sprint(i); got != want {
 					t.Fatalf("got %s; want %s", got, want)
 				}
 			}
@@ -272,7 +272,7 @@ func TestFollowerThatWasAwayIsBroughtUp(t *testing.T) {
 				c.start(i)
 			}
 			for _, node := range c.nodes {
-				if got, want := node.get(t, "199"), `{"199":199}`; got != want {
+				if got, want := node.get(t, "199"), "199"; got != want {
 					t.Errorf("after a restart of all: got %s through %s; want %s", got, node.cfg.NodeID, want)
 				}
 			}
@@ -374,7 +374,7 @@ func TestSlowDisksCostNoLeadership(t *testing.T) {
 		before := leader.State()
 		delay.Store(int64(700 * time.Millisecond))
 		for i := range 3 {
-			if _, err := c.nodes[i].kv.Set(t.Context(), []Pair{{"k", fmt.Sprint(i)}}, Condition{}); err != nil {
+			if _, err := c.nodes[i].client.set(t.Context(), "k", fmt.Sprint(i)); err != nil {
 				t.Logf("attempt %d: %v", attempt, err)
 			}
 		}
@@ -395,7 +395,7 @@ func TestNewLeaderReadsWhatWasAcknowledged(t *testing.T) {
 		old := c.leader()
 		next := c.nodes[c.followers(old)[0]]
 		awaitEqualLogs(t, c.nodes...)
-		w, err := c.nodes[old].kv.Set(t.Context(), []Pair{{"k", fmt.Sprint(i)}}, Condition{})
+		w, err := c.nodes[old].client.set(t.Context(), "k", fmt.Sprint(i))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -405,7 +405,7 @@ func TestNewLeaderReadsWhatWasAcknowledged(t *testing.T) {
 		}
 		delay.Store(int64(300 * time.Millisecond)) // so long nothing more is committed
 		next.transport.campaign(nil)
-		if item, err := next.kv.Get(t.Context(), "k", Linearizable); err != nil || item.Value != fmt.Sprint(i) {
+		if item, err := next.client.get(t.Context(), "k", Linearizable); err != nil || item.Value != fmt.Sprint(i) {
 			t.Errorf("got %q, error %v; want %d, which was acknowledged", item.Value, err, i)
 		}
 		delay.Store(0)
@@ -452,7 +452,7 @@ func TestStorageFailureStopsTheNode(t *testing.T) {
 	broken.Store(true)
 	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 	defer cancel()
-	if _, err := node.kv.Set(ctx, []Pair{{"k", "2"}}, Condition{}); !errors.Is(err, ErrUnknownOutcome) {
+	if _, err := node.client.set(ctx, "k", "2"); !errors.Is(err, ErrUnknownOutcome) {
 		t.Errorf("a write on broken storage: got %v; want %v", err, ErrUnknownOutcome)
 	}
 	select {
@@ -492,8 +492,8 @@ func TestShutdownLeavesNothingBehind(t *testing.T) {
 					for first := true; first || !loaded(); first = false {
 						ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*10*time.Millisecond)
 						for ctx.Err() == nil {
-							_, _ = c.nodes[i%3].kv.Set(ctx, []Pair{{"k", "1"}}, Condition{})
-							_, _ = c.nodes[i%3].kv.Get(ctx, "k", Linearizable)
+							_, _ = c.nodes[i%3].client.set(ctx, "k", "1")
+							_, _ = c.nodes[i%3].client.get(ctx, "k", Linearizable)
 						}
 						cancel()
 					}
@@ -524,7 +524,7 @@ func TestLargeEntryGetsThroughASlowLink(t *testing.T) {
 		c.links[[2]int{leader, follower}].set(linkSlow)
 	}
 	value := `"` + strings.Repeat("v", slowLink*int(rpcTimeout/time.Second)*4/3) + `"`
-	if _, err := c.nodes[leader].kv.Set(t.Context(), []Pair{{"k", value}}, Condition{}); err != nil {
+	if _, err := c.nodes[leader].client.set(t.Context(), "k", value); err != nil {
 		t.Errorf("got %v; want it written", err)
 	}
 	if state := c.nodes[leader].State(); state.State != "leader" {

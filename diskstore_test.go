@@ -77,7 +77,7 @@ func TestAcknowledgedIsStored(t *testing.T) {
 			done := make(chan error, 1)
 			go func() {
 				defer close(done)
-				_, err := c.nodes[leader].kv.Set(t.Context(), []Pair{{"k", "2"}}, Condition{})
+				_, err := c.nodes[leader].client.set(t.Context(), "k", "2")
 				done <- err
 			}()
 			for i, node := range c.nodes { // nobody waits for another's disk
@@ -105,7 +105,7 @@ func pend(t *testing.T, leader *testNode, disk *heldDisk) {
 	t.Helper()
 	disk.mu.Lock()
 	before := leader.raft.Load().LastIndex()
-	go func() { _, _ = leader.kv.Set(t.Context(), []Pair{{"k", "1"}}, Condition{}) }()
+	go func() { _, _ = leader.client.set(t.Context(), "k", "1") }()
 	waitFor(t, "the entry", func() bool { return leader.raft.Load().LastIndex() > before })
 }
 

@@ -1,21 +1,22 @@
 package main
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"time"
 
 	"github.com/tidwall/btree"
 )
 
-// This file is the service's own state machine, a map from keys to JSON values, and all that knows it: its commands,
-// its snapshots, and KV, through which the HTTP handlers use it. To make the service yours, replace it and http.go.
+// This file is the state machine of this service: an ordered map from keys to JSON values. It defines the commands that
+// change the map and the format of a snapshot, and knows nothing of Raft, HTTP or the network. To make the service your
+// own, replace this file and http.go; docs/fork.md shows how.
 
-// Tag tells the states of a key apart: no two writes of a key ever have the same. 0 stands for a key that is not there.
+// Tag is the version of a key: no two writes of a key ever have the same. 0 stands for a key that does not exist.
 type Tag uint64
 
 // Item is the value of a key, as JSON without insignificant white space, and the tag of the write that set it.
@@ -27,7 +28,7 @@ type Item struct {
 // Pair is a key and the value that it gets.
 type Pair struct{ Key, Value string }
 
-// newPair copies key and value into one piece of memory: a million small ones cost more than half a million larger ones.
+// newPair copies key and value into one piece of memory, because a million small pieces cost more than half as many.
 func newPair(key, value []byte) Pair {
 	var both strings.Builder
 	both.Grow(len(key) + len(value))
@@ -36,96 +37,31 @@ func newPair(key, value []byte) Pair {
 	return Pair{both.String()[:len(key)], both.String()[len(key):]}
 }
 
-// Tags is a set of tags, or all that a key can have.
+// Tags is a set of tags, or (Any) the set of all tags that a key can have.
 type Tags struct {
 	Any  bool
 	List []Tag
 }
 
+// has reports whether a key with that tag exists and its tag is in the set.
 func (t *Tags) has(tag Tag) bool {
-	if tag == 0 {
-		return false
-	}
-	found := t.Any
-	for _, other := range t.List {
-		found = found || other == tag
-	}
-	return found
+	return tag != 0 && (t.Any || slices.Contains(t.List, tag))
 }
 
-// Condition is what must hold of a key for a command to be executed. The zero value always holds.
+// Condition is what must be true of a key, or else the command changes nothing. The zero value is always met.
 type Condition struct {
-	Match     *Tags // if not nil, the key is there with one of these
-	NoneMatch *Tags // if not nil, the key is not there, or with none of these
+	Match     *Tags // if not nil, the key exists and has one of these tags
+	NoneMatch *Tags // if not nil, the key does not exist or has none of these tags
 }
 
-func (c Condition) holds(tag Tag) bool {
+func (c Condition) met(tag Tag) bool {
 	return (c.Match == nil || c.Match.has(tag)) && (c.NoneMatch == nil || !c.NoneMatch.has(tag))
 }
 
-// ErrCondition says that a condition did not hold, and that nothing was written.
-var ErrCondition = errors.New("the precondition does not hold")
-
-// KV is the key-value service on top of a Store.
-type KV struct {
-	store   *Store
-	machine *kvMachine
-}
-
-// Written is what became of a successful write.
-type Written struct {
-	Index uint64 // of the log entry that holds it
-	Tag   Tag
-}
-
-// Set sets all pairs or none. A condition is one on the first pair's key.
-func (kv *KV) Set(ctx context.Context, pairs []Pair, condition Condition) (Written, error) {
-	return kv.apply(ctx, command{op: opSet, condition: condition, pairs: pairs})
-}
-
-// Delete removes a key, if it is there.
-func (kv *KV) Delete(ctx context.Context, key string, condition Condition) (Written, error) {
-	return kv.apply(ctx, command{op: opDelete, condition: condition, pairs: []Pair{{Key: key}}})
-}
-
-func (kv *KV) apply(ctx context.Context, c command) (Written, error) {
-	result, err := kv.store.Apply(ctx, c.encode())
-	if err != nil {
-		return Written{}, err
-	}
-	if len(result.Data) != 8 {
-		return Written{}, fmt.Errorf("%w: the result has %d bytes", ErrUnknownOutcome, len(result.Data))
-	}
-	tag := Tag(binary.BigEndian.Uint64(result.Data))
-	if tag == 0 {
-		return Written{}, ErrCondition
-	}
-	return Written{Index: result.Index, Tag: tag}, nil
-}
-
-// Get returns the item of a key, with Tag 0 when it is not there.
-func (kv *KV) Get(ctx context.Context, key string, consistency Consistency) (item Item, err error) {
-	err = kv.store.Read(ctx, consistency, func() { item, _ = kv.machine.items.Get(key) })
-	return item, err
-}
-
-// List calls f with the keys that begin with prefix and come after the key after, in byte order, until f returns false.
-// They are of one moment of what this node has; f holds nobody up. For a linearizable listing call Store.Read before.
-func (kv *KV) List(prefix, after string, f func(key string, item Item) bool) {
-	var items *btree.Map[string, Item] // shares all that is not written to later, as a snapshot does
-	kv.store.Capture(func() { items = kv.machine.items.Copy() })
-	items.Ascend(max(prefix, after), func(key string, item Item) bool {
-		if key == after {
-			return true
-		}
-		return strings.HasPrefix(key, prefix) && f(key, item)
-	})
-}
-
-// kvMachine is the state: an ordered map that is copied in no time for a snapshot. It is a StateMachine.
+// kvMachine is the map with its counter of tags. It is a StateMachine.
 type kvMachine struct {
-	items   *btree.Map[string, Item]
-	lastTag Tag
+	items   *btree.Map[string, Item] // copied in constant time, for a snapshot or a listing
+	lastTag Tag                      // the last one given out
 }
 
 func newMachine() *kvMachine {
@@ -135,20 +71,20 @@ func newMachine() *kvMachine {
 // Len returns the number of keys.
 func (m *kvMachine) Len() int { return m.items.Len() }
 
-// Apply executes a command. The result is the command's tag, or 0 when its condition did not hold.
+// Apply executes a command. The result is the tag of the write as 8 bytes, or 0 if the condition was not met.
 func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
 	c, err := decodeCommand(encoded)
 	if err != nil {
 		return nil, err
 	}
-	if c.condition != (Condition{}) { // else there is no need to look
-		if current, _ := m.items.Get(c.pairs[0].Key); !c.condition.holds(current.Tag) {
+	if c.condition != (Condition{}) { // most commands have none, and need no look at the key
+		if current, _ := m.items.Get(c.pairs[0].Key); !c.condition.met(current.Tag) {
 			return make([]byte, 8), nil
 		}
 	}
 	if m.lastTag == 0 {
-		// A cluster that lost everything and forms anew begins above all tags it has ever given out, since no cluster
-		// executes a command in each microsecond.
+		// The counter begins at the clock, in microseconds. A cluster that begins anew after a loss of all state thus
+		// begins above every tag given out before, because no cluster executes a command in each microsecond.
 		m.lastTag = Tag(at.UnixMicro())
 	}
 	m.lastTag++
@@ -162,10 +98,19 @@ func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
 	return binary.BigEndian.AppendUint64(nil, uint64(m.lastTag)), nil
 }
 
-// The format of a snapshot: the last tag given out and the number of keys, as 8 bytes each; then for every key, in byte
-// order, key and value behind their lengths, and the tag, all numbers as uvarints.
+// decodeResult reads what Apply returned.
+func decodeResult(result []byte) (Tag, error) {
+	if len(result) != 8 { // from a leader of another version
+		return 0, fmt.Errorf("%w: the result has %d bytes", ErrUnknownOutcome, len(result))
+	}
+	return Tag(binary.BigEndian.Uint64(result)), nil
+}
 
-// Snapshot captures the state in constant time: the copy shares all nodes that are not written to later.
+// The format of a snapshot, on disk and between nodes: the last tag and the number of keys, as 8 bytes each,
+// big-endian. Then for every key, in byte order: the length of the key, the key, the length of the value, the value,
+// and the tag. Lengths and tags are uvarints.
+
+// Snapshot captures the state in constant time: the copy shares every tree node that is not written to later.
 func (m *kvMachine) Snapshot() func(io.Writer) error {
 	items, lastTag := m.items.Copy(), m.lastTag
 	return func(w io.Writer) error {
@@ -182,7 +127,7 @@ func (m *kvMachine) Snapshot() func(io.Writer) error {
 	}
 }
 
-// Restore reads a snapshot into a new map.
+// Restore reads a snapshot into a new map, while readers still use the old one.
 func (m *kvMachine) Restore(source io.Reader) (install func(), err error) {
 	d := newSnapshotDecoder(source, maxBodyBytes)
 	lastTag, count := Tag(d.uint64()), d.uint64()
@@ -191,7 +136,7 @@ func (m *kvMachine) Restore(source io.Reader) (install func(), err error) {
 	for i := uint64(0); i < count && d.err == nil; i++ {
 		key, value = d.bytes(key), d.bytes(value)
 		p := newPair(key, value)
-		items.Load(p.Key, Item{Value: p.Value, Tag: Tag(d.uvarint())}) // quicker than Set: the keys come in order
+		items.Load(p.Key, Item{Value: p.Value, Tag: Tag(d.uvarint())}) // faster than Set, because the keys come in order
 	}
 	if err := d.end(); err != nil {
 		return nil, err
@@ -199,9 +144,10 @@ func (m *kvMachine) Restore(source io.Reader) (install func(), err error) {
 	return func() { m.items, m.lastTag = items, lastTag }, nil
 }
 
-// The format of a command, in the log and between nodes: a version byte, the operation, the condition, the number of
-// pairs, and each pair's key and value behind their lengths (a deletion has no value); numbers are uvarints. A condition
-// is a byte of bits that say which of its two sets are there and which are Any, then each set's size and tags.
+// The format of a command, in the log and between nodes: a version byte, a byte for the operation, the condition, the
+// number of pairs, and for each pair the length of the key, the key, and (to set it) the length of the value and the
+// value. A condition is a byte of the bits below, then for each set that exists the number of its tags, and the tags.
+// Numbers are uvarints.
 const commandVersion = 1
 
 type operation byte
@@ -211,6 +157,7 @@ const (
 	opDelete operation = 2
 )
 
+// The bits of a condition: which of its sets exist, and which of them are Any.
 const (
 	bitMatch = 1 << iota
 	bitMatchAny
@@ -219,6 +166,7 @@ const (
 	bitsKnown = 1<<iota - 1
 )
 
+// command sets or deletes its pairs, all or none. Its condition is on the key of the first pair.
 type command struct {
 	op        operation
 	condition Condition
@@ -266,7 +214,7 @@ func (c Condition) bits() (bits byte) {
 	return bits
 }
 
-// decodeCommand copies what it returns out of b.
+// decodeCommand keeps no reference to b.
 func decodeCommand(b []byte) (c command, err error) {
 	d := decoder{b: b}
 	if version := d.byte(); !d.bad && version != commandVersion {

@@ -198,7 +198,7 @@ func TestCondition(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if got := tt.condition.holds(tt.tag); got != tt.want {
+			if got := tt.condition.met(tt.tag); got != tt.want {
 				t.Errorf("got %v; want %v", got, tt.want)
 			}
 			// The state machine decides the same about a key with this tag, for either operation.
@@ -563,7 +563,7 @@ func BenchmarkApplySetMillionKeys(b *testing.B) {
 				b.Fatal(err)
 			}
 			current := plain.items[c.pairs[0].Key]
-			if plain.last++; c.condition.holds(current.Tag) {
+			if plain.last++; c.condition.met(current.Tag) {
 				plain.items[c.pairs[0].Key] = Item{c.pairs[0].Value, plain.last}
 			}
 			_ = binary.BigEndian.AppendUint64(nil, uint64(plain.last))

@@ -169,7 +169,7 @@ func FuzzTags(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, s string) {
 		for _, weak := range []bool{false, true} {
-			set, err := tags(&http.Request{Header: http.Header{"If-Match": {s}}}, "If-Match", weak)
+			set, err := readTags(&http.Request{Header: http.Header{"If-Match": {s}}}, "If-Match", weak)
 			if err != nil || set.Any {
 				if err == nil && (strings.Trim(s, " \t,") != "*" || len(set.List) > 0) {
 					t.Errorf("got any for %q", s)
@@ -186,7 +186,7 @@ func FuzzTags(f *testing.F) {
 			if len(again) == 0 {
 				continue
 			}
-			same, err := tags(&http.Request{Header: http.Header{"If-Match": again}}, "If-Match", weak)
+			same, err := readTags(&http.Request{Header: http.Header{"If-Match": again}}, "If-Match", weak)
 			if diff := cmp.Diff(set, same); err != nil || diff != "" {
 				t.Errorf("%v (-want +got)\n%s", err, diff)
 			}
@@ -215,7 +215,7 @@ func FuzzRequest(f *testing.F) {
 	f.Add("DELETE", "/key/k", `"1"`, "", []byte{})
 	f.Add("BREW\r\nX: y", "//key/../status?%", "", "", []byte("x"))
 	f.Add("HEAD", "/metrics", "", "", []byte{})
-	node := newTestNode(f, storeMemory)
+	node := newKVNode(f)
 	f.Fuzz(func(t *testing.T, method, target, match, noneMatch string, body []byte) {
 		u, err := url.ParseRequestURI(target)
 		if err != nil {
@@ -283,7 +283,7 @@ func FuzzListing(f *testing.F) {
 	for _, query := range []string{"prefix=", "prefix=a&limit=2", "after=a%2Fb", "limit=3", "limit=0", "limit=1&limit=1", "prefix=a;after=b", "prefix=%ff", "%zz", "consistency=stale&after=é", "x=1"} {
 		f.Add(query)
 	}
-	node := newTestNode(f, storeMemory)
+	node := newKVNode(f)
 	values := make(map[string]json.RawMessage)
 	for i, key := range []string{"a", "a/b", "a/b/c", "a b", "b", "é", "\x00", `"`, "a+b", "a&b=c", "%", "zz"} {
 		values[key] = json.RawMessage(strconv.Itoa(i))

@@ -183,14 +183,14 @@ func FuzzCalls(f *testing.F) {
 		f.Add(op, []byte{})
 		f.Add(op, []byte{0, 0, 0, 0, 0, 0, 0, 1})
 	}
-	f.Add(opApply, appendCommands(nil, [][]byte{command{op: opSet, pairs: []Pair{{"k", "1"}}}.encode()}))
+	f.Add(opApply, appendCommands(nil, [][]byte{testSet(testPair{"k", "1"})}))
 	node := newTestNode(f, storeMemory)
 	server, cluster := node.self()
 	member, asks := hello{kindCall, server, server, cluster}, hello{kindAsk, "node1", "node1", ""}
 	f.Fuzz(func(t *testing.T, op byte, b []byte) {
 		commands, err := decodeCommands(b)
 		for _, c := range commands {
-			if _, err := decodeCommand(c); err != nil && op == opApply {
+			if _, err := decodeTestCommand(c); err != nil && op == opApply {
 				return
 			}
 		}
@@ -239,7 +239,7 @@ func newAsker(t testing.TB) *asker {
 	for _, n := range nets {
 		cfg.Peers = append(cfg.Peers, Peer{ID: n.id, Addr: n.addr()})
 	}
-	a := &asker{NewStore(cfg, newMachine(), newMetrics(), hclog.NewNullLogger()), make(map[string]*atomic.Pointer[[]byte])}
+	a := &asker{NewStore(cfg, newTestMachine(), newMetrics(), hclog.NewNullLogger()), make(map[string]*atomic.Pointer[[]byte])}
 	t.Cleanup(a.cancel)
 	for _, n := range nets {
 		all.start(n)

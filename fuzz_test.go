@@ -33,34 +33,6 @@ func checkMemory(t *testing.T, n, fixed int, f func()) {
 	}
 }
 
-func FuzzCommand(f *testing.F) {
-	for _, c := range []command{
-		{op: opSet, pairs: []Pair{{"k", "1"}, {"", ""}}},
-		{op: opDelete, pairs: []Pair{{Key: "k"}}, condition: Condition{Match: &Tags{Any: true}}},
-		{op: opSet, pairs: []Pair{{"k", "1"}}, condition: Condition{Match: &Tags{List: []Tag{1, 1 << 60}}, NoneMatch: &Tags{}}},
-	} {
-		f.Add(c.encode())
-	}
-	f.Add([]byte{commandVersion, byte(opSet), bitMatch | bitNoneMatch, 1, 1, 1, 2, 1, 1, 'k', 1, '1'})
-	f.Add([]byte{commandVersion, byte(opSet), bitMatch, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f})
-	f.Add([]byte{commandVersion, byte(opDelete), 0, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f})
-	f.Fuzz(func(t *testing.T, b []byte) {
-		var c command
-		var err error
-		checkMemory(t, len(b), 1<<20, func() { c, err = decodeCommand(b) })
-		if err != nil {
-			return
-		}
-		again, err := decodeCommand(c.encode())
-		if diff := cmp.Diff(c, again, cmp.AllowUnexported(command{})); err != nil || diff != "" {
-			t.Errorf("decoded, encoded and decoded again: %v (-want +got)\n%s", err, diff)
-		}
-		if _, err := newMachine().Apply(b, time.UnixMicro(1)); err != nil {
-			t.Errorf("a command that can be read cannot be executed: %v", err)
-		}
-	})
-}
-
 func FuzzEntry(f *testing.F) {
 	entry := encodeEntry(time.UnixMicro(1e15), [][]byte{[]byte("a"), nil, []byte("b")})
 	f.Add(entry)
@@ -100,47 +72,6 @@ func FuzzOutcome(f *testing.F) {
 		again, err := decodeOutcome(encodeOutcome(o))
 		if diff := cmp.Diff(o, again, cmp.AllowUnexported(outcome{}), cmpopts.EquateErrors()); err != nil || diff != "" {
 			t.Errorf("%v (-want +got)\n%s", err, diff)
-		}
-	})
-}
-
-// A snapshot's content, behind the checksums that would keep most foreign bytes out. A string of it may announce as much as
-// a request may hold, and there are two.
-func FuzzSnapshot(f *testing.F) {
-	written := func(tb testing.TB, m *kvMachine) []byte {
-		tb.Helper()
-		var b bytes.Buffer
-		if err := m.Snapshot()(&b); err != nil {
-			tb.Fatal(err)
-		}
-		return b.Bytes()
-	}
-	m := newMachine()
-	f.Add(written(f, m))
-	m.items.Set("k", Item{Value: "1", Tag: 1})
-	m.items.Set("l", Item{Value: "[]", Tag: 1 << 60})
-	f.Add(written(f, m))
-	f.Add([]byte("12345678\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x07"))
-	f.Add([]byte("12345678\xff\xff\xff\xff\xff\xff\xff\xff\x80\x80\x80\x80\x01"))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		m, again := newMachine(), newMachine()
-		var install func()
-		var err error
-		checkMemory(t, len(b), 2*maxBodyBytes+1<<20, func() { install, err = m.Restore(bytes.NewReader(b)) })
-		if m.items.Len() != 0 {
-			t.Error("the state was touched before all was read")
-		}
-		if err != nil {
-			return
-		}
-		install()
-		first := written(t, m)
-		if install, err = again.Restore(bytes.NewReader(first)); err != nil {
-			t.Fatal(err)
-		}
-		install()
-		if !bytes.Equal(first, written(t, again)) {
-			t.Error("restored and written again it is another snapshot")
 		}
 	})
 }

@@ -2,10 +2,9 @@ package main
 
 import (
 	"context"
+	"flag"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"net/http/httptest"
 	"os"
 	"strings"
@@ -17,6 +16,14 @@ import (
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 )
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	if f := flag.Lookup("test.parallel"); f.Value.String() == f.DefValue { // tests mostly wait, for timeouts
+		_ = f.Value.Set("4")
+	}
+	os.Exit(m.Run())
+}
 
 // waitFor waits until condition holds, and fails the test if it does not within 15 s.
 func waitFor(t testing.TB, what string, condition func() bool) {
@@ -68,10 +75,11 @@ func (w *testWriter) stop() {
 	w.done = true
 }
 
-// testNode is a node in this process: a Store and the HTTP API on it.
+// testNode is a node in this process: a Store, and the server on it.
 type testNode struct {
 	*Store
-	kv      *KV
+	machine StateMachine
+	client  *testClient // nil unless the node runs a testMachine
 	server  *server
 	cfg     *Config
 	url     string // of its HTTP API
@@ -102,9 +110,10 @@ func (n *testNode) stop(t testing.TB) {
 
 // testCluster is a cluster of nodes in this process. Every node reaches every other through a link of its own.
 type testCluster struct {
-	t     testing.TB
-	nodes []*testNode
-	links map[[2]int]*link2
+	t       testing.TB
+	service testService
+	nodes   []*testNode
+	links   map[[2]int]*link2
 }
 
 // newTestNode starts a cluster of one node.
@@ -117,18 +126,24 @@ func newTestNode(t testing.TB, store string) *testNode {
 func newTestCluster(t testing.TB, n int, store string) *testCluster {
 	t.Helper()
 	c := unstartedCluster(t, n, store)
-	for i := range n {
+	c.startAll()
+	return c
+}
+
+// startAll starts all nodes and waits until they are ready.
+func (c *testCluster) startAll() {
+	c.t.Helper()
+	for i := range c.nodes {
 		c.start(i)
 	}
 	for _, node := range c.nodes {
-		waitFor(t, node.cfg.NodeID+" to be ready", func() bool { return node.Ready() == nil })
+		waitFor(c.t, node.cfg.NodeID+" to be ready", func() bool { return node.Ready() == nil })
 	}
-	return c
 }
 
 func unstartedCluster(t testing.TB, n int, store string) *testCluster {
 	t.Helper()
-	c := &testCluster{t: t, nodes: make([]*testNode, n), links: make(map[[2]int]*link2)}
+	c := &testCluster{t: t, service: tinyService{}, nodes: make([]*testNode, n), links: make(map[[2]int]*link2)}
 	addrs := make([]string, n)
 	for i := range addrs {
 		addrs[i] = freeAddr(t)
@@ -164,9 +179,9 @@ func (c *testCluster) start(i int) {
 	c.t.Helper()
 	node := c.nodes[i]
 	log := testLogger(c.t, node.cfg.NodeID)
-	machine := newMachine()
+	node.machine = c.service.newMachine()
 	m := newMetrics()
-	node.Store = NewStore(node.cfg, machine, m, log)
+	node.Store = NewStore(node.cfg, node.machine, m, log)
 	var err error
 	if node.certs, err = openCertificates(node.cfg, m, log); err != nil {
 		c.t.Fatalf("certificates: %v", err)
@@ -182,14 +197,16 @@ func (c *testCluster) start(i int) {
 	if node.deaf {
 		node.observations = nil
 	}
-	node.kv = &KV{node.Store, machine}
-	node.server = newServer(node.cfg, node.Store, m, log, routes(node.cfg, node.Store, machine))
+	if machine, tiny := node.machine.(*testMachine); tiny {
+		node.client = &testClient{node.Store, machine}
+	}
+	node.server = newServer(node.cfg, node.Store, nil, m, log, c.service.routes(node.cfg, node.Store, node.machine))
 	if err := node.Open(); err != nil {
 		c.t.Fatalf("open: %v", err)
 	}
 	node.web = httptest.NewUnstartedServer(nil)
-	node.web.Config = node.server.listener()
-	node.web.Listener = node.server.door(node.web.Listener, nil)
+	node.web.Config = node.server.httpServer()
+	node.web.Listener = node.server.limitListener(node.web.Listener, nil)
 	node.web.Start()
 	node.url = node.web.URL
 	node.running = true
@@ -284,192 +301,4 @@ func mustConfig(t testing.TB, env map[string]string) *Config {
 func header(n *testNode) raft.RPCHeader {
 	server := []byte(n.membership.server())
 	return raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: server, Addr: server}
-}
-
-type linkMode int
-
-const (
-	linkOpen        linkMode = iota
-	linkCut                  // refuses connections and resets those there are
-	linkHold                 // passes the bytes on only once it is open again, like a network that delays
-	linkHoldAnswers          // likewise, but only what comes back from the target
-	linkHoldRaft             // likewise, but only answers to Raft's messages; letThrough passes them on one by one
-	linkSlow                 // passes slowLink bytes a second to the target, on each connection
-)
-
-const slowLink = 300 << 10
-
-// link2 is one direction of calls between two nodes: a TCP proxy to addr.
-type link2 struct {
-	addr     string
-	target   string
-	listener net.Listener
-	wg       sync.WaitGroup
-
-	mu     sync.Mutex // guards what follows
-	change *sync.Cond
-	mode   linkMode
-	held   int // how often Raft's answers have been held since mode was set
-	passed int // how many of them were let through
-	closed bool
-	conns  map[net.Conn]struct{}
-}
-
-func newLink(t testing.TB, target string) *link2 {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	l := &link2{addr: listener.Addr().String(), target: target, listener: listener, conns: make(map[net.Conn]struct{})}
-	l.change = sync.NewCond(&l.mu)
-	l.wg.Go(func() { l.accept(&l.wg) })
-	t.Cleanup(l.close)
-	return l
-}
-
-func (l *link2) close() {
-	l.mu.Lock()
-	l.closed = true
-	l.mu.Unlock()
-	l.set(linkCut)
-	_ = l.listener.Close()
-	l.wg.Wait()
-}
-
-func (l *link2) set(mode linkMode) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.mode, l.held, l.passed = mode, 0, 0
-	if mode == linkCut {
-		for conn := range l.conns {
-			_ = conn.Close()
-		}
-	}
-	l.change.Broadcast()
-}
-
-func (l *link2) isSlow() bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.mode == linkSlow
-}
-
-// heldAnswers returns how many answers linkHoldRaft has held.
-func (l *link2) heldAnswers() int {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.held
-}
-
-// letThrough passes on the first n answers that linkHoldRaft has held, and goes on holding the others.
-func (l *link2) letThrough(n int) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.passed = n
-	l.change.Broadcast()
-}
-
-func (l *link2) accept(wg *sync.WaitGroup) {
-	for {
-		near, err := l.listener.Accept()
-		if err != nil {
-			return
-		}
-		wg.Go(func() {
-			defer near.Close()
-			if !l.pass(near, false, false) {
-				return
-			}
-			far, err := new(net.Dialer).DialContext(context.Background(), "tcp", l.target)
-			if err != nil || !l.pass(far, false, false) {
-				return
-			}
-			defer far.Close()
-			var both sync.WaitGroup
-			var isRaft atomic.Bool // so says the hello, which comes first
-			both.Go(func() { l.copy(far, near, false, &isRaft) })
-			both.Go(func() { l.copy(near, far, true, &isRaft) })
-			both.Wait()
-			l.mu.Lock()
-			delete(l.conns, near)
-			delete(l.conns, far)
-			l.mu.Unlock()
-		})
-	}
-}
-
-// pass takes note of a connection and waits while the link holds what comes on it. It returns false when the link is cut.
-func (l *link2) pass(conn net.Conn, answers, isRaft bool) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.conns[conn] = struct{}{}
-	number := 0 // among the answers held
-	holds := func() bool {
-		switch {
-		case l.mode == linkHoldRaft && answers && isRaft && number == 0:
-			l.held++
-			number = l.held
-		case l.mode != linkHoldRaft:
-			number = 0
-		}
-		return l.mode == linkHold || l.mode == linkHoldAnswers && answers || number > l.passed
-	}
-	for !l.closed && holds() {
-		l.change.Wait()
-	}
-	return l.mode != linkCut && !l.closed
-}
-
-// copy passes on what comes on one connection, the answers or what they answer, to another.
-func (l *link2) copy(to, from net.Conn, answers bool, isRaft *atomic.Bool) {
-	defer to.Close()
-	defer from.Close()
-	buf := make([]byte, 64<<10)
-	for first := true; ; first = false {
-		n, err := from.Read(buf)
-		if first && !answers && n > len(helloMagic) {
-			isRaft.Store(buf[len(helloMagic)] == kindRaft)
-		}
-		if n > 0 && l.pass(from, answers, isRaft.Load()) {
-			if _, err := to.Write(buf[:n]); err != nil {
-				return
-			}
-			if l.isSlow() && !answers {
-				time.Sleep(time.Duration(n) * time.Second / slowLink)
-			}
-		}
-		if err != nil {
-			return
-		}
-	}
-}
-
-// answerTo is what an HTTP request came to.
-type answerTo struct {
-	status int
-	header http.Header
-	body   string
-}
-
-// request makes an HTTP request; headers are given as name, value, ...
-func request(t testing.TB, method, url, body string, headers ...string) answerTo {
-	t.Helper()
-	req, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
-	if err != nil {
-		t.Fatal(err)
-	}
-	for i := 0; i < len(headers); i += 2 {
-		req.Header.Add(headers[i], headers[i+1])
-	}
-	response, err := http.DefaultTransport.RoundTrip(req)
-	if err != nil {
-		t.Fatalf("%s %s: %v", method, url, err)
-	}
-	defer response.Body.Close()
-	data, err := io.ReadAll(response.Body)
-	if err != nil {
-		t.Fatalf("%s %s: %v", method, url, err)
-	}
-	return answerTo{response.StatusCode, response.Header, string(data)}
 }

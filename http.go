@@ -3,9 +3,9 @@ package main
 import (
 	"bytes"
 	"context"
-	"errors"
-	"fmt"
+	"io"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
@@ -13,35 +13,36 @@ import (
 	"unicode/utf8"
 
 	"github.com/go-json-experiment/json/jsontext"
+	"github.com/tidwall/btree"
 )
+
+// This file is the HTTP API of the key-value service. To make the service your own, replace it and fsm.go. Handlers
+// reach the state machine with readState and applyCommand, and return their errors for the server to answer.
 
 const (
 	maxKeyBytes  = 1024
 	defaultPage  = 1000 // keys of a listing
 	maxPage      = 10000
-	maxPageBytes = 1 << 20 // a page ends with the key that goes beyond
+	maxPageBytes = 1 << 20 // a page ends with the key that exceeds it
 	keyPrefix    = "/key/"
 )
 
-// A listing costs memory and time that others need as well, so only some are at work at once, from before the work to
-// the end of the answer. Clients that do not read what they have asked for are not waited for.
+// A listing costs memory and time, so only some are under way at once, from before the work to the end of the answer.
 const (
 	maxListings = 32
-	listingWait = 4 * time.Second // for a turn
-	pieceBytes  = 16 << 10        // of a large answer, which the client has to take
-	pieceWait   = 2 * time.Second // in that time
+	listingWait = 4 * time.Second // for another to end; then the answer is 503
 )
 
-// api is the HTTP API of a KV.
+// api has the handlers.
 type api struct {
-	cfg      *Config
-	kv       *KV
-	listings chan struct{} // holds a token for each listing at work
+	store    *Store
+	machine  *kvMachine
+	listings chan struct{} // a semaphore: one element for each listing under way
 }
 
-// routes returns what the server serves of the API.
-func routes(cfg *Config, store *Store, machine *kvMachine) []route {
-	a := &api{cfg, &KV{store, machine}, make(chan struct{}, maxListings)}
+// routes returns what this service answers. The server adds the paths for probes and operators.
+func routes(store *Store, machine *kvMachine) []route {
+	a := &api{store, machine, make(chan struct{}, maxListings)}
 	return []route{
 		{path: "/key", get: a.listKeys, post: a.postKeys},
 		{path: keyPrefix, get: a.getKey, put: a.putKey, delete: a.deleteKey},
@@ -57,187 +58,199 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	consistency, err := consistency(a.cfg, query)
+	cached, err := cachedTags(r)
 	if err != nil {
 		return err
 	}
-	err = refuse(r, "a GET changes nothing; If-None-Match is the precondition for it", "If-Match", "If-Unmodified-Since")
-	if err != nil {
+	var item Item
+	err = readState(w, r, a.store, query, func() { item, _ = a.machine.items.Get(key) })
+	switch {
+	case err != nil:
 		return err
+	case item.Tag == 0:
+		return writePair(w, key, "null")
 	}
-	known, err := tags(r, "If-None-Match", true)
-	if err != nil {
-		return err
+	setTag(w, item.Tag)
+	if cached != nil && cached.has(item.Tag) {
+		w.WriteHeader(http.StatusNotModified)
+		return nil
 	}
-	markStale(w, a.kv.store, consistency)
-	item, err := a.kv.Get(r.Context(), key, consistency)
-	if err != nil {
-		return err
-	}
-	value := item.Value
-	if item.Tag == 0 {
-		value = "null"
-	} else {
-		setTag(w, item.Tag)
-		if known != nil && known.has(item.Tag) {
-			w.WriteHeader(http.StatusNotModified)
-			return nil
-		}
-	}
-	body := make([]byte, 0, len(key)+min(len(value), pieceBytes)+8)
-	body, _ = jsontext.AppendQuote(append(body, '{'), key) // keys are valid UTF-8
-	body = append(body, ':')
-	if len(value) <= pieceBytes {
-		return writeBody(w, jsonType, append(append(body, value...), '}'))
-	}
-	announce(w, len(body)+len(value)+1)
-	writePieces(w, body)
-	writePieces(w, value) // which is not copied as a whole: many may ask for it
-	writePieces(w, "}")
-	return nil
+	return writePair(w, key, item.Value)
 }
 
 func (a *api) putKey(w http.ResponseWriter, r *http.Request) error {
-	key, condition, err := target(r)
+	key, condition, err := readTarget(r)
 	if err != nil {
 		return err
 	}
-	if err := refuse(r, "a value is put as a whole", "Content-Range"); err != nil {
+	if err := rejectHeaders(r, "a value is put as a whole", "Content-Range"); err != nil {
 		return err
 	}
 	value, err := readJSON(r)
 	if err != nil {
 		return err
 	}
-	written, err := a.kv.Set(r.Context(), []Pair{{key, string(value)}}, condition)
-	if err != nil {
-		return conditionFailed(r, condition, err)
-	}
-	setTag(w, written.Tag)
-	return wrote(w, written)
-}
-
-func (a *api) deleteKey(w http.ResponseWriter, r *http.Request) error {
-	key, condition, err := target(r)
+	tag, err := a.apply(w, r, command{op: opSet, condition: condition, pairs: []Pair{{key, string(value)}}})
 	if err != nil {
 		return err
 	}
-	written, err := a.kv.Delete(r.Context(), key, condition)
+	setTag(w, tag)
+	return nil
+}
+
+func (a *api) deleteKey(w http.ResponseWriter, r *http.Request) error {
+	key, condition, err := readTarget(r)
 	if err != nil {
-		return conditionFailed(r, condition, err)
+		return err
 	}
-	return wrote(w, written)
+	_, err = a.apply(w, r, command{op: opDelete, condition: condition, pairs: []Pair{{Key: key}}})
+	return err
 }
 
 func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
 	if _, err := readQuery(r); err != nil {
 		return err
 	}
-	if err := refuse(r, "preconditions are for one key: use PUT /key/<key>",
+	if err := rejectHeaders(r, "preconditions are for one key: use PUT /key/<key>",
 		"If-Match", "If-None-Match", "If-Unmodified-Since", "If-Modified-Since"); err != nil {
 		return err
 	}
 	pairs, err := readObject(r)
-	if err != nil {
+	if err != nil || len(pairs) == 0 { // {} changes nothing, and needs no log entry
 		return err
 	}
-	if len(pairs) == 0 {
-		return nil // nothing to write, so nothing for the log
-	}
-	written, err := a.kv.Set(r.Context(), pairs, Condition{})
+	_, err = a.apply(w, r, command{op: opSet, pairs: pairs})
+	return err
+}
+
+// apply has c executed and returns its tag. If its condition was not met, the error is a 412.
+func (a *api) apply(w http.ResponseWriter, r *http.Request, c command) (Tag, error) {
+	result, err := applyCommand(w, r, a.store, c.encode())
 	if err != nil {
-		return err
+		return 0, err
 	}
-	return wrote(w, written)
+	tag, err := decodeResult(result)
+	if err != nil || tag != 0 {
+		return tag, err
+	}
+	detail := "the precondition does not hold"
+	quotes := strings.Count(strings.Join(r.Header["If-Match"], ","), `"`)
+	if match := c.condition.Match; match != nil && quotes > 2*len(match.List) {
+		detail += "; If-Match has a tag that never matches: one that is weak (W/) or that this service does not give"
+	}
+	return 0, statusError(http.StatusPreconditionFailed, "%s", detail)
+}
+
+// listing is a request for one page of a listing.
+type listing struct {
+	query         url.Values
+	prefix, after string
+	limit         int // keys
 }
 
 func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
-	query, err := readQuery(r, "prefix", "after", "limit", "consistency")
+	l, err := readListing(r)
 	if err != nil {
 		return err
 	}
-	if !query.Has("prefix") && !query.Has("after") && !query.Has("limit") {
-		return badRequest("which key? GET /key/<key> reads one, GET /key?prefix=<prefix> lists those that begin so")
-	}
-	if err := refuse(r, "a listing has no tag", "If-Match", "If-None-Match", "If-Unmodified-Since"); err != nil {
+	// The wait for a leader comes before the wait for other listings: a listing that needs no leader must not wait for
+	// one.
+	if err := readState(w, r, a.store, l.query, func() {}); err != nil {
 		return err
 	}
-	consistency, err := consistency(a.cfg, query)
-	if err != nil {
-		return err
-	}
-	limit := defaultPage
-	if asked := query.Get("limit"); query.Has("limit") {
-		if limit, err = strconv.Atoi(asked); err != nil || limit < 1 || limit > maxPage {
-			return badRequest("limit: %q is not a number from 1 to %d", asked, maxPage)
-		}
-	}
-	markStale(w, a.kv.store, consistency)
-	// Before its turn, so that one that waits for a leader does not hold up those that need none.
-	if err := a.kv.store.Read(r.Context(), consistency, func() {}); err != nil {
-		return err
-	}
-	turn, cancel := context.WithTimeout(r.Context(), listingWait)
+	ctx, cancel := context.WithTimeout(r.Context(), listingWait)
 	defer cancel()
 	select {
 	case a.listings <- struct{}{}:
 		defer func() { <-a.listings }()
-	case <-turn.Done():
-		return &httpError{http.StatusServiceUnavailable, "too many listings are under way"}
+	case <-ctx.Done():
+		return statusError(http.StatusServiceUnavailable, "too many listings are under way")
 	}
-	body, last, more := []byte{'{'}, "", false
-	a.kv.List(query.Get("prefix"), query.Get("after"), func(key string, item Item) bool {
-		if more = limit == 0 || len(body) > maxPageBytes; more {
+	var items *btree.Map[string, Item]
+	a.store.Capture(func() { items = a.machine.items.Copy() })
+	page, next := l.page(items)
+	if next != "" {
+		w.Header().Set("Link", next)
+	}
+	return writeLarge(w, jsonType, len(page), bytes.NewReader(page))
+}
+
+func readListing(r *http.Request) (l listing, err error) {
+	if l.query, err = readQuery(r, "prefix", "after", "limit", "consistency"); err != nil {
+		return l, err
+	}
+	if !l.query.Has("prefix") && !l.query.Has("after") && !l.query.Has("limit") {
+		return l, badRequest("which key? GET /key/<key> reads one, GET /key?prefix=<prefix> lists those that begin so")
+	}
+	if err := rejectHeaders(r, "a listing has no tag", "If-Match", "If-None-Match", "If-Unmodified-Since"); err != nil {
+		return l, err
+	}
+	l.prefix, l.after, l.limit = l.query.Get("prefix"), l.query.Get("after"), defaultPage
+	if asked := l.query.Get("limit"); l.query.Has("limit") {
+		if l.limit, err = strconv.Atoi(asked); err != nil || l.limit < 1 || l.limit > maxPage {
+			return l, badRequest("limit: %q is not a number from 1 to %d", asked, maxPage)
+		}
+	}
+	return l, nil
+}
+
+// page returns a JSON object of the keys, in byte order, and the header Link for the next page, "" for none.
+func (l listing) page(items *btree.Map[string, Item]) (page []byte, next string) {
+	page, last, more := []byte{'{'}, "", false
+	items.Ascend(max(l.prefix, l.after), func(key string, item Item) bool {
+		if key == l.after {
+			return true
+		}
+		if !strings.HasPrefix(key, l.prefix) {
 			return false
 		}
-		if len(body) > 1 {
-			body = append(body, ',')
+		if more = l.limit == 0 || len(page) > maxPageBytes; more {
+			return false
 		}
-		body, _ = jsontext.AppendQuote(body, key)
-		body = append(append(body, ':'), item.Value...)
+		if len(page) > 1 {
+			page = append(page, ',')
+		}
+		page, _ = jsontext.AppendQuote(page, key) // keys are valid UTF-8
+		page = append(append(page, ':'), item.Value...)
 		last = key
-		limit--
+		l.limit--
 		return true
 	})
 	if more {
-		query.Set("after", last)
-		w.Header().Set("Link", "<?"+query.Encode()+`>; rel="next"`)
+		l.query.Set("after", last)
+		next = "<?" + l.query.Encode() + `>; rel="next"`
 	}
-	body = append(body, '}')
-	announce(w, len(body))
-	writePieces(w, body)
-	return nil
+	return append(page, '}'), next
 }
 
-// announce sets the headers of a JSON answer of so many bytes.
-func announce(w http.ResponseWriter, size int) {
-	h := w.Header()
-	h["Content-Type"] = []string{jsonType}
-	h["Content-Length"] = []string{strconv.Itoa(size)}
+// writePair answers with {"<key>":<value>}.
+func writePair(w http.ResponseWriter, key, value string) error {
+	body := make([]byte, 0, len(key)+min(len(value), pieceBytes)+8)
+	body, _ = jsontext.AppendQuote(append(body, '{'), key) // keys are valid UTF-8
+	body = append(body, ':')
+	if len(value) <= pieceBytes {
+		return writeBody(w, jsonType, append(append(body, value...), '}'))
+	}
+	parts := io.MultiReader(bytes.NewReader(body), strings.NewReader(value), strings.NewReader("}"))
+	return writeLarge(w, jsonType, len(body)+len(value)+1, parts) // many may ask for a large value, so it is not copied
 }
 
-// writePieces writes a part of a large answer piece by piece. A client that does not take one in time gets no more of it, and
-// since it is less than what was announced, net/http closes the connection.
-func writePieces[T []byte | string](w http.ResponseWriter, part T) {
-	control := http.NewResponseController(w)
-	for len(part) > 0 {
-		n := min(len(part), pieceBytes)
-		_ = control.SetWriteDeadline(time.Now().Add(pieceWait)) // what is no connection has none
-		if _, err := w.Write([]byte(part[:n])); err != nil {
-			return
-		}
-		part = part[n:]
+// readTarget returns the key that a write is for, and its preconditions.
+func readTarget(r *http.Request) (key string, c Condition, err error) {
+	if key, err = pathKey(r); err != nil {
+		return "", c, err
 	}
-}
-
-// target returns the key that a write is for, and its preconditions.
-func target(r *http.Request) (key string, c Condition, err error) {
-	if key, err = pathKey(r); err == nil {
-		_, err = readQuery(r)
+	if _, err = readQuery(r); err != nil {
+		return "", c, err
 	}
-	if err == nil {
-		c, err = condition(r)
+	if err := rejectHeaders(r, "keys have no time of modification; use If-Match",
+		"If-Unmodified-Since", "If-Modified-Since"); err != nil {
+		return "", c, err
 	}
+	if c.Match, err = readTags(r, "If-Match", false); err != nil {
+		return "", c, err
+	}
+	c.NoneMatch, err = readTags(r, "If-None-Match", true)
 	return key, c, err
 }
 
@@ -247,63 +260,33 @@ func pathKey(r *http.Request) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	if err := checkKey(key); err != nil {
-		return "", badRequest("%v", err)
-	}
-	return key, nil
+	return key, checkKey(key)
 }
 
 func checkKey(key string) error {
 	switch {
 	case key == "":
-		return fmt.Errorf("a key has 1 to %d bytes, this one is empty", maxKeyBytes)
+		return badRequest("a key has 1 to %d bytes, this one is empty", maxKeyBytes)
 	case len(key) > maxKeyBytes:
-		return fmt.Errorf("a key has at most %d bytes, this one has %d", maxKeyBytes, len(key))
+		return badRequest("a key has at most %d bytes, this one has %d", maxKeyBytes, len(key))
 	case !utf8.ValidString(key):
-		return errors.New("a key must be valid UTF-8")
+		return badRequest("a key must be valid UTF-8")
 	}
 	return nil
 }
 
-// condition returns the preconditions of a write to one key.
-func condition(r *http.Request) (c Condition, err error) {
-	err = refuse(r, "keys have no time of modification; use If-Match", "If-Unmodified-Since", "If-Modified-Since")
-	if err != nil {
-		return c, err
+// cachedTags returns the tags of the answers that the client has in its cache, nil for none.
+func cachedTags(r *http.Request) (*Tags, error) {
+	if err := rejectHeaders(r, "a GET changes nothing; If-None-Match is the precondition for it",
+		"If-Match", "If-Unmodified-Since"); err != nil {
+		return nil, err
 	}
-	if c.Match, err = tags(r, "If-Match", false); err != nil {
-		return c, err
-	}
-	c.NoneMatch, err = tags(r, "If-None-Match", true)
-	return c, err
+	return readTags(r, "If-None-Match", true)
 }
 
-// conditionFailed gives ErrCondition its status; other errors it leaves to the server.
-func conditionFailed(r *http.Request, c Condition, err error) error {
-	if !errors.Is(err, ErrCondition) {
-		return err
-	}
-	detail := ErrCondition.Error()
-	quotes := strings.Count(strings.Join(r.Header["If-Match"], ","), `"`)
-	if c.Match != nil && quotes > 2*len(c.Match.List) {
-		detail += "; If-Match has a tag that never matches: one that is weak (W/) or that this service does not give"
-	}
-	return &httpError{http.StatusPreconditionFailed, detail}
-}
-
-// refuse says why headers cannot be used here, if one of them is.
-func refuse(r *http.Request, why string, headers ...string) error {
-	for _, header := range headers {
-		if _, present := r.Header[header]; present {
-			return badRequest("%s cannot be used here: %s", header, why)
-		}
-	}
-	return nil
-}
-
-// tags reads a header that lists entity tags (RFC 9110, 13.1), nil when there is none. A weak tag stands for the same
-// as a strong one where weak says so, and otherwise for nothing, like any tag that this service never gave out.
-func tags(r *http.Request, header string, weak bool) (*Tags, error) {
+// readTags reads a header that lists entity tags (RFC 9110, 13.1). It returns nil if there is no such header. Tags that
+// this service never gave out are left out, since no key has them. So are weak ones, unless weak says that they match.
+func readTags(r *http.Request, header string, weak bool) (*Tags, error) {
 	values, present := r.Header[header]
 	if !present {
 		return nil, nil // no condition is not an error
@@ -312,15 +295,19 @@ func tags(r *http.Request, header string, weak bool) (*Tags, error) {
 	if rest == "*" {
 		return &Tags{Any: true}, nil
 	}
-	set, count := &Tags{}, 0
+	if rest == "" {
+		return nil, badRequest("%s is empty", header)
+	}
+	set := &Tags{}
 	for rest != "" {
 		isWeak := strings.HasPrefix(rest, "W/")
 		opaque, after, ok := cutTag(strings.TrimPrefix(rest, "W/"))
 		if !ok {
-			return nil, badRequest(`%s: %q is neither * nor a list of entity tags such as "17"`, header, strings.Join(values, ","))
+			return nil, badRequest(`%s: %q is neither * nor a list of entity tags such as "17"`,
+				header, strings.Join(values, ","))
 		}
-		count++
-		if n, err := strconv.ParseUint(opaque, 10, 64); err == nil && strconv.FormatUint(n, 10) == opaque && (weak || !isWeak) {
+		n, err := strconv.ParseUint(opaque, 10, 64)
+		if err == nil && strconv.FormatUint(n, 10) == opaque && (weak || !isWeak) {
 			set.List = append(set.List, Tag(n))
 		}
 		rest = strings.TrimLeft(after, " \t,")
@@ -328,13 +315,10 @@ func tags(r *http.Request, header string, weak bool) (*Tags, error) {
 			return nil, badRequest("%s: entity tags must be separated by commas", header)
 		}
 	}
-	if count == 0 {
-		return nil, badRequest("%s is empty", header)
-	}
 	return set, nil
 }
 
-// cutTag takes a quoted tag off the front of s.
+// cutTag cuts a quoted tag off the front of s.
 func cutTag(s string) (opaque, rest string, ok bool) {
 	if !strings.HasPrefix(s, `"`) {
 		return "", s, false
@@ -346,18 +330,12 @@ func cutTag(s string) (opaque, rest string, ok bool) {
 	return opaque, rest, ok
 }
 
-// setTag sets the ETag, under the spelling that net/http would have to find for it each time.
+// setTag sets ETag, by its canonical name, which saves http.Header's look at it.
 func setTag(w http.ResponseWriter, tag Tag) {
 	w.Header()["Etag"] = []string{`"` + strconv.FormatUint(uint64(tag), 10) + `"`}
 }
 
-// wrote answers a successful write: 200 and no body.
-func wrote(w http.ResponseWriter, written Written) error {
-	w.Header()["Raft-Index"] = []string{strconv.FormatUint(written.Index, 10)}
-	return nil
-}
-
-// readObject returns the members of the body, a JSON object in which each is named once.
+// readObject returns the members of the body, which must be a JSON object with no member twice.
 func readObject(r *http.Request) ([]Pair, error) {
 	body, err := readBody(r)
 	if err != nil {
@@ -370,7 +348,7 @@ func readObject(r *http.Request) ([]Pair, error) {
 	return members(object)
 }
 
-// members returns the members of an object, given as one JSON value.
+// members returns the members of an object, given as one valid JSON value.
 func members(object []byte) ([]Pair, error) {
 	if object[0] != '{' {
 		return nil, badRequest("the body must be a JSON object of keys and values")
@@ -383,14 +361,15 @@ func members(object []byte) ([]Pair, error) {
 		key := name.String()
 		value, _ := d.ReadValue()
 		if err := checkKey(key); err != nil {
-			return nil, badRequest("%v", err)
+			return nil, err
 		}
 		pairs = append(pairs, Pair{key, string(value)})
 	}
 	slices.SortFunc(pairs, func(a, b Pair) int { return strings.Compare(a.Key, b.Key) })
 	for i := range pairs[min(1, len(pairs)):] {
 		if pairs[i].Key == pairs[i+1].Key {
-			return nil, badRequest("the key %.40q is given more than once; which value is meant cannot be known", pairs[i].Key)
+			return nil, badRequest("the key %.40q is given more than once; which value is meant cannot be known",
+				pairs[i].Key)
 		}
 	}
 	return pairs, nil

@@ -1,12 +1,10 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"maps"
 	"net"
 	"net/http"
@@ -21,78 +19,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 )
-
-// exchange sends text to addr as it stands, over a connection of its own: net/http's client would clean paths. The text
-// asks for the connection to be closed, so that whatever follows the answer is found too.
-func exchange(ctx context.Context, addr, method, text string) (a answerTo, err error) {
-	conn, err := new(net.Dialer).DialContext(ctx, "tcp", addr)
-	if err != nil {
-		return a, err
-	}
-	defer conn.Close()
-	_ = conn.SetDeadline(time.Now().Add(15 * time.Second))
-	if _, err := io.WriteString(conn, text); err != nil {
-		return a, err
-	}
-	r := bufio.NewReader(conn)
-	response, err := http.ReadResponse(r, &http.Request{Method: method})
-	if err != nil {
-		return a, err
-	}
-	defer response.Body.Close()
-	body, err := io.ReadAll(response.Body)
-	if err != nil {
-		return a, err
-	}
-	if rest, err := io.ReadAll(r); err != nil || len(rest) > 0 {
-		return a, fmt.Errorf("%q and error %w follow the answer", rest, err)
-	}
-	return answerTo{response.StatusCode, response.Header, string(body)}, nil
-}
-
-// requestText is a request as exchange sends it; headers are given as name, value, ...
-func requestText(method, target, body string, headers ...string) string {
-	text := method + " " + target + " HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
-	if !slices.Contains(headers, "Transfer-Encoding") {
-		headers = append(headers, "Content-Length", strconv.Itoa(len(body)))
-	}
-	for pair := range slices.Chunk(headers, 2) {
-		text += pair[0] + ": " + pair[1] + "\r\n"
-	}
-	return text + "\r\n" + body
-}
-
-// ask sends a request to a node that leads and checks what is true of every answer.
-func ask(t *testing.T, n *testNode, method, target, body string, headers ...string) answerTo {
-	t.Helper()
-	a, err := exchange(t.Context(), n.web.Listener.Addr().String(), method, requestText(method, target, body, headers...))
-	if err != nil {
-		t.Fatalf("%s %.200s: %v", method, target, err)
-	}
-	id := []string{n.cfg.NodeID}
-	if got := a.header.Get("Cache-Control"); got != "no-cache" {
-		t.Errorf("%s %.200s: got Cache-Control %q; want no-cache", method, target, got)
-	}
-	if h := a.header; !slices.Equal(h["Raft-Served-By"], id) || !slices.Equal(h["Raft-Leader"], id) || h["Raft-Stale"] != nil {
-		t.Errorf("%s %.200s: got %v; want it served and led by %s, and nothing stale", method, target, h, id)
-	}
-	if a.status >= 400 {
-		checkProblem(t, method, a, "not-applied")
-	} else if method != http.MethodGet && a.body != "" {
-		t.Errorf("%s %.200s: got body %q; want none", method, target, a.body)
-	}
-	return a
-}
-
-// want asks and checks the status.
-func want(t *testing.T, n *testNode, status int, method, target, body string, headers ...string) answerTo {
-	t.Helper()
-	a := ask(t, n, method, target, body, headers...)
-	if a.status != status {
-		t.Errorf("%s %.200s %.200q %.200q: got %d %.200q; want %d", method, target, headers, body, a.status, a.body, status)
-	}
-	return a
-}
 
 // wantValue checks that a key that needs no escaping has a value, given as JSON; it may be null.
 func wantValue(t *testing.T, n *testNode, key, value string) answerTo {
@@ -131,44 +57,12 @@ func indexOf(t *testing.T, a answerTo) uint64 {
 	return index
 }
 
-// checkProblem checks that an error is told as RFC 9457 has it, with its outcome if it is one of a write.
-func checkProblem(t *testing.T, method string, a answerTo, outcome string) {
-	t.Helper()
-	if got := a.header.Get("Content-Type"); got != "application/problem+json" {
-		t.Errorf("%d to %s: got content type %q; want application/problem+json", a.status, method, got)
-	}
-	if method == http.MethodHead {
-		return
-	}
-	var got map[string]any
-	if err := json.Unmarshal([]byte(a.body), &got); err != nil || strings.Contains(strings.TrimSuffix(a.body, "\n"), "\n") {
-		t.Errorf("%d to %s: got %q, %v; want a JSON object in one line", a.status, method, a.body, err)
-	}
-	detail, _ := got["detail"].(string)
-	if detail == "" || strings.Contains(detail, "<nil>") || strings.Contains(detail, "%!") {
-		t.Errorf("%d to %s: got detail %q; want a reason", a.status, method, detail)
-	}
-	expected := map[string]any{
-		"type": "about:blank", "title": http.StatusText(a.status), "status": float64(a.status), "detail": got["detail"],
-	}
-	switch method {
-	case http.MethodPost, http.MethodPut, http.MethodDelete, http.MethodPatch:
-		expected["outcome"] = outcome
-	case http.MethodGet:
-	default:
-		delete(got, "outcome") // neither a read nor a write
-	}
-	if diff := cmp.Diff(expected, got); diff != "" {
-		t.Errorf("%d to %s: -want +got:\n%s", a.status, method, diff)
-	}
-}
-
 func nested(open, end string, depth int) string {
 	return strings.Repeat(open, depth) + strings.Repeat(end, depth)
 }
 
 func TestValuesComeBackByteForByte(t *testing.T) {
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	values := map[string]string{
 		"object": `{"a":{},"b":[]}`, "array": `[1,"2",null,true]`, "string": `"text"`, "empty string": `""`,
 		"true": `true`, "false": `false`, "null": `null`, "zero": `0`, "negative zero": `-0`,
@@ -205,7 +99,7 @@ func TestValuesComeBackByteForByte(t *testing.T) {
 }
 
 func TestReadAndDelete(t *testing.T) {
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	t.Run("missing or null", func(t *testing.T) {
 		if a := wantValue(t, n, "null", "null"); a.header["Etag"] != nil {
 			t.Errorf("missing: got %v; want no ETag", a.header)
@@ -246,7 +140,7 @@ func TestReadAndDelete(t *testing.T) {
 
 func TestTagsAndIndexesGrow(t *testing.T) {
 	before := uint64(time.Now().UnixMicro())
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	first := put(t, n, "a", "1")
 	if after := uint64(time.Now().UnixMicro()); first < before || first > after {
 		t.Errorf("first tag: got %d; want the wall clock in microseconds, from %d to %d", first, before, after)
@@ -278,7 +172,7 @@ func TestTagsAndIndexesGrow(t *testing.T) {
 }
 
 func TestBadBodies(t *testing.T) {
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	notJSON := map[string]string{
 		"empty": "", "white space": " \n", "bare word": "nil", "unfinished": `{"k":1`, "trailing garbage": `{"k":1}x`,
 		"second value": `{"k":1} {"k":2}`, "trailing comma": `{"k":1,}`, "name without quotes": `{k:1}`,
@@ -346,7 +240,7 @@ func TestBadBodies(t *testing.T) {
 }
 
 func TestKeys(t *testing.T) {
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	long := strings.Repeat("k", maxKeyBytes)
 	tests := []struct{ name, path, json, key string }{
 		{"slash", "a/b", `a/b`, "a/b"},
@@ -428,7 +322,7 @@ func TestKeys(t *testing.T) {
 }
 
 func TestRoutes(t *testing.T) {
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	methods := []string{
 		http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete,
 		http.MethodPatch, http.MethodOptions, http.MethodTrace, http.MethodConnect, "get", "PROPFIND",
@@ -468,7 +362,7 @@ func TestRoutes(t *testing.T) {
 }
 
 func TestPreconditions(t *testing.T) {
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	const match, none = "If-Match", "If-None-Match"
 	type test struct {
 		name              string
@@ -591,7 +485,7 @@ func TestPreconditions(t *testing.T) {
 }
 
 func TestWritesAtOnce(t *testing.T) {
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	const writers = 16
 	for _, tt := range []struct {
 		name, header, tag string
@@ -628,7 +522,7 @@ func TestWritesAtOnce(t *testing.T) {
 }
 
 func TestConsistencyParameter(t *testing.T) {
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	put(t, n, "k", "1")
 	for query, status := range map[string]int{
 		"": 200, "?": 200, "?consistency=linearizable": 200, "?consistency=stale": 200, "?%63onsistency=%73tale": 200,
@@ -650,7 +544,7 @@ func TestConsistencyParameter(t *testing.T) {
 
 // A parameter that is not known is no request for what is known: the write does not happen, the listing is not another.
 func TestUnknownParameters(t *testing.T) {
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	put(t, n, "k", "1")
 	tests := []struct {
 		method, target, body string
@@ -720,7 +614,7 @@ func TestWithoutLeader(t *testing.T) {
 			if !tt.early {
 				store.started = time.Now().Add(-time.Minute)
 			}
-			handler := newServer(cfg, store, store.metrics, log, routes(cfg, store, machine))
+			handler := newServer(cfg, store, nil, store.metrics, log, routes(store, machine))
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel() // a leader is not waited for
 			recorder := httptest.NewRecorder()
@@ -743,15 +637,15 @@ func TestWithoutLeader(t *testing.T) {
 
 func TestErrorsHaveTheirStatus(t *testing.T) {
 	statuses := map[error]int{
-		conditionFailed(new(http.Request), Condition{}, fmt.Errorf("%w", ErrCondition)): 412, ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503,
-		ErrNotConfirmed: 503, ErrStarting: 503, badRequest("what?"): 400, errors.New("node7 is broken"): 500,
+		ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503, ErrNotConfirmed: 503,
+		ErrStarting: 503, badRequest("what?"): 400, errNotFound: 404, errors.New("node7 is broken"): 500,
 	}
 	for _, row := range statusOf {
 		if _, tested := statuses[row.err]; !tested {
 			t.Errorf("no test for %v", row.err)
 		}
 	}
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	for tested, status := range statuses {
 		t.Run(tested.Error(), func(t *testing.T) {
 			outcome := "not-applied"
@@ -761,7 +655,7 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 			for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete} {
 				for _, err := range []error{tested, fmt.Errorf("in /secret: %w", tested)} {
 					recorder := httptest.NewRecorder()
-					a := &answer{ResponseWriter: recorder, server: n.server, client: new(client)}
+					a := &response{ResponseWriter: recorder, server: n.server, client: new(client)}
 					n.server.writeError(a, httptest.NewRequestWithContext(t.Context(), method, "/key/k", nil), err)
 					got := answerTo{recorder.Code, recorder.Header(), recorder.Body.String()}
 					if got.status != status || strings.Contains(got.body, "secret") || strings.Contains(got.body, "node7") {
@@ -779,7 +673,7 @@ func TestErrorsHaveTheirStatus(t *testing.T) {
 }
 
 func TestStatusAndHealth(t *testing.T) {
-	n := newTestNode(t, storeMemory)
+	n := newKVNode(t)
 	want(t, n, 200, http.MethodGet, "/livez", "")
 	want(t, n, 200, http.MethodGet, "/readyz", "")
 	put(t, n, "a", "1")
@@ -823,8 +717,8 @@ func TestStatusAndHealth(t *testing.T) {
 }
 
 func TestSlowRequestsAreCutOff(t *testing.T) {
-	n := newTestNode(t, storeMemory)
-	server := n.server.listener()
+	n := newKVNode(t)
+	server := n.server.httpServer()
 	header, all := server.ReadHeaderTimeout, server.ReadTimeout
 	if header <= 0 || header > 30*time.Second || all <= 0 || all > 15*time.Second {
 		t.Errorf("got ReadHeaderTimeout %v, ReadTimeout %v; want up to 30 s and 15 s", header, all)

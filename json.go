@@ -8,11 +8,11 @@ import (
 	"github.com/go-json-experiment/json/jsontext"
 )
 
-// This file reads JSON that clients send. Values stay as they were sent, byte for byte, but for insignificant white
+// This file reads JSON that clients send. Values stay as they were sent, byte for byte, except for insignificant white
 // space.
 
-// maxDepth is how many levels of objects and arrays a value may have: with more of them common clients fail on the
-// whole listing that the value is in (jq 1.6 at 256).
+// maxDepth is how many levels of objects and arrays a value may have. Common clients cannot read deeper ones, and would
+// fail on every listing that has such a value (jq 1.6 at 256).
 const maxDepth = 128
 
 // readJSON returns the body, one JSON value, without insignificant white space.
@@ -24,10 +24,10 @@ func readJSON(r *http.Request) ([]byte, error) {
 	return compactJSON(body, maxDepth)
 }
 
-// compactJSON takes the white space out of body, in place, and makes sure that what is left is one JSON value of UTF-8,
-// without half a surrogate pair anywhere (RFC 7493), and not nested deeper than that.
+// compactJSON removes the white space from body, in place. The result is one JSON value in UTF-8, with no half of a
+// surrogate pair (RFC 7493), and with at most depth levels.
 func compactJSON(body []byte, depth int) ([]byte, error) {
-	if nestsDeeper(body, depth) { // before anything recurses
+	if nestsDeeper(body, depth) { // checked first, because Compact recurses
 		return nil, badRequest("a value has at most %d levels of objects and arrays, this one has more", maxDepth)
 	}
 	value := jsontext.Value(body)
@@ -38,10 +38,10 @@ func compactJSON(body []byte, depth int) ([]byte, error) {
 	return value, err
 }
 
-// nestsDeeper says whether b, as far as it is JSON, has more than that many levels of objects and arrays.
+// nestsDeeper reports whether b, as far as it is JSON, has more than depth levels of objects and arrays.
 func nestsDeeper(b []byte, depth int) bool {
 	if bytes.Count(b, []byte("{"))+bytes.Count(b, []byte("[")) <= depth {
-		return false // which spares most bodies the rest
+		return false // most bodies
 	}
 	d := jsontext.NewDecoder(bytes.NewBuffer(b), jsontext.AllowDuplicateNames(true))
 	var err error

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,23 +9,22 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"runtime"
 	"strings"
-	"sync"
-	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/tidwall/btree"
 )
 
 func TestListing(t *testing.T) {
 	t.Parallel()
-	c := newTestCluster(t, 3, storeMemory)
+	c := newKVCluster(t, 3)
 	pairs := []Pair{{"b", "1"}, {"a", "2"}, {"ab", "3"}, {"a/b", "4"}, {"a c", "5"}, {"é", "6"}, {`q"\`, "7"}, {"ab\x00", "[1.0]"}, {"a&b=+", "8"}}
-	if _, err := c.nodes[0].kv.Set(t.Context(), pairs, Condition{}); err != nil {
+	if err := kvOf(c.nodes[0]).set(t.Context(), pairs...); err != nil {
 		t.Fatal(err)
 	}
 	const all = `{"a":2,"a c":5,"a&b=+":8,"a/b":4,"ab":3,"ab\u0000":[1.0],"b":1,"q\"\\":7,"é":6}`
@@ -50,7 +48,9 @@ func TestListing(t *testing.T) {
 		},
 	}
 	for _, node := range c.nodes {
-		node.get(t, "a") // so that stale reads see all, too
+		if _, err := kvOf(node).get(t.Context(), "a", Linearizable); err != nil { // so that stale reads see all, too
+			t.Fatal(err)
+		}
 		for _, tt := range tests {
 			a := request(t, http.MethodGet, node.url+"/key?"+tt.query, "")
 			if a.status != http.StatusOK || a.body != tt.want || a.header.Get("Link") != tt.next {
@@ -84,7 +84,7 @@ func TestListing(t *testing.T) {
 // Following Link from page to page gives every key once, whatever the pages' sizes.
 func TestListingPageByPage(t *testing.T) {
 	t.Parallel()
-	node := newTestNode(t, storeMemory)
+	node := newKVNode(t)
 	want := make(map[string]string)
 	var pairs []Pair
 	for i := range 40 {
@@ -92,7 +92,7 @@ func TestListingPageByPage(t *testing.T) {
 		want[key] = strings.Repeat("x", 400<<10)
 		pairs = append(pairs, Pair{key, `"` + want[key] + `"`})
 	}
-	if _, err := node.kv.Set(t.Context(), pairs, Condition{}); err != nil {
+	if err := kvOf(node).set(t.Context(), pairs...); err != nil {
 		t.Fatal(err)
 	}
 	for _, limit := range []int{1, 7, 40, 1000} {
@@ -127,18 +127,20 @@ func TestListingPageByPage(t *testing.T) {
 // A listing is of one moment, and neither holds up what is written meanwhile nor sees it.
 func TestListingOfAStateThatChanges(t *testing.T) {
 	t.Parallel()
-	kv := newTestNode(t, storeMemory).kv
+	kv := kvOf(newKVNode(t))
 	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
 	defer cancel()
 	set := func(value string) {
 		t.Helper()
-		if _, err := kv.Set(ctx, []Pair{{"a", value}, {"b", value}, {"c" + value, value}}, Condition{}); err != nil {
+		if err := kv.set(ctx, Pair{"a", value}, Pair{"b", value}, Pair{"c" + value, value}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	set("1")
 	var got []string
-	kv.List("", "", func(key string, item Item) bool {
+	var items *btree.Map[string, Item]
+	kv.store.Capture(func() { items = kv.machine.items.Copy() })
+	items.Scan(func(key string, item Item) bool {
 		set("2")
 		got = append(got, key+item.Value)
 		return true
@@ -146,7 +148,7 @@ func TestListingOfAStateThatChanges(t *testing.T) {
 	if diff := cmp.Diff([]string{"a1", "b1", "c11"}, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}
-	if item, err := kv.Get(ctx, "a", Linearizable); err != nil || item.Value != "2" {
+	if item, err := kv.get(ctx, "a", Linearizable); err != nil || item.Value != "2" {
 		t.Errorf("got %v, %v; want what was written meanwhile", item, err)
 	}
 }
@@ -155,14 +157,13 @@ func TestListingOfAStateThatChanges(t *testing.T) {
 // differs in it.
 func TestListingsShareTheState(t *testing.T) {
 	m := newMachine()
-	kv := &KV{&Store{replica: &replica{machine: m, metrics: newMetrics()}}, m}
 	for i := range 100_000 {
 		m.items.Set(fmt.Sprintf("key-%08d", i), Item{Value: "1", Tag: 1})
 	}
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	for range 1000 {
-		kv.List("", "", func(string, Item) bool { return false })
+		listing{query: make(url.Values), limit: 1}.page(m.items.Copy())
 	}
 	m.items.Set("key-00050000", Item{Value: "2", Tag: 2})
 	runtime.ReadMemStats(&after)
@@ -174,14 +175,14 @@ func TestListingsShareTheState(t *testing.T) {
 // A listing that gets no turn is refused in time, and one that nobody waits for at once.
 func TestListingWithoutATurn(t *testing.T) {
 	t.Parallel()
-	node := newTestNode(t, storeMemory)
-	a := &api{node.cfg, node.kv, make(chan struct{})} // which nobody takes a turn from
+	node := newKVNode(t)
+	a := &api{node.Store, node.machine.(*kvMachine), make(chan struct{})} // which nobody takes a turn from
 	for _, patience := range []time.Duration{100 * time.Millisecond, time.Minute} {
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		began, w := time.Now(), httptest.NewRecorder()
 		r := httptest.NewRequestWithContext(ctx, http.MethodGet, "/key?prefix=", http.NoBody)
 		err := a.listKeys(w, r)
-		node.server.writeError(&answer{ResponseWriter: w, server: node.server, client: new(client)}, r, err)
+		node.server.writeError(&response{ResponseWriter: w, server: node.server, client: new(client)}, r, err)
 		if took := time.Since(began); w.Code != http.StatusServiceUnavailable || w.Header().Get("Retry-After") == "" || took > 5*time.Second {
 			t.Errorf("got %v, %d, after %v; want 503 within 5 s", err, w.Code, took)
 		}
@@ -192,17 +193,17 @@ func TestListingWithoutATurn(t *testing.T) {
 // Readers that do not read are ended, and hold up nobody: not even other listings, nor large values.
 func TestReadersThatDoNotRead(t *testing.T) {
 	t.Parallel()
-	node := newTestNode(t, storeMemory)
+	node := newKVNode(t)
 	value := `"` + strings.Repeat("x", 400<<10) + `"`
 	for i := range 10 {
 		put(t, node, fmt.Sprint("k", i), value)
 	}
-	a := &api{node.cfg, node.kv, make(chan struct{}, maxListings)}
+	a := &api{node.Store, node.machine.(*kvMachine), make(chan struct{}, maxListings)}
 	routes := []route{{path: "/key", get: a.listKeys}, {path: keyPrefix, get: a.getKey}}
-	server := newServer(node.cfg, node.Store, node.metrics, testLogger(t, "http"), routes)
+	server := newServer(node.cfg, node.Store, nil, node.metrics, testLogger(t, "http"), routes)
 	web := httptest.NewUnstartedServer(nil)
-	web.Config = server.listener()
-	web.Listener = server.door(web.Listener, nil)
+	web.Config = server.httpServer()
+	web.Listener = server.limitListener(web.Listener, nil)
 	web.Start()
 	t.Cleanup(web.Close)
 	var silent []net.Conn
@@ -237,106 +238,16 @@ func TestReadersThatDoNotRead(t *testing.T) {
 	}
 }
 
-// 3,000 listings at once, at the manifests' limit of memory, beside 800 clients that do not read a large value: those that
-// get no turn are refused, and who reads one key is answered in time.
-func TestProcessManyListings(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("memory is read from /proc")
-	}
-	p := newProc(t, map[string]string{"GOMEMLIMIT": "384MiB", "KV_STORE": storeMemory})
-	startAll(p)
-	value := `"` + strings.Repeat("x", 400) + `"`
-	for i := range 10 {
-		body := make([]string, 1000)
-		for j := range body {
-			body[j] = fmt.Sprintf(`"k%d%03d":%s`, i, j, value)
-		}
-		p.expect(http.StatusOK, http.MethodPost, "/key", "{"+strings.Join(body, ",")+"}")
-	}
-	p.put("large", `"`+strings.Repeat("x", 500<<10)+`"`)
-	ask := func(target string) (net.Conn, error) {
-		conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", p.env["HTTP_ADDR"]+":"+p.env["HTTP_PORT"])
-		if err != nil {
-			return nil, err
-		}
-		_ = conn.SetDeadline(time.Now().Add(30 * time.Second))
-		_, err = io.WriteString(conn, requestText(http.MethodGet, target, ""))
-		return conn, err
-	}
-	for range 800 { // who do not read what they have asked for
-		conn, err := ask("/key/large")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer conn.Close()
-	}
-	list := func() (status int, size int64, err error) { // of a client that keeps nothing, for there are many of them
-		conn, err := ask("/key?prefix=k&limit=10000")
-		if err != nil {
-			return 0, 0, err
-		}
-		defer conn.Close()
-		response, err := http.ReadResponse(bufio.NewReader(conn), nil)
-		if err != nil {
-			return 0, 0, err
-		}
-		defer response.Body.Close()
-		size, err = io.Copy(io.Discard, response.Body)
-		return response.StatusCode, size, err
-	}
-	var answered, refused, failed atomic.Int64
-	var listings, reads sync.WaitGroup
-	done := make(chan struct{})
-	reads.Go(func() {
-		for ended := false; !ended; {
-			began := time.Now()
-			a, err := p.ask(http.MethodGet, "/key/k0000", "")
-			if took := time.Since(began); err != nil || a.status != http.StatusOK || took > 5*time.Second {
-				t.Errorf("a read of one key: got %d, %v, after %v; want it within 5 s", a.status, err, took)
-			}
-			select {
-			case <-done:
-				ended = true
-			case <-time.After(50 * time.Millisecond):
-			}
-		}
-	})
-	for range 3000 {
-		listings.Go(func() {
-			switch status, size, err := list(); {
-			case err == nil && status == http.StatusOK && size > maxPageBytes:
-				answered.Add(1)
-			case err == nil && status == http.StatusServiceUnavailable:
-				refused.Add(1)
-			default:
-				failed.Add(1)
-				t.Logf("a listing: got %d, %d bytes, %v", status, size, err)
-			}
-		})
-	}
-	listings.Wait()
-	close(done)
-	reads.Wait()
-	mb := residentMB(t, p.cmd.Process.Pid)
-	t.Logf("%d listings answered, %d refused; at most %d MB resident", answered.Load(), refused.Load(), mb)
-	if mb > 450 || failed.Load() > 0 || answered.Load() < 100 {
-		t.Errorf("got %d MB, %d answered, %d failed; want at most 450 MB, hundreds answered and none failed", mb, answered.Load(), failed.Load())
-	}
-	p.end(syscall.SIGTERM, exitOK)
-}
-
 func BenchmarkListPageOf1000In1M(b *testing.B) {
 	m := newMachine()
 	for i := range 1_000_000 {
 		key := fmt.Sprintf("key-%08d", i)
 		m.items.Set(key, Item{Value: "1", Tag: 1})
 	}
-	kv := &KV{&Store{replica: &replica{machine: m}}, m}
 	for b.Loop() {
-		n := 0
-		kv.List("key-", "key-00500000", func(string, Item) bool { n++; return n < defaultPage })
-		if n != defaultPage {
-			b.Fatalf("got %d keys; want %d", n, defaultPage)
+		l := listing{query: make(url.Values), prefix: "key-", after: "key-00500000", limit: defaultPage}
+		if _, next := l.page(m.items.Copy()); next == "" {
+			b.Fatal("got the last page; want the first of many")
 		}
 	}
 }

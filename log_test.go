@@ -190,9 +190,9 @@ func TestWhatStaysOfTheLogIsBounded(t *testing.T) {
 // In memory a snapshot of this node's own takes no room, and can be sent to several nodes at once.
 func TestMemorySnapshotIsKeptAsItWasCaptured(t *testing.T) {
 	st := openTestStorage(t, storeMemory, t.TempDir())
-	machine := newMachine()
+	machine := newTestMachine()
 	r := newTestReplica(t, machine)
-	applySet(r, 1, Pair{"a", "1"}, Pair{"b", "2"})
+	applySet(r, 1, testPair{"a", "1"}, testPair{"b", "2"})
 	want := snapshotOf(t, r)
 	captured, err := r.Snapshot()
 	if err != nil {
@@ -202,7 +202,7 @@ func TestMemorySnapshotIsKeptAsItWasCaptured(t *testing.T) {
 	if err := captured.Persist(sink); err != nil {
 		t.Fatal(err)
 	}
-	applySet(r, 2, Pair{"a", "3"})
+	applySet(r, 2, testPair{"a", "3"})
 	var readers sync.WaitGroup
 	for range 3 {
 		readers.Go(func() {

@@ -18,7 +18,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/hashicorp/raft"
-	"github.com/tidwall/btree"
 )
 
 // testTime is when commands of these tests are taken, unless they say otherwise.
@@ -164,26 +163,9 @@ func newTestReplica(t *testing.T, machine StateMachine) *replica {
 }
 
 // applySet has r execute one entry with one command that sets all pairs.
-func applySet(r *replica, index uint64, pairs ...Pair) {
-	set := command{op: opSet, pairs: pairs}.encode()
+func applySet(r *replica, index uint64, pairs ...testPair) {
+	set := testSet(pairs...)
 	r.Apply(&raft.Log{Index: index, Data: encodeEntry(testTime, [][]byte{set})})
-}
-
-// kvState is all that a kvMachine holds.
-type kvState struct {
-	Items   map[string]Item
-	LastTag Tag
-}
-
-func stateOf(m *kvMachine) kvState { return kvState{itemsOf(m.items), m.lastTag} }
-
-func itemsOf(items *btree.Map[string, Item]) map[string]Item {
-	all := make(map[string]Item)
-	items.Scan(func(key string, item Item) bool {
-		all[key] = item
-		return true
-	})
-	return all
 }
 
 // blobMachine is a state machine that believes whatever it reads, so only the framing finds damage.
@@ -229,31 +211,31 @@ func (m *lazyMachine) Restore(r io.Reader) (func(), error) {
 func TestSnapshotRoundTrip(t *testing.T) {
 	tests := []struct {
 		name    string
-		entries [][]Pair
+		entries [][]testPair
 	}{
 		{"an empty state", nil},
-		{"one key", [][]Pair{{{"k", "1"}}}},
-		{"an empty value", [][]Pair{{{"k", ""}}}},
-		{"keys and values that are not text", [][]Pair{{{"\x00", "\xff\xfe"}, {"\xff", "\x00"}}}},
-		{"keys set by several entries", [][]Pair{{{"b", "1"}, {"a", "2"}}, {{"c", "3"}}, {{"a", "4"}}}},
-		{"a value as long as the buffer", [][]Pair{{{"k", strings.Repeat("v", snapshotBuffer)}}}},
-		{"a value longer than many buffers", [][]Pair{{{"j", "1"}, {"k", strings.Repeat("v", 5*snapshotBuffer+1)}, {"l", "1"}}}},
-		{"the longest value", [][]Pair{{{"k", strings.Repeat("v", maxBodyBytes)}}}},
+		{"one key", [][]testPair{{{"k", "1"}}}},
+		{"an empty value", [][]testPair{{{"k", ""}}}},
+		{"keys and values that are not text", [][]testPair{{{"\x00", "\xff\xfe"}, {"\xff", "\x00"}}}},
+		{"keys set by several entries", [][]testPair{{{"b", "1"}, {"a", "2"}}, {{"c", "3"}}, {{"a", "4"}}}},
+		{"a value as long as the buffer", [][]testPair{{{"k", strings.Repeat("v", snapshotBuffer)}}}},
+		{"a value longer than many buffers", [][]testPair{{{"j", "1"}, {"k", strings.Repeat("v", 5*snapshotBuffer+1)}, {"l", "1"}}}},
+		{"the longest value", [][]testPair{{{"k", strings.Repeat("v", maxBodyBytes)}}}},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			machine := newMachine()
+			machine := newTestMachine()
 			source := newTestReplica(t, machine)
 			for i, pairs := range tt.entries {
 				applySet(source, uint64(i)+3, pairs...)
 			}
-			restored := newMachine()
+			restored := newTestMachine()
 			target := newTestReplica(t, restored)
-			applySet(target, 1, Pair{"of the state before", "1"})
+			applySet(target, 1, testPair{"of the state before", "1"})
 			if err := restoreFrom(target, snapshotOf(t, source)); err != nil {
 				t.Fatalf("restore: %v", err)
 			}
-			if diff := cmp.Diff(stateOf(machine), stateOf(restored)); diff != "" {
+			if diff := cmp.Diff(machine, restored, cmp.AllowUnexported(testMachine{})); diff != "" {
 				t.Errorf("states differ (-want +got):\n%s", diff)
 			}
 			if got, want := target.applied.load(), max(1, source.applied.load()); got != want {
@@ -287,14 +269,14 @@ func TestDamagedSnapshotLeavesTheStateAlone(t *testing.T) {
 	second := snapshotBuffer
 	tests := []struct {
 		name  string
-		pairs []Pair
+		pairs []testPair
 		at    func(int) bool
 	}{
 		{"an empty state", nil, everywhere},
-		{"less than the buffer", []Pair{{"a", "1"}, {"b", `{"x":[1,2,3]}`}, {"c", ""}}, everywhere},
+		{"less than the buffer", []testPair{{"a", "1"}, {"b", `{"x":[1,2,3]}`}, {"c", ""}}, everywhere},
 		{
 			"more than the buffer, damaged around its ends",
-			[]Pair{{"a", strings.Repeat("v", snapshotBuffer)}, {"b", "1"}},
+			[]testPair{{"a", strings.Repeat("v", snapshotBuffer)}, {"b", "1"}},
 			func(i int) bool { return i < 64 || i >= second-32 },
 		},
 	}
@@ -302,7 +284,7 @@ func TestDamagedSnapshotLeavesTheStateAlone(t *testing.T) {
 		name string
 		make func() StateMachine
 	}{
-		{"the key-value machine", func() StateMachine { return newMachine() }},
+		{"the map", func() StateMachine { return newTestMachine() }},
 		{"a machine that believes all it reads", func() StateMachine { return new(blobMachine) }},
 	}
 	for _, machine := range machines {
@@ -313,7 +295,7 @@ func TestDamagedSnapshotLeavesTheStateAlone(t *testing.T) {
 					applySet(source, 9, tt.pairs...)
 				}
 				target := newTestReplica(t, machine.make())
-				applySet(target, 5, Pair{"kept", "1"}, Pair{"a", "kept as well"})
+				applySet(target, 5, testPair{"kept", "1"}, testPair{"a", "kept as well"})
 				before := snapshotOf(t, target)
 				damages(snapshotOf(t, source), tt.at, func(name string, damaged []byte) {
 					if err := restoreFrom(target, damaged); err == nil {
@@ -376,9 +358,9 @@ func TestRestoreReturnsTheErrorOfItsSource(t *testing.T) {
 }
 
 func TestPersistCancelsWhatItCouldNotWrite(t *testing.T) {
-	machine := newMachine()
+	machine := newTestMachine()
 	r := newTestReplica(t, machine)
-	applySet(r, 1, Pair{"a", "1"}, Pair{"b", strings.Repeat("v", snapshotBuffer)})
+	applySet(r, 1, testPair{"a", "1"}, testPair{"b", strings.Repeat("v", snapshotBuffer)})
 	for room := range snapshotOf(t, r) {
 		if room > 100 && room%997 != 0 { // each place of the same kind a few times is enough
 			continue
@@ -396,13 +378,13 @@ func TestPersistCancelsWhatItCouldNotWrite(t *testing.T) {
 }
 
 func TestSnapshotCapturesTheStateBeforeLaterCommands(t *testing.T) {
-	machine := newMachine()
+	machine := newTestMachine()
 	r := newTestReplica(t, machine)
 	key := func(i int) string { return fmt.Sprintf("key%04d", i) }
 	for i := range 2000 {
-		applySet(r, uint64(i)+1, Pair{key(i), "old"})
+		applySet(r, uint64(i)+1, testPair{key(i), "old"})
 	}
-	want, wantState := snapshotOf(t, r), stateOf(machine)
+	want, wantState := snapshotOf(t, r), machine.clone()
 	captured, err := r.Snapshot()
 	if err != nil {
 		t.Fatal(err)
@@ -410,9 +392,9 @@ func TestSnapshotCapturesTheStateBeforeLaterCommands(t *testing.T) {
 	var later sync.WaitGroup
 	later.Go(func() {
 		for i := range 4000 {
-			applySet(r, uint64(i)+2001, Pair{key(i), "new"})
+			applySet(r, uint64(i)+2001, testPair{key(i), "new"})
 		}
-		remove := command{op: opDelete, pairs: []Pair{{Key: key(7)}}}.encode()
+		remove := testCommand{remove: true, pairs: []testPair{{Key: key(7)}}}.encode()
 		r.Apply(&raft.Log{Index: 6001, Data: encodeEntry(testTime, [][]byte{remove})})
 	})
 	during := persist(t, captured)
@@ -422,12 +404,12 @@ func TestSnapshotCapturesTheStateBeforeLaterCommands(t *testing.T) {
 			t.Errorf("written %s: got another snapshot than the one captured", name)
 		}
 	}
-	restored := newMachine()
+	restored := newTestMachine()
 	target := newTestReplica(t, restored)
 	if err := restoreFrom(target, during); err != nil {
 		t.Fatalf("restore: %v", err)
 	}
-	if diff := cmp.Diff(wantState, stateOf(restored)); diff != "" {
+	if diff := cmp.Diff(wantState, restored, cmp.AllowUnexported(testMachine{})); diff != "" {
 		t.Errorf("states differ (-want +got):\n%s", diff)
 	}
 	if got := target.applied.load(); got != 2000 {
@@ -436,12 +418,12 @@ func TestSnapshotCapturesTheStateBeforeLaterCommands(t *testing.T) {
 }
 
 func TestEqualStatesGiveEqualSnapshots(t *testing.T) {
-	pairs := make([]Pair, 10_000)
+	pairs := make([]testPair, 10_000)
 	for i := range pairs {
-		pairs[i] = Pair{fmt.Sprint("key", i), fmt.Sprint(i)}
+		pairs[i] = testPair{fmt.Sprint("key", i), fmt.Sprint(i)}
 	}
-	straight := newTestReplica(t, newMachine())
-	applySet(straight, 1, Pair{"x", "1"})
+	straight := newTestReplica(t, newTestMachine())
+	applySet(straight, 1, testPair{"x", "1"})
 	applySet(straight, 2, pairs...)
 	want := snapshotOf(t, straight)
 
@@ -450,15 +432,15 @@ func TestEqualStatesGiveEqualSnapshots(t *testing.T) {
 		// The same tags are given out, but the keys come and go in another order.
 		shuffled := slices.Clone(pairs)
 		random.Shuffle(len(shuffled), func(i, j int) { shuffled[i], shuffled[j] = shuffled[j], shuffled[i] })
-		machine := newMachine()
+		machine := newTestMachine()
 		r := newTestReplica(t, machine)
-		applySet(r, 1, append(shuffled[:5000:5000], Pair{"x", "1"})...)
+		applySet(r, 1, append(shuffled[:5000:5000], testPair{"x", "1"})...)
 		applySet(r, 2, shuffled...)
 		if got := snapshotOf(t, r); !bytes.Equal(got, want) {
 			t.Error("the keys in another order: got another snapshot; want the same")
 		}
 	}
-	restored := newTestReplica(t, newMachine())
+	restored := newTestReplica(t, newTestMachine())
 	if err := restoreFrom(restored, want); err != nil {
 		t.Fatal(err)
 	}
@@ -468,13 +450,13 @@ func TestEqualStatesGiveEqualSnapshots(t *testing.T) {
 }
 
 func TestUnreadableEntryFailsAndIsNotSkipped(t *testing.T) {
-	set := command{op: opSet, pairs: []Pair{{"k", "2"}}}.encode()
+	set := testSet(testPair{"k", "2"})
 	good := encodeEntry(testTime, [][]byte{set})
 	damaged := bytes.Clone(good)
 	damaged[len(damaged)-1] ^= 1
 	newer := bytes.Clone(good)
 	newer[0]++
-	unknown := append([]byte{commandVersion + 1}, set[1:]...)
+	unknown := append([]byte{testCommandVersion + 1}, set[1:]...)
 	tests := []struct {
 		name  string
 		entry []byte
@@ -491,9 +473,9 @@ func TestUnreadableEntryFailsAndIsNotSkipped(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			var failed []error
-			machine := newMachine()
+			machine := newTestMachine()
 			r := &replica{machine: machine, metrics: newMetrics(), fail: func(err error) { failed = append(failed, err) }}
-			applySet(r, 7, Pair{"k", "1"})
+			applySet(r, 7, testPair{"k", "1"})
 			result := r.Apply(&raft.Log{Index: 8, Data: tt.entry})
 			if len(failed) != 1 || !strings.HasPrefix(failed[0].Error(), tt.want) {
 				t.Errorf("got failures %q; want one that begins with %q", failed, tt.want)
@@ -504,7 +486,7 @@ func TestUnreadableEntryFailsAndIsNotSkipped(t *testing.T) {
 			if got := r.applied.load(); got != 7 {
 				t.Errorf("got applied index %d; want 7", got)
 			}
-			if item, _ := machine.items.Get("k"); item.Value != tt.state {
+			if item := machine.items["k"]; item.Value != tt.state {
 				t.Errorf("got k = %s; want %s", item.Value, tt.state)
 			}
 		})
@@ -512,9 +494,9 @@ func TestUnreadableEntryFailsAndIsNotSkipped(t *testing.T) {
 }
 
 func TestApplyReturnsOneResultForEachCommand(t *testing.T) {
-	r := newTestReplica(t, newMachine())
-	set := command{op: opSet, pairs: []Pair{{"k", "1"}}}.encode()
-	never := command{op: opSet, condition: Condition{Match: &Tags{}}, pairs: []Pair{{"k", "2"}}}.encode()
+	r := newTestReplica(t, newTestMachine())
+	set := testSet(testPair{"k", "1"})
+	never := testCommand{match: 1, pairs: []testPair{{"k", "2"}}}.encode()
 	first := uint64(testTime.UnixMicro())
 	for _, tt := range []struct {
 		name     string

@@ -6,10 +6,11 @@
 //	curl localhost:11000/key/greeting
 //	curl -X DELETE localhost:11000/key/greeting
 //
-// A cluster of more nodes is defined in advance: PEERS names all of them, the same on each. Any node answers any
-// request; writes are passed on to the leader. raftstarter --help lists what else the environment can say.
+// PEERS names all nodes of a larger cluster in advance, the same on each of them. Any node answers any request; a
+// follower forwards writes to the leader. raftstarter --help lists every variable.
 //
-// DESIGN.md says which file owns what, and why the service may promise what it promises.
+// docs/fork.md shows how to make it a service of your own. DESIGN.md says what each file does, and why the service can
+// promise what it promises.
 package main
 
 import (
@@ -30,16 +31,19 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-// How the process ends.
+// The exit codes of the process.
 const (
 	exitOK     = 0
-	exitFailed = 1 // something at run time, which the log names
+	exitFailed = 1 // at run time; the log says why
 	exitUsage  = 2 // bad arguments or configuration; nothing was done
 )
 
-// ballastBytes are never touched, so they take no memory. The garbage collector counts them: it lets as much more of
-// garbage pile up before it runs, where a small state under load would have it run dozens of times a second. It counts them
-// towards GOMEMLIMIT, too, which is meant for memory that is there, so that is raised by them.
+// lastRequests is for how long a node that stops still answers requests on connections that are kept alive.
+const lastRequests = 500 * time.Millisecond
+
+// ballastBytes are allocated and never touched, so they take no memory. The garbage collector counts them, and lets as
+// much more garbage pile up before it runs: with a small state under load it would else run dozens of times a second.
+// It counts them towards GOMEMLIMIT, too, which is therefore raised by as much.
 const ballastBytes = 24 << 20
 
 func main() {
@@ -52,96 +56,66 @@ func main() {
 	os.Exit(code)
 }
 
-// run is the process: it returns its exit code.
+// run does what the arguments ask for and returns the exit code.
 func run(args []string, getenv func(string) string, sig signals, stdout, stderr io.Writer) int {
-	action, err := parseArgs(args)
+	if len(args) == 1 {
+		switch args[0] {
+		case "-h", "-help", "--help":
+			_, _ = io.WriteString(stdout, helpText) // if standard output is closed there is nobody to tell
+			return exitOK
+		case "--version":
+			fmt.Fprintln(stdout, version)
+			return exitOK
+		case "--healthcheck":
+			if err := checkHealth(getenv); err != nil {
+				fmt.Fprintln(stderr, "raftstarter:", err)
+				return exitFailed
+			}
+			return exitOK
+		}
+	}
+	if len(args) > 0 {
+		_, _ = fmt.Fprintf(stderr, "raftstarter: unexpected arguments %q; configuration comes from the environment, "+
+			"see --help\n", args)
+		return exitUsage
+	}
+	var cfg *Config
+	stopped, err := untilSignal(sig, func() (err error) {
+		cfg, err = loadConfig(getenv, thisSystem())
+		return err
+	})
+	if stopped {
+		return exitOK
+	}
 	if err != nil {
 		fmt.Fprintln(stderr, err)
 		return exitUsage
-	}
-	switch action {
-	case "help":
-		_, _ = io.WriteString(stdout, helpText) // if standard output is gone, nobody is left to tell
-		return exitOK
-	case "version":
-		fmt.Fprintln(stdout, version)
-		return exitOK
-	case "healthcheck":
-		if err := checkHealth(getenv); err != nil {
-			fmt.Fprintln(stderr, "raftstarter:", err)
-			return exitFailed
-		}
-		return exitOK
-	}
-	var cfg *Config
-	loaded := make(chan error, 1)
-	go func() { // it may wait for files on a mount that is dead, or for a name server
-		var err error
-		cfg, err = loadConfig(getenv, thisSystem())
-		loaded <- err
-	}()
-	select {
-	case err := <-loaded:
-		if err != nil {
-			fmt.Fprintln(stderr, err)
-			return exitUsage
-		}
-	case <-sig.stop:
-		return exitOK
 	}
 	m := newMetrics()
 	log, flush := openLog(cfg, stderr, m.dropped)
 	defer flush()
 	if err := serve(cfg, sig, m, log); err != nil {
-		log.SetLevel(min(log.GetLevel(), hclog.Error)) // an end has its reason told even where LOG_LEVEL is off
+		log.SetLevel(min(log.GetLevel(), hclog.Error)) // so that LOG_LEVEL=off does not hide the reason
 		log.Error(err.Error())
 		return exitFailed
 	}
 	return exitOK
 }
 
-func parseArgs(args []string) (action string, err error) {
-	if len(args) == 0 {
-		return "serve", nil
-	}
-	switch args[0] {
-	case "-h", "-help", "--help":
-		action = "help"
-	case "--version":
-		action = "version"
-	case "--healthcheck":
-		action = "healthcheck"
-	}
-	if action == "" || len(args) > 1 {
-		return "", fmt.Errorf("raftstarter: unexpected arguments %q; configuration comes from the environment, see --help", args)
-	}
-	return action, nil
-}
-
-// warnOfOpenPorts says what is open to whom, unless it is open to nobody but this machine.
-func warnOfOpenPorts(cfg *Config, log hclog.Logger) {
-	var open []string
-	host := func(addr string) net.IP {
-		host, _, _ := net.SplitHostPort(addr)
-		return net.ParseIP(host)
-	}
-	if !host(cfg.HTTPAddr).IsLoopback() {
-		switch {
-		case cfg.HTTPTokenFile == "":
-			open = append(open, "whoever reaches the HTTP port can read and write: set HTTP_TOKEN_FILE")
-		case cfg.TLSCertFile == "":
-			open = append(open, "tokens cross the network in the clear: set the TLS files")
-		}
-	}
-	if cfg.TLSCertFile == "" && !host(cfg.RaftAddr).IsLoopback() {
-		open = append(open, "whoever reaches the Raft port can take the cluster over: set the TLS files, or let only the peers reach it")
-	}
-	if len(open) > 0 {
-		log.Warn("open ports: " + strings.Join(open, "; "))
+// untilSignal calls f and returns its error, or stopped if a signal asks to stop before f returns. f may hang, because
+// it reads files, which may be on a network file system, or asks a name server.
+func untilSignal(sig signals, f func() error) (stopped bool, err error) {
+	done := make(chan error, 1)
+	go func() { done <- f() }() // if it hangs, until the process ends
+	select {
+	case err := <-done:
+		return false, err
+	case <-sig.stop:
+		return true, nil
 	}
 }
 
-// serve runs the node until a signal or an error ends it.
+// serve opens and connects all parts of the node, and runs it until a signal or an error ends it.
 func serve(cfg *Config, sig signals, m *metrics, log hclog.Logger) error {
 	log.Info("configuration", cfg.logPairs()...)
 	for _, warning := range cfg.Warnings {
@@ -150,59 +124,76 @@ func serve(cfg *Config, sig signals, m *metrics, log hclog.Logger) error {
 	if err := m.collectRaft(); err != nil {
 		return err
 	}
-	machine := newMachine()
-	store := NewStore(cfg, machine, m, log)
-	store.OnChange(func(s RaftState) { // here a service of your own can react to being the leader, or no longer
-		log.Info("new raft state", "state", s.State, "leader", s.Leader, "term", s.Term)
-	})
-	handler := newServer(cfg, store, m, log.Named("http"), routes(cfg, store, machine))
-	web := handler.listener()
-	defer web.Close()
-
-	httpFailed := make(chan error, 1)
-	start := func() error { // it may wait for files on a mount that is dead, and for a large or locked database
-		certs, err := openCertificates(cfg, m, log)
-		if err != nil {
+	var certs *reloaded[*certificates]
+	var tokens *reloaded[tokens]
+	var listener net.Listener
+	stopped, err := untilSignal(sig, func() (err error) {
+		if certs, err = openCertificates(cfg, m, log); err != nil {
 			return err
 		}
-		tokens, err := openTokens(cfg, log)
-		if err != nil {
+		if tokens, err = openTokens(cfg, log); err != nil {
 			return err
 		}
-		warnOfOpenPorts(cfg, log)
-		go reloadForever(certs, tokens, sig.reload, log)
-		store.certs, handler.tokens = certs, tokens
-		listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.HTTPAddr)
-		if err != nil {
+		if listener, err = new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.HTTPAddr); err != nil {
 			return fmt.Errorf("listen on HTTP_ADDR:HTTP_PORT %s: %w", cfg.HTTPAddr, err)
 		}
-		go func() { httpFailed <- web.Serve(handler.door(listener, certs)) }()
-		return store.Open()
+		return nil
+	})
+	if stopped || err != nil {
+		return err
 	}
-	opened, open := make(chan error, 1), false
-	go func() { opened <- start() }()
+	warnOfOpenPorts(cfg, log)
+	go reloadForever(certs, tokens, sig.reload, log)
 
-	current := store.Current()
+	machine := newMachine()
+	store := NewStore(cfg, machine, m, log)
+	store.certs = certs
+	store.OnChange(func(s RaftState) { // a place for code that runs only on the leader
+		log.Info("new raft state", "state", s.State, "leader", s.Leader, "term", s.Term)
+	})
+	handler := newServer(cfg, store, tokens, m, log.Named("http"), routes(store, machine))
+	web := handler.httpServer()
+	defer web.Close()
+	n := &node{cfg, sig, log, store, handler, web}
+	return n.run(handler.limitListener(listener, certs))
+}
+
+// node is what run and shutdown need.
+type node struct {
+	cfg     *Config
+	sig     signals
+	log     hclog.Logger
+	store   *Store
+	handler *server
+	web     *http.Server
+}
+
+// run serves HTTP, opens the store, and returns when a signal or an error has ended the node.
+func (n *node) run(listener net.Listener) error {
+	httpFailed, opened := make(chan error, 1), make(chan error, 1)
+	go func() { httpFailed <- n.web.Serve(listener) }() // until it is closed
+	go func() { opened <- n.store.Open() }()            // it may wait for a large or locked database
+	open, ready := false, n.store.Current()
 	for {
 		select {
-		case <-current:
-			current = nil
-			log.Info("ready: " + localURL(cfg))
 		case err := <-opened:
 			if err != nil {
 				return err
 			}
 			open = true
-			log.Info("listening", "http", cfg.HTTPAddr, "raft", cfg.RaftAddr)
-		case s := <-sig.stop:
+			n.log.Info("listening", "http", n.cfg.HTTPAddr, "raft", n.cfg.RaftAddr)
+		case <-ready:
+			ready = nil // once
+			n.log.Info("ready: " + localURL(n.cfg))
+		case s := <-n.sig.stop:
 			if !open {
 				return nil // nothing has been done that could be left half done
 			}
-			log.Info("stopping; a second signal ends the process at once", "signal", s.String())
-			return shutdown(handler, web, cfg.ShutdownTimeout, sig)
-		case err := <-store.Failed():
+			n.log.Info("stopping; a second signal ends the process at once", "signal", s.String())
+			return n.shutdown()
+		case err := <-n.store.Failed():
 			if open {
-				store.Abandon() // the process itself may hang in the kernel until the disk answers
+				n.store.Abandon() // the process may be unable to exit until its disk answers
 			}
 			return err
 		case err := <-httpFailed:
@@ -211,8 +202,42 @@ func serve(cfg *Config, sig signals, m *metrics, log hclog.Logger) error {
 	}
 }
 
-// reloadForever reads the files that may be renewed again and again, for as long as the process runs: they may be on a
-// mount that is dead.
+// shutdown lets requests under way finish, hands leadership over and stops Raft, all within SHUTDOWN_TIMEOUT. If that
+// is not enough the node ends all the same, without an error: nothing that was acknowledged can be lost.
+func (n *node) shutdown() error {
+	timeout := n.cfg.ShutdownTimeout
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	n.handler.stopping.Store(true)
+	done := make(chan error, 1)
+	go func() {
+		// Answers close their connections from now on. An idle connection stays open for a moment, because a request
+		// may be on its way on it.
+		time.Sleep(min(lastRequests, timeout/8))
+		// Requests hang where there is no majority. They must leave time for the steps after this.
+		drain, cancel := context.WithTimeout(ctx, timeout*2/3)
+		defer cancel()
+		err := n.web.Shutdown(drain)
+		done <- errors.Join(err, n.store.Shutdown(ctx))
+	}()
+	select {
+	case err := <-done:
+		if err != nil {
+			n.log.Warn("not everything stopped in time", "error", err)
+		}
+		n.log.Info("stopped")
+	case <-ctx.Done():
+		n.log.Warn("not everything stopped within SHUTDOWN_TIMEOUT", "timeout", timeout)
+	case s := <-n.sig.stop:
+		return fmt.Errorf("ended by a second signal (%v)", s)
+	case err := <-n.store.Failed():
+		return err
+	}
+	return nil
+}
+
+// reloadForever reads the files of certificates and tokens again every few seconds, and at once on SIGHUP, for as long
+// as the process runs. It has a goroutine of its own because reading them may hang.
 func reloadForever(certs *reloaded[*certificates], tokens *reloaded[tokens], asked <-chan os.Signal, log hclog.Logger) {
 	for tick := time.Tick(reloadInterval); ; {
 		select {
@@ -228,46 +253,30 @@ func reloadForever(certs *reloaded[*certificates], tokens *reloaded[tokens], ask
 	}
 }
 
-// lastRequests is for how long a node that stops takes more requests on connections that are kept alive.
-const lastRequests = 500 * time.Millisecond
-
-// shutdown lets requests under way finish, hands leadership over, and stops Raft. It has timeout for all of it, and
-// still exits cleanly when that is over: what was acknowledged is safe at any moment.
-func shutdown(s *server, web *http.Server, timeout time.Duration, sig signals) error {
-	ctx, cancel := context.WithTimeout(context.Background(), timeout)
-	defer cancel()
-	s.stopping.Store(true)
-	done := make(chan error, 1)
-	go func() {
-		// Answers close their connections from now on. A connection that is kept alive is given the time for one more: if it
-		// were closed at once, a request that is on its way on it would be lost.
-		time.Sleep(min(lastRequests, timeout/8))
-		// Requests may hang where there is no quorum; they must not use up the time of those that come after.
-		drain, cancel := context.WithTimeout(ctx, timeout*2/3)
-		defer cancel()
-		err := web.Shutdown(drain)
-		done <- errors.Join(err, s.store.Shutdown(ctx))
-	}()
-	select {
-	case err := <-done:
-		if err != nil {
-			s.log.Warn("not everything stopped in time", "error", err)
+// warnOfOpenPorts logs what other machines can do without a token or a certificate.
+func warnOfOpenPorts(cfg *Config, log hclog.Logger) {
+	var open []string
+	if host, _, _ := net.SplitHostPort(cfg.HTTPAddr); !isLoopback(host) {
+		switch {
+		case cfg.HTTPTokenFile == "":
+			open = append(open, "whoever reaches the HTTP port can read and write: set HTTP_TOKEN_FILE")
+		case cfg.TLSCertFile == "":
+			open = append(open, "tokens cross the network in the clear: set the TLS files")
 		}
-		s.log.Info("stopped")
-	case <-ctx.Done():
-		s.log.Warn("not everything stopped within SHUTDOWN_TIMEOUT", "timeout", timeout)
-	case s := <-sig.stop:
-		return fmt.Errorf("ended by a second signal (%v)", s)
-	case err := <-s.store.Failed():
-		return err
 	}
-	return nil
+	if host, _, _ := net.SplitHostPort(cfg.RaftAddr); cfg.TLSCertFile == "" && !isLoopback(host) {
+		open = append(open, "whoever reaches the Raft port can take the cluster over: set the TLS files, or let only "+
+			"the peers reach it")
+	}
+	if len(open) > 0 {
+		log.Warn("open ports: " + strings.Join(open, "; "))
+	}
 }
 
 // localURL returns the URL at which this machine reaches the HTTP port.
 func localURL(cfg *Config) string {
-	host, port, _ := net.SplitHostPort(cfg.HTTPAddr) // which loadConfig has made
-	if ip := net.ParseIP(host); ip != nil && ip.IsUnspecified() {
+	host, port, _ := net.SplitHostPort(cfg.HTTPAddr) // loadConfig has checked it
+	if isUnspecified(host) {
 		host = "localhost"
 	}
 	scheme := "http"
@@ -277,8 +286,8 @@ func localURL(cfg *Config) string {
 	return scheme + "://" + net.JoinHostPort(host, port)
 }
 
-// checkHealth asks the node that runs with the same environment whether it is alive. It tells it no secret, and believes
-// whatever certificate it shows: that of a live node may have expired, and its files may be in the middle of a change.
+// checkHealth asks the node that runs with the same environment whether it is alive. It accepts any certificate,
+// because that of a live node may have expired, and sends no secret.
 func checkHealth(getenv func(string) string) error {
 	cfg, err := loadHealthcheck(getenv)
 	if err != nil {
@@ -286,8 +295,8 @@ func checkHealth(getenv func(string) string) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()
-	client := &http.Client{Transport: &http.Transport{ // through no proxy
-		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true}, //nolint:gosec // see above
+	client := &http.Client{Transport: &http.Transport{ // without a proxy
+		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true}, //nolint:gosec // as said
 	}}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, localURL(cfg)+"/livez", http.NoBody)
 	if err != nil {

@@ -292,7 +292,7 @@ func TestClusterOfOne(t *testing.T) {
 			if got := checkMembers(t, c); (got == cluster) != keeps {
 				t.Errorf("got cluster %s after a restart, %s before; want the same: %v", got, cluster, keeps)
 			}
-			if got, want := c.nodes[0].get(t, "k"), map[bool]string{true: `{"k":1}`, false: `{"k":null}`}[keeps]; got != want {
+			if got, want := c.nodes[0].get(t, "k"), map[bool]string{true: "1", false: ""}[keeps]; got != want {
 				t.Errorf("got %s after a restart; want %s", got, want)
 			}
 		})
@@ -420,7 +420,7 @@ func TestNodesWithoutTheirStateAreReplaced(t *testing.T) {
 					t.Errorf("got server %s of cluster %s; want another than %s, of %s",
 						node.membership.server(), got, before, cluster)
 				}
-				if got, want := node.get(t, "k"), fmt.Sprintf(`{"k":%d}`, i); got != want {
+				if got, want := node.get(t, "k"), fmt.Sprint(i); got != want {
 					t.Errorf("got %s; want %s", got, want)
 				}
 			}
@@ -459,7 +459,7 @@ func TestTwoOfFiveAreReplacedUnderTwoLeaders(t *testing.T) {
 		t.Error("the leader did not change, so nothing was tested")
 	}
 	for _, node := range c.nodes {
-		if got := node.get(t, "k"); got != `{"k":1}` {
+		if got := node.get(t, "k"); got != "1" {
 			t.Errorf("got %s through %s; want what was written before", got, node.cfg.NodeID)
 		}
 	}
@@ -543,7 +543,7 @@ func TestServerWithoutAVote(t *testing.T) {
 	}
 	refuses.Store(false)
 	checkMembers(t, c)
-	if got := node.get(t, "k"); got != `{"k":1}` {
+	if got := node.get(t, "k"); got != "1" {
 		t.Errorf("got %s; want what was written before", got)
 	}
 }
@@ -572,7 +572,7 @@ func TestServerOfAnotherClusterStaysOut(t *testing.T) {
 	c.wipe(2)
 	c.start(2)
 	cluster := checkMembers(t, c)
-	if got := node.get(t, "k"); got != `{"k":null}` {
+	if got := node.get(t, "k"); got != "" {
 		t.Errorf("got %s; want nothing of the other cluster", got)
 	}
 
@@ -616,7 +616,7 @@ func TestMajorityWithoutItsState(t *testing.T) {
 		c.start(i)
 	}
 	kept := c.nodes[survivor]
-	stale := func() answerTo { return request(t, http.MethodGet, kept.url+"/key/k?consistency=stale", "") }
+	stale := func() answerTo { return request(t, http.MethodGet, kept.url+"/value/k?consistency=stale", "") }
 	if a := stale(); a.status != http.StatusServiceUnavailable {
 		t.Errorf("a stale read at once: got %v; want 503", a)
 	}
@@ -626,7 +626,7 @@ func TestMajorityWithoutItsState(t *testing.T) {
 	var writes sync.WaitGroup
 	for _, node := range c.nodes {
 		writes.Go(func() {
-			a, err := http.DefaultClient.Do(newRequest(t, http.MethodPut, node.url+"/key/k", "2"))
+			a, err := http.DefaultClient.Do(newRequest(t, http.MethodPut, node.url+"/value/k", "2"))
 			if err != nil || a.StatusCode != http.StatusServiceUnavailable {
 				t.Errorf("a write through %s: got %v, error %v; want 503", node.cfg.NodeID, a, err)
 				return
@@ -636,7 +636,7 @@ func TestMajorityWithoutItsState(t *testing.T) {
 	}
 	waitFor(t, "a stale read", func() bool {
 		a := stale()
-		return a.status == http.StatusOK && a.body == `{"k":1}` && a.header.Get("Raft-Stale") == "since-start"
+		return a.status == http.StatusOK && a.body == "1" && a.header.Get("Raft-Stale") == "since-start"
 	})
 	writes.Wait()
 	for _, node := range c.nodes {
@@ -691,7 +691,7 @@ func TestVoteIsNoContact(t *testing.T) {
 	if contact := voter.raft.Load().LastContact(); contact.IsZero() || voter.Leader() != "" {
 		t.Errorf("got leader %q, last contact %v; want none, and that of the vote", voter.Leader(), contact)
 	}
-	stale := func() answerTo { return request(t, http.MethodGet, voter.url+"/key/k?consistency=stale", "") }
+	stale := func() answerTo { return request(t, http.MethodGet, voter.url+"/value/k?consistency=stale", "") }
 	if a := stale(); a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") == "" {
 		t.Errorf("a stale read after a vote: got %v; want 503 with Retry-After", a)
 	}
@@ -722,7 +722,7 @@ func TestRestartOfAllNodesKeepsTheCluster(t *testing.T) {
 		t.Errorf("got cluster %s after the restart; want %s", got, want)
 	}
 	for _, node := range c.nodes {
-		if got := node.get(t, "k"); got != `{"k":1}` {
+		if got := node.get(t, "k"); got != "1" {
 			t.Errorf("got %s through %s; want what was written before", got, node.cfg.NodeID)
 		}
 	}
@@ -762,7 +762,7 @@ func TestStorageIsClosedOnlyWhenRaftHasStopped(t *testing.T) {
 	logs.slow.Store(true)
 	var write sync.WaitGroup
 	defer write.Wait()
-	write.Go(func() { _, _ = c.nodes[0].kv.Set(t.Context(), []Pair{{"k", "1"}}, Condition{}) }) // its outcome is unknown
+	write.Go(func() { _, _ = c.nodes[0].client.set(t.Context(), "k", "1") }) // its outcome is unknown
 	<-logs.begun
 	c.stop(0)
 	if under := logs.under.Load(); under != 0 {

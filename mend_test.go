@@ -48,7 +48,7 @@ func awaitEqualLogs(t *testing.T, nodes ...*testNode) {
 // set sets the key k.
 func (n *testNode) set(t *testing.T, value string) {
 	t.Helper()
-	if _, err := n.kv.Set(t.Context(), []Pair{{"k", value}}, Condition{}); err != nil {
+	if _, err := n.client.set(t.Context(), "k", value); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -82,7 +82,7 @@ func TestHeldSnapshotSetsNothingBack(t *testing.T) {
 		t.Errorf("got %+v, error %v; want success: the node has all of it", resp, err)
 	}
 	for _, consistency := range []Consistency{Stale, Linearizable} {
-		if item, err := follower.kv.Get(t.Context(), "k", consistency); err != nil || item.Value != "2" {
+		if item, err := follower.client.get(t.Context(), "k", consistency); err != nil || item.Value != "2" {
 			t.Errorf("got %q, error %v; want 2 as before", item.Value, err)
 		}
 	}
@@ -143,8 +143,8 @@ func TestNothingIsCommittedThatWasNotCompared(t *testing.T) {
 	leader, follower := c.nodes[l], c.nodes[c.followers(l)[0]]
 	awaitEqualLogs(t, c.nodes...)
 	term, last := leader.State().Term, leader.raft.Load().LastIndex()
-	set := command{op: opSet, pairs: []Pair{{"k", `"of a fallen leader"`}}}
-	sendEntries(t, leader, follower, term, last, &raft.Log{Type: raft.LogCommand, Data: encodeEntry(time.Now(), [][]byte{set.encode()})})
+	set := testSet(testPair{"k", "of a fallen leader"})
+	sendEntries(t, leader, follower, term, last, &raft.Log{Type: raft.LogCommand, Data: encodeEntry(time.Now(), [][]byte{set})})
 	// The next leader has committed another entry there, which it had not when it looked what it has to send.
 	sendEntries(t, leader, follower, term+1, last+1)
 	if commit := follower.raft.Load().CommitIndex(); commit != last {

@@ -27,17 +27,17 @@ func TestMetrics(t *testing.T) {
 	}
 	node.put(t, "secretkey", `"secretvalue"`)
 	node.get(t, "secretkey")
-	request(t, "SECRETMETHOD", node.url+"/key/secretkey", "")
+	request(t, "SECRETMETHOD", node.url+"/value/secretkey", "")
 	request(t, http.MethodGet, node.url+"/secretpath", "")
 	a := request(t, http.MethodGet, node.url+"/metrics", "")
 	if a.status != http.StatusOK || !strings.HasPrefix(a.header.Get("Content-Type"), "text/plain") {
 		t.Fatalf("got %d, %s; want 200, text/plain", a.status, a.header.Get("Content-Type"))
 	}
 	for _, want := range []string{
-		`raftstarter_http_requests_total{method="PUT",route="/key/",status="200"} 1`,
-		`raftstarter_http_requests_total{method="other",route="/key/",status="405"} 1`,
+		`raftstarter_http_requests_total{method="PUT",route="/value/",status="200"} 1`,
+		`raftstarter_http_requests_total{method="other",route="/value/",status="405"} 1`,
 		`raftstarter_http_requests_total{method="GET",route="none",status="404"} 1`,
-		`raftstarter_http_request_duration_seconds_count{method="PUT",route="/key/"} 1`,
+		`raftstarter_http_request_duration_seconds_count{method="PUT",route="/value/"} 1`,
 		`raftstarter_leader_changes_total 1`,
 		`raftstarter_commit_duration_seconds_count 1`,
 		`raftstarter_apply_duration_seconds_count 1`,
@@ -229,7 +229,7 @@ func TestMetricsOfWritesThatWait(t *testing.T) {
 	node.writes.entry <- struct{}{}
 	done := make(chan error, 1)
 	go func() {
-		_, err := node.kv.Set(t.Context(), []Pair{newPair([]byte("k"), make([]byte, 100))}, Condition{})
+		_, err := node.client.set(t.Context(), "k", strings.Repeat("v", 100))
 		done <- err
 	}()
 	waitFor(t, "a write of 100 bytes to wait", func() bool {

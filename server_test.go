@@ -34,10 +34,10 @@ func forkWithin(t *testing.T, n *testNode, timeout time.Duration, handle handler
 	t.Helper()
 	f := &forked{testNode: n, lines: new(logLines), web: httptest.NewUnstartedServer(nil)}
 	log := hclog.New(&hclog.LoggerOptions{Output: f.lines})
-	s := newServer(n.cfg, n.Store, n.metrics, log, []route{{path: "/fork", get: handle, post: handle}})
-	f.web.Config = s.listener()
+	s := newServer(n.cfg, n.Store, nil, n.metrics, log, []route{{path: "/fork", get: handle, post: handle}})
+	f.web.Config = s.httpServer()
 	f.web.Config.ReadTimeout, f.web.Config.WriteTimeout = timeout, timeout
-	f.web.Listener = s.door(f.web.Listener, nil)
+	f.web.Listener = s.limitListener(f.web.Listener, nil)
 	f.web.Start()
 	t.Cleanup(f.web.Close)
 	return f
@@ -118,7 +118,7 @@ func TestNeverNotAppliedAfterApply(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := fork(t, n, func(_ http.ResponseWriter, r *http.Request) error {
-				if _, err := n.kv.Set(r.Context(), []Pair{{"applied", "1"}}, Condition{}); err != nil {
+				if _, err := n.client.set(r.Context(), "applied", "1"); err != nil {
 					t.Error(err)
 				}
 				return fails(r)
@@ -135,7 +135,7 @@ func TestNeverNotAppliedAfterApply(t *testing.T) {
 	// The next request on the connection has nothing to do with it.
 	f := fork(t, n, func(w http.ResponseWriter, r *http.Request) error {
 		if r.Method == http.MethodGet {
-			_, err := n.kv.Set(r.Context(), []Pair{{"applied", "1"}}, Condition{})
+			_, err := n.client.set(r.Context(), "applied", "1")
 			return err
 		}
 		return badRequest("no")
@@ -160,6 +160,24 @@ func TestNeverNotAppliedAfterApply(t *testing.T) {
 	}
 }
 
+// 409 and 412 after Apply say what the state machine has decided: nothing was changed.
+func TestRefusedByTheStateMachine(t *testing.T) {
+	n := newTestNode(t, storeMemory)
+	for _, status := range []int{http.StatusConflict, http.StatusPreconditionFailed} {
+		f := fork(t, n, func(w http.ResponseWriter, r *http.Request) error {
+			if _, err := applyCommand(w, r, n.Store, testSet(testPair{"k", "1"})); err != nil {
+				return err
+			}
+			return statusError(status, "100 %d is not allowed", 1)
+		})
+		a, err := f.ask(t, http.MethodPost, "body")
+		if err != nil || a.status != status || a.header["Raft-Index"] != nil || !strings.Contains(a.body, "100 1 is not allowed") {
+			t.Errorf("got %v, %v; want %d with its detail and without Raft-Index", a, err, status)
+		}
+		checkProblem(t, http.MethodPost, a, "not-applied")
+	}
+}
+
 // A body that is announced as too large is refused before it is sent.
 func TestTooLargeBodiesAreNotAskedFor(t *testing.T) {
 	n := newTestNode(t, storeMemory)
@@ -170,7 +188,7 @@ func TestTooLargeBodiesAreNotAskedFor(t *testing.T) {
 		}
 		defer conn.Close()
 		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
-		target := map[string]string{http.MethodPut: "/key/a", http.MethodPost: "/key"}[method]
+		target := map[string]string{http.MethodPut: "/value/a", http.MethodPost: "/value"}[method]
 		_, _ = fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: test\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n",
 			method, target, n.cfg.MaxBodyBytes+1)
 		response, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: method})
@@ -197,7 +215,7 @@ func TestLeaderIsAsKnownAtTheAnswer(t *testing.T) {
 		t.Fatalf("got leader %s at the start; want none yet", leader)
 	}
 	// It asks before there is a leader.
-	a := request(t, http.MethodPut, node.url+"/key/k", "1")
+	a := request(t, http.MethodPut, node.url+"/value/k", "1")
 	if got := a.header.Get("Raft-Leader"); a.status != http.StatusOK || got == "" {
 		t.Errorf("got %d, Raft-Leader %q; want 200 and who led", a.status, got)
 	}

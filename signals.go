@@ -7,18 +7,19 @@ import (
 	"time"
 )
 
-// sameSignal is how long after a signal another is still the same: a terminal and its process manager both send one.
+// sameSignal is how long after a signal another one is taken for the same: on Ctrl-C the terminal and a process manager
+// both send one.
 const sameSignal = time.Second
 
-// signals tells what the process is asked to do from outside.
+// signals are what the process is asked to do from outside.
 type signals struct {
-	stop   chan os.Signal // SIGINT and SIGTERM: the first asks for a graceful stop, the second for an end
+	stop   chan os.Signal // SIGINT and SIGTERM: the first asks for a graceful stop, the second to end at once
 	reload chan os.Signal // SIGHUP
 }
 
-// notifySignals begins to listen; from then on none of these signals ends the process by itself.
+// notifySignals catches the signals; from then on none of them ends the process by itself.
 func notifySignals() signals {
-	signal.Ignore(syscall.SIGPIPE) // whoever reads stderr may end: a write then fails, which ends nothing
+	signal.Ignore(syscall.SIGPIPE) // the reader of stderr may end; then writes fail, and the node runs on
 	s := signals{stop: make(chan os.Signal, 1), reload: make(chan os.Signal, 1)}
 	signal.Notify(s.reload, syscall.SIGHUP)
 	all := make(chan os.Signal, 1)

@@ -78,9 +78,9 @@ type sim struct {
 
 	losing sync.Mutex // held from the decision that a node may lose its state until it has
 
-	mu       sync.Mutex     // guards what follows
-	random   *rand.Rand     // of the faults
-	commands map[Tag]string // executed
+	mu       sync.Mutex        // guards what follows
+	random   *rand.Rand        // of the faults
+	commands map[uint64]string // executed
 	deaths   map[string]int64
 	restored map[string]bool // keys that people have written back
 	over     bool
@@ -91,7 +91,7 @@ func simulate(t *testing.T, store string, n int, seed uint64, run func(s *sim)) 
 	t.Helper()
 	s := &sim{
 		store: store, log: &simLogWriter{}, random: rand.New(rand.NewPCG(seed, uint64(n))),
-		commands: make(map[Tag]string), deaths: make(map[string]int64), restored: make(map[string]bool),
+		commands: make(map[uint64]string), deaths: make(map[string]int64), restored: make(map[string]bool),
 	}
 	synctest.Test(t, func(t *testing.T) {
 		s.t = t

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"raftstarter/test/history"
 	"slices"
 	"strconv"
 	"sync"
@@ -17,17 +18,17 @@ import (
 
 // simMachine is a state machine that takes note of what it executes.
 type simMachine struct {
-	*kvMachine
+	*testMachine
 	node *simNode
 }
 
 func (m *simMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
-	result, err := m.kvMachine.Apply(encoded, at)
+	result, err := m.testMachine.Apply(encoded, at)
 	if err != nil {
 		return nil, err
 	}
 	r := m.node.run.Load() // what a node executes to be saved, nobody may have committed
-	if tag := Tag(binary.BigEndian.Uint64(result)); tag != 0 && r != nil && r.store.membership.at() != stageRetired {
+	if tag := binary.BigEndian.Uint64(result); tag != 0 && r != nil && r.store.membership.at() != stageRetired {
 		s := m.node.sim
 		s.mu.Lock()
 		before, known := s.commands[tag]
@@ -70,37 +71,37 @@ func (s *sim) client(ctx context.Context, id int) {
 	tags := make(map[string]uint64) // last seen, by key
 	for ctx.Err() == nil {
 		time.Sleep(rand.N(200 * time.Millisecond))
-		op := kvOp{key: fmt.Sprintf("%d-%d", time.Now().Unix(), rand.IntN(3))}
-		switch op.kind = []string{"put", "put", "put", "get", "get", "get", "get", "delete"}[rand.IntN(8)]; {
-		case op.kind == "get":
+		op := history.Op{Key: fmt.Sprintf("%d-%d", time.Now().Unix(), rand.IntN(3))}
+		switch op.Kind = []string{"put", "put", "put", "get", "get", "get", "get", "delete"}[rand.IntN(8)]; {
+		case op.Kind == "get":
 		case rand.IntN(2) == 0:
-			op.match = tags[op.key]
+			op.Match = tags[op.Key]
 		}
-		if out, ok := s.do(id, s.nodes[rand.IntN(len(s.nodes))], op); ok && !out.failed && out.tag != 0 {
-			tags[op.key] = out.tag
+		if out, ok := s.do(id, s.nodes[rand.IntN(len(s.nodes))], op); ok && !out.Failed && out.Tag != 0 {
+			tags[op.Key] = out.Tag
 		}
 	}
 }
 
 // put writes a new value to the key k through a node, and says whether that was acknowledged.
 func (s *sim) put(n *simNode) bool {
-	out, ok := s.do(99, n, kvOp{kind: "put", key: "k"})
-	return ok && !out.failed
+	out, ok := s.do(99, n, history.Op{Kind: "put", Key: "k"})
+	return ok && !out.Failed
 }
 
 // do makes an operation through a node and writes it down, unless it certainly did not happen. What a process says when
 // it has crashed was never heard.
-func (s *sim) do(id int, n *simNode, op kvOp) (out kvAnswer, ok bool) {
+func (s *sim) do(id int, n *simNode, op history.Op) (out history.Answer, ok bool) {
 	r := n.run.Load()
 	if r == nil {
 		return out, false
 	}
-	if op.kind == "put" && op.value == "" {
-		op.value = strconv.FormatInt(s.value.Add(1), 10)
+	if op.Kind == "put" && op.Value == "" {
+		op.Value = strconv.FormatInt(s.value.Add(1), 10)
 	}
 	done := porcupine.Operation{ClientId: id, Input: op, Call: s.clock.Add(1), Return: math.MaxInt64}
 	type answer struct {
-		kvAnswer
+		history.Answer
 		err error
 	}
 	heard := make(chan answer, 1)
@@ -118,53 +119,51 @@ func (s *sim) do(id int, n *simNode, op kvOp) (out kvAnswer, ok bool) {
 	}
 	switch {
 	case a.err == nil:
-		a.known, done.Return = true, s.clock.Add(1)
-	case op.kind == "put" && !errors.Is(a.err, ErrUnknownOutcome):
-		s.h.refuse(op.value)
+		a.Known, done.Return = true, s.clock.Add(1)
+	case op.Kind == "put" && !errors.Is(a.err, ErrUnknownOutcome):
+		s.h.refuse(op.Value)
 		return out, false
-	case op.kind == "get" || !errors.Is(a.err, ErrUnknownOutcome):
+	case op.Kind == "get" || !errors.Is(a.err, ErrUnknownOutcome):
 		return out, false
 	}
-	done.Output, done.Metadata = a.kvAnswer, r.store.membership.cluster()
+	done.Output, done.Metadata = a.Answer, r.store.membership.cluster()
 	s.h.add(done)
-	return a.kvAnswer, a.known
+	return a.Answer, a.Known
 }
 
-func (r *simRun) do(op kvOp) (out kvAnswer, err error) {
-	var condition Condition
-	if op.match != 0 {
-		condition.Match = &Tags{List: []Tag{Tag(op.match)}}
-	}
-	var w Written
-	switch op.kind {
+func (r *simRun) do(op history.Op) (out history.Answer, err error) {
+	var w testWritten
+	command := testCommand{match: op.Match, pairs: []testPair{{op.Key, op.Value}}}
+	switch op.Kind {
 	case "get":
-		item, err := r.kv.Get(context.Background(), op.key, Linearizable)
+		item, err := r.client.get(context.Background(), op.Key, Linearizable)
 		return simItem(item), err
 	case "put":
-		if w, err = r.kv.Set(context.Background(), []Pair{{op.key, op.value}}, condition); err == nil {
-			out.tag = uint64(w.Tag)
+		if w, err = r.client.apply(context.Background(), command); err == nil {
+			out.Tag = w.Version
 		}
 	case "delete":
-		_, err = r.kv.Delete(context.Background(), op.key, condition)
+		command.remove = true
+		_, err = r.client.apply(context.Background(), command)
 	}
-	if errors.Is(err, ErrCondition) {
-		return kvAnswer{failed: true}, nil
+	if errors.Is(err, errTestMatch) {
+		return history.Answer{Failed: true}, nil
 	}
 	return out, err
 }
 
-func simItem(item Item) kvAnswer {
-	if item.Tag == 0 {
-		return kvAnswer{value: "null"}
+func simItem(item testItem) history.Answer {
+	if item.Version == 0 {
+		return history.Answer{Value: "null"}
 	}
-	return kvAnswer{value: item.Value, tag: uint64(item.Tag)}
+	return history.Answer{Value: item.Value, Tag: item.Version}
 }
 
 // compare has every node tell all it has. That ends the history.
 func (s *sim) compare() {
 	keys := make(map[string]bool)
 	for _, op := range s.h.all() {
-		keys[op.Input.(kvOp).key] = true
+		keys[op.Input.(history.Op).Key] = true
 	}
 	for _, n := range s.nodes {
 		r := n.run.Load()
@@ -173,9 +172,9 @@ func (s *sim) compare() {
 		}
 		if err := r.store.Read(context.Background(), Linearizable, func() {
 			for key := range keys {
-				item, _ := r.kv.machine.items.Get(key)
+				item := r.client.machine.items[key]
 				s.h.add(porcupine.Operation{
-					Input: kvOp{kind: "get", key: key}, Output: func() kvAnswer { a := simItem(item); a.known = true; return a }(),
+					Input: history.Op{Kind: "get", Key: key}, Output: func() history.Answer { a := simItem(item); a.Known = true; return a }(),
 					Call: s.clock.Add(1), Return: s.clock.Add(1), Metadata: r.store.membership.cluster(),
 				})
 			}
@@ -192,27 +191,27 @@ func (s *sim) judge() {
 	cluster := make(map[string]string) // by key
 	first := make(map[string]int64)    // when a cluster acknowledged its first write
 	var writes []porcupine.Operation
-	h := newHistory(s.t.Errorf)
-	h.lossy = s.lossy
+	h := history.New(s.t.Errorf)
+	h.Lossy = s.lossy
 	for _, value := range s.h.refused {
-		h.refuse(value, "the Store said so")
+		h.Refuse(value, "the Store said so")
 	}
 	for _, op := range s.h.all() {
-		in, out := op.Input.(kvOp), op.Output.(kvAnswer)
-		h.add(op.ClientId, in, out, time.Duration(op.Call), time.Duration(op.Return))
-		keys[in.key] = append(keys[in.key], op)
-		if !out.known {
+		in, out := op.Input.(history.Op), op.Output.(history.Answer)
+		h.Add(op.ClientId, in, out, time.Duration(op.Call), time.Duration(op.Return))
+		keys[in.Key] = append(keys[in.Key], op)
+		if !out.Known {
 			continue
 		}
 		of := op.Metadata.(string)
 		if at, dead := s.deaths[of]; dead && op.Call > at {
 			s.t.Errorf("%+v was answered with %+v by a cluster of which a majority had lost its state before", in, out)
 		}
-		if was, known := cluster[in.key]; known && was != of {
+		if was, known := cluster[in.Key]; known && was != of {
 			of = "several"
 		}
-		cluster[in.key] = of
-		if in.kind == "put" && !out.failed {
+		cluster[in.Key] = of
+		if in.Kind == "put" && !out.Failed {
 			writes = append(writes, op)
 			if at, known := first[op.Metadata.(string)]; !known || op.Return < at {
 				first[op.Metadata.(string)] = op.Return
@@ -243,10 +242,10 @@ func (s *sim) judge() {
 		if cluster[key] == "several" || s.restored[key] {
 			continue
 		}
-		if got := check(h.refine(ops)); got != porcupine.Ok {
-			s.t.Errorf("the history of %s, with %d operations, is %v; want it linearizable:%s", key, len(ops), got, describe(ops))
+		if got := history.Check(h.Refine(ops)); got != porcupine.Ok {
+			s.t.Errorf("the history of %s, with %d operations, is %v; want it linearizable:%s", key, len(ops), got, history.Describe(ops))
 		}
 	}
 }
 
-func simTag(op porcupine.Operation) uint64 { return op.Output.(kvAnswer).tag }
+func simTag(op porcupine.Operation) uint64 { return op.Output.(history.Answer).Tag }

@@ -3,12 +3,16 @@ package main
 import (
 	"bytes"
 	"fmt"
+	"raftstarter/test/history"
 	"slices"
 	"testing"
 	"time"
 
 	"github.com/hashicorp/raft"
 )
+
+// readyLimit is how long nodes may take to be ready, or one to lead, where a test sets the scene.
+const readyLimit = 30 * time.Second
 
 // Chance rarely brings about what the protocol is there for. So each of these simulations plays one such danger, with the
 // details left to chance; TestSimulation has all of it mixed. simmember_test.go has those of the membership.
@@ -109,8 +113,8 @@ func (s *sim) unique(text string) string { return fmt.Sprintf("\"%s, %d\"", text
 func (s *sim) writes(n *simNode, key, value string) (acknowledged func() bool) {
 	done := make(chan bool, 1)
 	go func() {
-		out, ok := s.do(99, n, kvOp{kind: "put", key: key, value: value})
-		done <- ok && !out.failed
+		out, ok := s.do(99, n, history.Op{Kind: "put", Key: key, Value: value})
+		done <- ok && !out.Failed
 	}()
 	return func() bool {
 		select {
@@ -311,7 +315,7 @@ func (s *sim) lateSnapshot() (came bool) {
 	write()
 	s.net.set(leader.id, x.id, linkState{})
 	for range 100 {
-		s.do(98, x, kvOp{kind: "get", key: "k"})
+		s.do(98, x, history.Op{Kind: "get", Key: "k"})
 	}
 	return x.snapshot() > first
 }
@@ -387,17 +391,17 @@ func (s *sim) deposedLeaderReads() (came bool) {
 	if !s.soon(2*heartbeatTimeout/5, leader.leads) || !s.soon(heartbeatTimeout/4, s.writes(leader, "read", value)) || !old.leads() {
 		return false
 	}
-	read := make(chan kvAnswer, 1)
+	read := make(chan history.Answer, 1)
 	go func() {
-		out, _ := s.do(98, old, kvOp{kind: "get", key: "read"})
+		out, _ := s.do(98, old, history.Op{Kind: "get", Key: "read"})
 		read <- out
 	}()
 	time.Sleep(10 * time.Millisecond)
 	s.links(func(from, to *simNode) bool { return to == old }, linkState{hold: func(m simMessage) bool { return raftOnly(m) && !answers(m) }})
 	time.Sleep(20 * time.Millisecond)
 	s.links(func(from, to *simNode) bool { return from == old || to == old }, linkState{})
-	if out := <-read; out.known && out.value != value {
-		s.t.Errorf("a leader that has been replaced read %s; want %s", out.value, value)
+	if out := <-read; out.Known && out.Value != value {
+		s.t.Errorf("a leader that has been replaced read %s; want %s", out.Value, value)
 	}
 	return true
 }
@@ -447,7 +451,7 @@ func (s *sim) staleLogBelowSnapshot() (came bool) {
 	f.run.Load().crash(true, false)
 	f.start(nil)
 	s.soon(5*time.Second, f.ready)
-	s.do(98, f, kvOp{kind: "get", key: "k"})
+	s.do(98, f, history.Op{Kind: "get", Key: "k"})
 	old.start(nil)
 	return true
 }

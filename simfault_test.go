@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"raftstarter/test/history"
 	"regexp"
 	"slices"
 	"time"
@@ -248,7 +249,7 @@ func (s *sim) advised() (named *simNode) {
 // cure does what the nodes advise people to do when a majority has lost its state: save what the named node still
 // answers, start all anew without state, and write back what was saved.
 func (s *sim) cure() {
-	var saved []Pair
+	var saved []testPair
 	named := s.advised()
 	if named == nil {
 		return
@@ -260,10 +261,9 @@ func (s *sim) cure() {
 		if r.store.Read(context.Background(), Stale, func() {}) != nil {
 			return false
 		}
-		r.kv.List("", "", func(key string, item Item) bool {
-			saved = append(saved, Pair{key, item.Value})
-			return true
-		})
+		for key, item := range r.client.list() {
+			saved = append(saved, testPair{key, item.Value})
+		}
 		return true
 	}
 	if !s.soon(staleAfter+time.Second, read) {
@@ -271,7 +271,7 @@ func (s *sim) cure() {
 	}
 	unserved := r.disk.valuesAfter(r.store.replica.applied.load())
 	for _, op := range s.h.all() {
-		if out := op.Output.(kvAnswer); out.known && !out.failed && unserved[op.Input.(kvOp).value] {
+		if out := op.Output.(history.Answer); out.Known && !out.Failed && unserved[op.Input.(history.Op).Value] {
 			simTotals.unserved.Add(1)
 		}
 	}
@@ -289,13 +289,13 @@ func (s *sim) cure() {
 	}
 	s.await(simReadyLimit, "all nodes to be ready without state", s.allReady)
 	for _, p := range saved { // one by one, as each value of the history has a tag of its own
-		if _, err := s.nodes[s.rand(len(s.nodes))].run.Load().kv.Set(context.Background(), []Pair{p}, Condition{}); err != nil {
+		if _, err := s.nodes[s.rand(len(s.nodes))].run.Load().client.set(context.Background(), p.Key, p.Value); err != nil {
 			s.t.Errorf("restore: %v", err)
 		}
 	}
-	kv := s.nodes[s.rand(len(s.nodes))].run.Load().kv
+	client := s.nodes[s.rand(len(s.nodes))].run.Load().client
 	for _, p := range saved {
-		if item, err := kv.Get(context.Background(), p.Key, Linearizable); err != nil || item.Value != p.Value {
+		if item, err := client.get(context.Background(), p.Key, Linearizable); err != nil || item.Value != p.Value {
 			s.t.Errorf("%s is %q, %v after it was restored; want %s", p.Key, item.Value, err, p.Value)
 		}
 	}
@@ -313,7 +313,7 @@ func (d *simDisk) valuesAfter(index uint64) map[string]bool {
 		}
 		_, commands, _ := decodeEntry(l.Data)
 		for _, encoded := range commands {
-			if c, err := decodeCommand(encoded); err == nil {
+			if c, err := decodeTestCommand(encoded); err == nil {
 				values[c.pairs[0].Value] = true
 			}
 		}

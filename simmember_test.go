@@ -1,6 +1,7 @@
 package main
 
 import (
+	"raftstarter/test/history"
 	"slices"
 	"strings"
 	"time"
@@ -241,8 +242,8 @@ func (s *sim) deposedLeaderAdds() (came bool) {
 		return old.leads() && slices.ContainsFunc(old.membersOf(x), func(m member) bool { return !m.Voter }) && x.runsRaft()
 	})
 	s.writes(old, "k", s.unique("by the old leader"))
-	if out, ok := s.do(98, old, kvOp{kind: "get", key: "read"}); ok && out.value != value {
-		s.t.Errorf("a leader that has been replaced read %s; want %s", out.value, value)
+	if out, ok := s.do(98, old, history.Op{Kind: "get", Key: "read"}); ok && out.Value != value {
+		s.t.Errorf("a leader that has been replaced read %s; want %s", out.Value, value)
 	}
 	return came
 }

@@ -63,7 +63,7 @@ type simRun struct {
 	node    *simNode
 	host    *simHost
 	store   *Store
-	kv      *KV
+	client  *testClient
 	disk    *simDisk
 	steps   *simSteps
 	opened  chan struct{} // closed when Open has returned, or ended in a crash
@@ -204,10 +204,10 @@ func (n *simNode) start(trap func(r *simRun) func(step string, count int64) bool
 		opened: make(chan struct{}), gone: make(chan struct{}),
 	}
 	r.steps.run.Store(r)
-	machine := newMachine()
+	machine := newTestMachine()
 	log := hclog.New(&hclog.LoggerOptions{Name: n.id, Output: s.log, Level: hclog.Info, TimeFormat: "04:05.000"})
 	r.store = NewStore(n.cfg, &simMachine{machine, n}, newMetrics(), log)
-	r.kv = &KV{r.store, machine}
+	r.client = &testClient{r.store, machine}
 	r.store.port = r.host
 	r.store.open = func(*Config, hclog.Logger, *metrics, storageNode) (*storage, error) {
 		return r.storage()

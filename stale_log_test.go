@@ -20,10 +20,10 @@ func TestLogOfAFallenLeaderGoesWithASnapshot(t *testing.T) {
 
 	// A alone has three entries of the leader, who then loses its leadership to B without having them itself.
 	last := c.nodes[l].raft.Load().LastIndex()
-	stale := command{op: opSet, pairs: []Pair{{"k", `"never committed"`}}}
+	stale := testSet(testPair{"k", "never committed"})
 	sendEntries(t, c.nodes[l], c.nodes[a], c.nodes[l].State().Term, 0,
 		&raft.Log{Type: raft.LogNoop}, &raft.Log{Type: raft.LogNoop},
-		&raft.Log{Type: raft.LogCommand, Data: encodeEntry(time.Now(), [][]byte{stale.encode()})})
+		&raft.Log{Type: raft.LogCommand, Data: encodeEntry(time.Now(), [][]byte{stale})})
 	c.cut(a, linkCut)
 	elect := func(i int, among ...int) {
 		t.Helper()
@@ -62,7 +62,7 @@ func TestLogOfAFallenLeaderGoesWithASnapshot(t *testing.T) {
 	c.start(l)
 	waitFor(t, "the node without state to be ready", func() bool { return c.nodes[l].Ready() == nil })
 	for _, node := range c.nodes {
-		if item, err := node.kv.Get(t.Context(), "k", Linearizable); err != nil || item.Value != `"acknowledged"` {
+		if item, err := node.client.get(t.Context(), "k", Linearizable); err != nil || item.Value != `"acknowledged"` {
 			t.Errorf("got %s, error %v through %s; want what was acknowledged", item.Value, err, node.cfg.NodeID)
 		}
 	}

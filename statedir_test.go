@@ -208,38 +208,3 @@ func TestStateDirsThatAreTaken(t *testing.T) {
 		}
 	})
 }
-
-func TestProcessKeepsFilesPrivate(t *testing.T) {
-	t.Parallel()
-	p := newProc(t, map[string]string{"SNAPSHOT_THRESHOLD": "1", "SNAPSHOT_INTERVAL": "20ms"})
-	p.within = []string{"sh", "-c", `umask 0; exec "$@"`, "sh"}
-	startAll(p)
-	p.put("k", "1")
-	dir := p.env["STATE_DIR"]
-	waitFor(t, "a snapshot", func() bool {
-		found, err := filepath.Glob(filepath.Join(dir, snapshotsDir, "*[0-9]", stateName))
-		return err == nil && len(found) > 0
-	})
-	p.end(syscall.SIGTERM, exitOK)
-	made := make(map[string]bool)
-	err := filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		info, err := entry.Info()
-		want := fs.FileMode(0o600)
-		if entry.IsDir() {
-			want = 0o700 | fs.ModeDir
-		}
-		if err == nil && info.Mode() != want {
-			t.Errorf("got mode %v for %s; want %v", info.Mode(), path, want)
-		}
-		made[entry.Name()] = true
-		return err
-	})
-	for _, name := range []string{dbName, metaName, stateName} {
-		if err != nil || !made[name] {
-			t.Errorf("found %v, error %v; want %s among it", made, err, name)
-		}
-	}
-}

@@ -457,24 +457,24 @@ func TestClusterUnderTLS(t *testing.T) {
 	defer cancel()
 	big := `"` + strings.Repeat("x", 1<<20) + `"`
 	for i, node := range c.nodes {
-		if _, err := node.kv.Set(ctx, []Pair{{node.cfg.NodeID, big}}, Condition{}); err != nil {
+		if _, err := node.client.set(ctx, node.cfg.NodeID, big); err != nil {
 			t.Errorf("write through node %d: %v", i+1, err)
 		}
 	}
 	for _, node := range c.nodes {
 		for _, other := range c.nodes {
-			if item, err := node.kv.Get(ctx, other.cfg.NodeID, Linearizable); err != nil || item.Value != big {
+			if item, err := node.client.get(ctx, other.cfg.NodeID, Linearizable); err != nil || item.Value != big {
 				t.Errorf("read through %s: got %d bytes, %v; want %d", node.cfg.NodeID, len(item.Value), err, len(big))
 			}
 		}
 	}
 	c.cut(leader, linkCut)
 	next := c.leader(c.followers(leader)...)
-	if _, err := c.nodes[next].kv.Set(ctx, []Pair{{"after", "1"}}, Condition{}); err != nil {
+	if _, err := c.nodes[next].client.set(ctx, "after", "1"); err != nil {
 		t.Errorf("write after the leader was cut off: %v", err)
 	}
 	c.cut(leader, linkOpen)
-	if item, err := c.nodes[leader].kv.Get(ctx, "after", Linearizable); err != nil || item.Value != "1" {
+	if item, err := c.nodes[leader].client.get(ctx, "after", Linearizable); err != nil || item.Value != "1" {
 		t.Errorf("read through the old leader: got %q, %v; want 1", item.Value, err)
 	}
 
@@ -491,7 +491,7 @@ func TestClusterUnderTLS(t *testing.T) {
 	}
 	began := time.Now()
 	for i, node := range c.nodes {
-		if _, err := node.kv.Set(ctx, []Pair{{"rotated", "1"}}, Condition{}); err != nil {
+		if _, err := node.client.set(ctx, "rotated", "1"); err != nil {
 			t.Errorf("write through node %d under the new authority: %v", i+1, err)
 		}
 	}

@@ -445,7 +445,7 @@ func TestMoreThanABatchIsNotTaken(t *testing.T) {
 			t.Errorf("got answer %q; want an error", answer)
 		}
 	})
-	large := command{op: opSet, pairs: []Pair{{"k", `"` + strings.Repeat("x", 2*maxBatchBytes) + `"`}}}.encode()
+	large := testSet(testPair{"k", strings.Repeat("x", 2*maxBatchBytes)})
 	answer, err := node.writes.handleApply(t.Context(), "node2", appendCommands(nil, [][]byte{large}))
 	if o, err2 := decodeOutcome(answer); err != nil || err2 != nil || o.err != nil || len(o.results) != 1 {
 		t.Errorf("got outcome %+v, errors %v and %v", o, err, err2)

@@ -10,7 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 seconds=${1:-600} seed=${2:-1}
 flags=("${@:3}")
 out=$(mktemp -d)
-go test -c -o "$out/test" .
+go test -c -o "$out/test" ./test
+cd test # where the tests build the service from
 all=$({ "$out/test" -test.run 'TestFaults$' -fault.class=none || true; } | sed -n 's/.* is none of: //p')
 classes=${CLASSES:-$all}
 count=$(wc -w <<<"$classes")

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The mutation gate: each patch in _scripts/mutants breaks one promise, and a test must notice. A patch begins with what it
-# breaks and a line "tests: REGEXP"; it is applied to a copy of the tree, and the tests are run there with one seed after
-# the other until one fails. Fails when a patch does not apply, does not build, or is not caught.
+# breaks and a line "tests: REGEXP"; it is applied to a copy of the tree, and the tests, those beside the code and those in
+# test/, are run there with one seed after the other until one fails. Fails when a patch does not apply, does not build, or
+# is not caught.
 #
 #   _scripts/mutants.sh [NAME...]      SEEDS=5 are tried with each; with SEEDS=0 it is only seen that all apply and build
 #
@@ -25,6 +26,12 @@ else
   patches=(_scripts/mutants/*.patch)
 fi
 
+# run_tests runs the tests of a mutant with a seed.
+run_tests() {
+  (cd "$copy" && ./raftstarter.test -test.timeout 10m -test.run "$tests" -sim.seed="$seed") &&
+    (cd "$copy/test" && ../test.test -test.timeout 10m -test.run "$tests" -fault.seed="$seed")
+}
+
 printf '%-24s %-10s %6s %8s  %s\n' mutant result seeds seconds "caught by"
 for patch in "${patches[@]}"; do
   name=$(basename "$patch" .patch)
@@ -34,16 +41,16 @@ for patch in "${patches[@]}"; do
   mkdir "$copy"
   git ls-files -z --cached --others --exclude-standard | tar --null -T - -cf - | tar -xf - -C "$copy"
   result=missed seed=0 caught= began=$SECONDS
-  if ((tries == 0)); then build=(go build -o /dev/null .); else build=(go test -c -o mutant.test .); fi
+  if ((tries == 0)); then build=(go build -o /dev/null .); else build=(go test -c -o . . ./test); fi
   if ! (cd "$copy" && git apply "$OLDPWD/$patch" && "${build[@]}") >"$tmp/log" 2>&1; then
     result=broken
   fi
   while [[ $result == missed ]] && ((seed < tries)); do
     seed=$((seed + 1))
-    if ! (cd "$copy" && ./mutant.test -test.timeout 10m -test.run "$tests" -fault.seed=$seed -sim.seed=$seed) >"$tmp/log" 2>&1; then
+    if ! run_tests >"$tmp/log" 2>&1; then
       caught=$(sed -n 's/^ *--- FAIL: \([^ ]*\).*/\1/p' "$tmp/log" | tail -n 1)
       [[ -n $caught ]] && result=caught || result=broken
-    elif grep -q 'no tests to run' "$tmp/log"; then
+    elif [[ $(grep -c 'no tests to run' "$tmp/log") == 2 ]]; then # neither here nor there
       result=broken
     fi
   done

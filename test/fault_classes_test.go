@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"math/rand/v2"
@@ -26,7 +26,7 @@ func faultClasses() []faultClass {
 			f.crash(random, random.IntN(len(f.nodes)))
 		}},
 		{name: "kill-leader", process: true, inject: func(f *faulty, random *rand.Rand, leader int) {
-			f.measure(f.now())
+			f.measure(f.Now())
 			f.crash(random, leader)
 		}},
 		{name: "kill-all", process: true, applies: onDisk, inject: killAll},
@@ -116,7 +116,7 @@ func quickRestart(f *faulty, random *rand.Rand, _ int) {
 	for _, i := range random.Perm(len(f.nodes)) {
 		f.end([]os.Signal{os.Kill, syscall.SIGTERM}[random.IntN(2)], i)
 		f.start(i)
-		f.awaitReady(f.now(), i)
+		f.awaitReady(f.Now(), i)
 	}
 }
 
@@ -126,7 +126,7 @@ func wipe(f *faulty, random *rand.Rand, _ int) {
 		f.wipe(i)
 		f.sleep(random, 1, 1000)
 		f.start(i)
-		f.awaitReady(f.now(), i)
+		f.awaitReady(f.Now(), i)
 	}
 }
 
@@ -314,7 +314,7 @@ func stepClock(f *faulty, random *rand.Rand, _ int) {
 	set := func(off time.Duration) {
 		tv := syscall.NsecToTimeval(wallClock.Add(time.Since(wallClock) + off).UnixNano())
 		if err := syscall.Settimeofday(&tv); err != nil {
-			f.violation("set the clock: %v", err)
+			f.Violation("set the clock: %v", err)
 		}
 	}
 	defer set(0)

@@ -1,4 +1,4 @@
-package main
+package test
 
 import (
 	"context"
@@ -8,9 +8,9 @@ import (
 	"fmt"
 	"hash/fnv"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
+	"raftstarter/test/history"
 	"runtime"
 	"slices"
 	"strconv"
@@ -58,60 +58,9 @@ func TestFaults(t *testing.T) {
 	}
 }
 
-// wires are what the nodes' messages to one another go through. set says what becomes of those from one node to another:
-// for linkCut a connection that carries any is reset; with any other mode but linkOpen they are lost until TCP repeats them.
-type wires interface {
-	set(mode func(from, to int) linkMode)
-}
-
-// proxies are wires of a TCP proxy for each direction of calls, where there can be no network namespaces.
-type proxies map[[2]int]*link2
-
-func newProxies(t *testing.T, nodes []*proc) proxies {
-	t.Helper()
-	links := make(proxies)
-	setPeers(nodes, func(from, to int) string {
-		addr := nodes[to].env["RAFT_ADDR"] + ":" + nodes[to].env["RAFT_PORT"]
-		if from != to {
-			l := newLink(t, addr)
-			links[[2]int{from, to}], addr = l, l.addr
-		}
-		return addr
-	})
-	return links
-}
-
-func (p proxies) set(mode func(from, to int) linkMode) {
-	for pair, l := range p {
-		calls, answers := mode(pair[0], pair[1]), mode(pair[1], pair[0])
-		switch {
-		case calls == linkCut || answers == linkCut:
-			l.set(linkCut)
-		case calls != linkOpen:
-			l.set(linkHold)
-		case answers != linkOpen:
-			l.set(linkHoldAnswers)
-		default:
-			l.set(linkOpen)
-		}
-	}
-}
-
-// setPeers gives every node its PEERS. addr is where one node reaches another.
-func setPeers(nodes []*proc, addr func(from, to int) string) {
-	for i, p := range nodes {
-		var peers []string
-		for j, q := range nodes {
-			peers = append(peers, q.name+"@"+addr(i, j))
-		}
-		p.env["PEERS"] = strings.Join(peers, ",")
-		p.env["RAFT_ADVERTISE_ADDR"], p.env["RAFT_ADVERTISE_PORT"], _ = net.SplitHostPort(addr(i, i))
-	}
-}
-
 // faulty is a cluster to which faults happen.
 type faulty struct {
-	*history
+	*recorder
 	t     *testing.T
 	store string
 	nodes []*proc
@@ -132,7 +81,7 @@ type faulty struct {
 
 func newFaulty(t *testing.T, prepare func(*testing.T, *proc), store string, n int) *faulty {
 	t.Helper()
-	f := &faulty{t: t, history: newHistory(t.Errorf), store: store}
+	f := &faulty{t: t, recorder: &recorder{history.New(t.Errorf)}, store: store}
 	f.asked, f.lost = make([]*atomic.Bool, n), make([]bool, n)
 	for i := range n {
 		p := newProc(t, map[string]string{
@@ -166,6 +115,7 @@ func newFaulty(t *testing.T, prepare func(*testing.T, *proc), store string, n in
 }
 
 func injectFaults(t *testing.T, store string, n int) { //nolint:thelper // it is the test
+
 	t.Logf("replay with: go test -v -run %s -fault.class=%s -fault.seed=%d -fault.time=%v", t.Name(), *faultName, *faultSeed, *faultTime)
 	classes, prepare := choose(*faultName, store, n)
 	if len(classes) == 0 {
@@ -177,7 +127,7 @@ func injectFaults(t *testing.T, store string, n int) { //nolint:thelper // it is
 			asked.Store(true)
 		}
 	}()
-	f.awaitReady(f.now())
+	f.awaitReady(f.Now())
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var clients sync.WaitGroup
@@ -190,20 +140,20 @@ func injectFaults(t *testing.T, store string, n int) { //nolint:thelper // it is
 	faults, name := 0, fnv.New64()
 	_, _ = name.Write([]byte(t.Name()))
 	random := rand.New(rand.NewPCG(*faultSeed, name.Sum64()))
-	for began := f.now(); f.now()-began < *faultTime && f.violations.Load() == 0; {
+	for began := f.Now(); f.Now()-began < *faultTime && f.Violations.Load() == 0; {
 		faults += f.round(rand.New(rand.NewPCG(random.Uint64(), 0)), classes)
 	}
 	cancel()
 	clients.Wait()
 	f.finish()
-	f.judge()
+	f.Judge()
 	slices.Sort(f.recovered)
 	ms := make([]string, len(f.recovered))
 	for i, took := range f.recovered {
 		ms[i] = strconv.FormatInt(took.Milliseconds(), 10)
 	}
 	t.Logf("FAULTS class=%s cluster=%s-%d seed=%d faults=%d ops=%d unknown=%d keys=%d violations=%d ready=%d recovery=%s", *faultName, store, n,
-		*faultSeed, faults, f.count, f.unknown, len(f.ops), f.violations.Load(), f.ready.Milliseconds(), strings.Join(ms, ","))
+		*faultSeed, faults, f.Count, f.Unknown, len(f.Ops), f.Violations.Load(), f.ready.Milliseconds(), strings.Join(ms, ","))
 }
 
 // round lets the cluster work in peace for a moment, injects faults of the classes, all at once, and waits until service
@@ -228,23 +178,23 @@ func (f *faulty) round(random *rand.Rand, classes []faultClass) int {
 	measured := len(f.recovered)
 	var faults sync.WaitGroup
 	for _, class := range classes {
-		f.t.Logf("after %v: %s, while node%d leads", f.now().Round(time.Millisecond), class.name, leader+1)
+		f.t.Logf("after %v: %s, while node%d leads", f.Now().Round(time.Millisecond), class.name, leader+1)
 		random := rand.New(rand.NewPCG(random.Uint64(), 0))
 		faults.Go(func() { class.inject(f, random, leader) })
 	}
 	faults.Wait()
-	if f.violations.Load() > 0 {
+	if f.Violations.Load() > 0 {
 		return len(classes) // the faults may have been broken off
 	}
-	healed := f.now()
+	healed := f.Now()
 	f.freshKeys()
 	f.measures.Wait()
 	if len(f.recovered) == measured { // else the class has measured from some moment before
 		f.measure(healed)
 		f.measures.Wait()
 	}
-	if took := f.now() - healed; took > 10*time.Second {
-		f.violation("a write was acknowledged %v after healing; want 10s at most", took)
+	if took := f.Now() - healed; took > 10*time.Second {
+		f.Violation("a write was acknowledged %v after healing; want 10s at most", took)
 	}
 	f.awaitReady(healed)
 	f.agree(healed)
@@ -268,7 +218,7 @@ func (f *faulty) agree(since time.Duration) {
 			return err == nil && a.status == http.StatusOK
 		})
 		if answered && a.body != want {
-			f.violation("got %s through %s after healing; want %s", a.body, p.name, want)
+			f.Violation("got %s through %s after healing; want %s", a.body, p.name, want)
 		}
 	}
 }
@@ -292,7 +242,7 @@ func (f *faulty) start(nodes ...int) {
 		ended := p.ended
 		go func() {
 			if <-ended; !asked.Load() {
-				f.violation("%s has ended; nobody told it to", p.name)
+				f.Violation("%s has ended; nobody told it to", p.name)
 			}
 		}()
 	}
@@ -301,7 +251,7 @@ func (f *faulty) start(nodes ...int) {
 // lose takes note that nodes are about to lose their state. It first waits until so many of those that lost theirs
 // before are ready again that a majority keeps its own. If they are not in time, the class ends there.
 func (f *faulty) lose(nodes ...int) {
-	kept := f.await("nodes without state to be ready", f.now(), readyLimit, func() bool {
+	kept := f.await("nodes without state to be ready", f.Now(), readyLimit, func() bool {
 		without := len(nodes)
 		for i, lost := range f.lost {
 			if lost && !slices.Contains(nodes, i) {
@@ -367,8 +317,8 @@ func (f *faulty) ask(i int, method, path, body string) (answerTo, error) {
 // await waits until condition holds, no longer than limit after since, and returns whether it does.
 func (f *faulty) await(what string, since, limit time.Duration, condition func() bool) bool {
 	for !condition() {
-		if f.now()-since > limit {
-			f.violation("waited in vain for %s", what)
+		if f.Now()-since > limit {
+			f.Violation("waited in vain for %s", what)
 			return false
 		}
 		time.Sleep(5 * time.Millisecond)
@@ -390,7 +340,7 @@ func (f *faulty) status(i int) (s faultyStatus) {
 
 // leader returns the node that most nodes take for the leader, or -1 when there is none for long.
 func (f *faulty) leader() (leader int) {
-	f.await("a leader", f.now(), 15*time.Second, func() bool {
+	f.await("a leader", f.Now(), 15*time.Second, func() bool {
 		votes := make(map[string]int)
 		leader = -1
 		for i := range f.nodes {
@@ -413,7 +363,7 @@ func (f *faulty) measure(since time.Duration) {
 			i++
 			return err == nil && a.status == http.StatusOK
 		})
-		took := f.now() - since
+		took := f.Now() - since
 		f.mu.Lock()
 		defer f.mu.Unlock()
 		f.recovered = append(f.recovered, took)
@@ -437,7 +387,7 @@ func (f *faulty) awaitReady(since time.Duration, nodes ...int) {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.ready = max(f.ready, f.now()-since)
+	f.ready = max(f.ready, f.Now()-since)
 }
 
 // client makes one operation after another, through one node as long as that serves.
@@ -471,7 +421,7 @@ func (f *faulty) probe(ctx context.Context, node int) {
 			continue
 		}
 		reads.Go(func() {
-			_, _ = f.do(f.web, f.nodes[node].url(), -1, kvOp{kind: "get", key: f.teams[n%len(f.teams)].key(n / len(f.teams))})
+			_, _ = f.do(f.web, f.nodes[node].url(), -1, history.Op{Kind: "get", Key: f.teams[n%len(f.teams)].key(n / len(f.teams))})
 			<-slots
 		})
 	}
@@ -482,7 +432,7 @@ func (f *faulty) probe(ctx context.Context, node int) {
 func (f *faulty) finish() {
 	for _, p := range f.nodes {
 		var err error
-		f.await("a listing through "+p.name, f.now(), 15*time.Second, func() bool {
+		f.await("a listing through "+p.name, f.Now(), 15*time.Second, func() bool {
 			_, err = f.list(f.web, p.url(), "linearizable")
 			return err == nil
 		})
@@ -494,7 +444,7 @@ func (f *faulty) finish() {
 		}
 		return at
 	}
-	f.await("equal state on all nodes", f.now(), 15*time.Second, func() bool {
+	f.await("equal state on all nodes", f.Now(), 15*time.Second, func() bool {
 		applied = indexes()
 		for i, p := range f.nodes {
 			states[i], _ = f.list(f.web, p.url(), "stale")

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# Makes a project of your own from this one, with the counters of _examples as its state machine to start from.
+# usage: _scripts/new.sh DIRECTORY MODULE         such as: _scripts/new.sh ../myservice example.com/myservice
+# The last element of the module's path, without what is neither letter nor digit, becomes the name of the binary and the
+# prefix of the metrics.
+set -euo pipefail
+
+die() {
+  echo "new.sh: $*" >&2
+  exit 1
+}
+
+(($# == 2)) || die "usage: _scripts/new.sh DIRECTORY MODULE, such as: _scripts/new.sh ../myservice example.com/myservice"
+target=$1 module=$2
+[[ ! -e $target && ! -L $target ]] || die "$target exists already: name a directory that does not"
+[[ -d $(dirname -- "$target") ]] || die "there is no directory $(dirname -- "$target")"
+element='[a-zA-Z0-9_~-][a-zA-Z0-9._~-]*'
+[[ $module =~ ^$element(/$element)*$ && $module != *. && $module != *./* ]] ||
+  die "$module is no module path: use one such as example.com/myservice"
+name=$module
+[[ ! ${name##*/} =~ ^v[0-9]+$ || $name != */* ]] || name=${name%/*} # a major version, as in example.com/myservice/v2
+name=${name##*/}
+name=${name//[^a-zA-Z0-9]/}
+name=${name,,}
+[[ $name =~ ^[a-z] ]] || die "$module does not end in a name that begins with a letter: use one such as example.com/myservice"
+
+target=$(cd "$(dirname -- "$target")" && pwd)/$(basename -- "$target")
+cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+# What is left out: the key-value service with its tests and documents, and how this project itself is tested and measured.
+left_out='^(fsm|http|list|kv|json|fuzz_http|example)_test\.go$|^(fsm|http)\.go$|^test/[^/]*$'
+left_out+='|^\.ci/|^_examples/|^_scripts/(mutants|k8s/|new\.sh|mutants\.sh|faults\.sh|bench\.sh|plot\.sh|image-test\.sh|k8s-test\.sh)'
+left_out+='|^(README|CHANGELOG|CONTRIBUTING|PERFORMANCE|RELIABILITY)\.md$|^docs/(api\.md|performance\.)'
+
+mkdir -- "$target"
+git ls-files -z | grep -zvE "$left_out" | while IFS= read -r -d '' file; do
+  [[ -f $file ]] || continue # deleted, and not committed yet
+  mkdir -p -- "$target/$(dirname -- "$file")"
+  cp -p -- "$file" "$target/$file"
+done
+cp -- _examples/counters/*.go "$target"
+
+cd -- "$target"
+title=${name^}
+find . -type f -print0 | xargs -0 sed -i "
+  s|\"raftstarter/|\"@MODULE@/|g
+  s|raftstarter|$name|g
+  s|RAFTSTARTER|${name^^}|g
+  s/Raft Starter\|Raftstarter/$title/g
+  s|@MODULE@|$module|g"
+cat >README.md <<EOF
+# $title
+
+Counters over HTTP, replicated with Raft. Any node answers any request.
+
+    go run .
+    curl -d 1 localhost:11000/counter/visits
+    curl localhost:11000/counters
+
+A cluster: \`go build -o ./tmp/app && go tool goreman start\` runs three nodes, which answer on ports 11001 to 11003.
+
+- [docs/fork.md](docs/fork.md): how to change the state machine (fsm.go) and its HTTP API (http.go)
+- [docs/configuration.md](docs/configuration.md), [docs/operations.md](docs/operations.md), [docs/metrics.md](docs/metrics.md)
+- [DESIGN.md](DESIGN.md): how the rest works, and why
+
+Made from the Raft Starter; see LICENSE.
+EOF
+go mod edit -module "$module"
+go mod tidy
+go vet ./...
+echo "$target is $module. Next: cd $target && go test ./... && go run ."
