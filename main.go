@@ -171,13 +171,13 @@ func serve(cfg *Config, sig signals, m *metrics, log hclog.Logger) error {
 		}
 		warnOfOpenPorts(cfg, log)
 		go reloadForever(certs, tokens, sig.reload, log)
-		store.certs, handler.tokens = certs, tokens
+		handler.tokens = tokens
 		listener, err := new(net.ListenConfig).Listen(context.Background(), "tcp", cfg.HTTPAddr)
 		if err != nil {
 			return fmt.Errorf("listen on HTTP_ADDR:HTTP_PORT %s: %w", cfg.HTTPAddr, err)
 		}
 		go func() { httpFailed <- web.Serve(handler.door(listener, certs)) }()
-		return store.Open()
+		return store.Open(certs)
 	}
 	opened, open := make(chan error, 1), false
 	go func() { opened <- start() }()

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"math"
@@ -56,8 +57,79 @@ func (s *Store) Status() Status {
 	} else if !contact.IsZero() {
 		status.LastContactMS = time.Since(contact).Milliseconds()
 	}
-	status.Peers = s.recent().status(s.members())
+	status.Peers = s.recentView().status(s.members())
 	return status
+}
+
+// CaughtUp says whether since its start this node has once had all that a leader had committed. Until then what it holds
+// may be an old snapshot.
+func (s *Store) CaughtUp() bool { return s.membership.at() == stageCaughtUp }
+
+// Ready returns nil when this node can do its part: it knows the leader, has caught up since it started, and votes.
+// The error says, to people, what is missing.
+func (s *Store) Ready() error {
+	switch {
+	case s.raft.Load() == nil || s.Leader() == "":
+		return errors.New(s.membership.reason())
+	case !s.CaughtUp():
+		return errors.New("this node has not caught up with the leader since it started")
+	case !slices.ContainsFunc(s.members(), func(m member) bool { return m.Voter && m.Server == s.membership.server() }):
+		return errors.New("this node has no vote yet: the leader is still bringing it up, or has not removed the server that was here before")
+	case s.stuck.Load():
+		return errors.New(s.stuckReason())
+	}
+	return nil
+}
+
+// members returns Raft's newest configuration, empty before there is one.
+func (s *Store) members() []member {
+	if r := s.raft.Load(); r != nil {
+		return membersOf(r.GetConfiguration().Configuration())
+	}
+	return nil
+}
+
+// isMember says whether a server is in the newest configuration, and whether it votes there.
+func (s *Store) isMember(server string) (member, votes bool) {
+	for _, m := range s.members() {
+		if m.Server == server {
+			return true, m.Voter
+		}
+	}
+	return false, false
+}
+
+// voters returns the number of voting servers.
+func (s *Store) voters() (n int) {
+	for _, m := range s.members() {
+		if m.Voter {
+			n++
+		}
+	}
+	return n
+}
+
+// addresses says where each node listens: where PEERS has it, else where the configuration has it.
+func (s *Store) addresses() map[string]string {
+	addresses := make(map[string]string)
+	for _, m := range s.members() {
+		addresses[nodeOf(m.Server)] = m.Address
+	}
+	for _, p := range s.cfg.Peers {
+		addresses[p.ID] = p.Addr
+	}
+	return addresses
+}
+
+// drift says whether ids or voters of the membership are others than those of PEERS. Addresses do not count.
+func (s *Store) drift() bool {
+	members := s.members()
+	voters := make(map[string]bool) // by node
+	for _, m := range members {
+		voters[nodeOf(m.Server)] = voters[nodeOf(m.Server)] || m.Voter
+	}
+	return len(members) > 0 && (len(voters) != len(s.cfg.Peers) ||
+		slices.ContainsFunc(s.cfg.Peers, func(p Peer) bool { return !voters[p.ID] }))
 }
 
 // export makes metrics of what this node knows of itself and the cluster.
@@ -82,7 +154,7 @@ func (s *Store) export() {
 	m.gauge("commit_index", "Index of the last log entry that this node knows to be committed.", ofRaft((*raft.Raft).CommitIndex))
 	m.gauge("applied_index", "Index of the last log entry that this node has executed.", ofRaft((*raft.Raft).AppliedIndex))
 	m.gauge("keys", "Keys that this node has.", func() float64 { return float64(s.replica.size()) })
-	m.gauge("waiting_write_bytes", fmt.Sprintf("Commands that wait to be put into a log entry or passed on; over %d more are refused.", maxWaiting),
+	m.gauge("waiting_write_bytes", fmt.Sprintf("Commands that wait to be put into a log entry or forwarded; over %d more are refused.", maxWaiting),
 		func() float64 { return float64(s.writes.queued()) })
 }
 

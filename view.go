@@ -13,11 +13,13 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 const (
 	askTimeout = 500 * time.Millisecond // for a node to say who it is
-	recentView = time.Second            // /status may be so old
+	maxViewAge = time.Second            // of what /status shows
 )
 
 // nodeInfo is what a node answers when another asks who it is.
@@ -64,6 +66,132 @@ func (v view) mostComplete() (best string) {
 	}
 	return best
 }
+
+// allEmpty says whether every node of PEERS answers, names the same PEERS and holds nothing.
+func (v view) allEmpty() bool {
+	return !slices.ContainsFunc(v.peers, func(p Peer) bool {
+		info, answers := v.answers[p.ID]
+		return !answers || info.LastIndex > 0 || !slices.Equal(info.Peers, v.mine().Peers)
+	})
+}
+
+// bootstrapper returns the node that bootstraps the cluster.
+func (v view) bootstrapper() string { return peerIDs(v.peers)[0] }
+
+// toJoin returns the cluster that a server of none is to join, "" while there is none. If every node of PEERS answers and
+// holds nothing, it is that of the node that bootstraps; else that of a leader in whose configuration this node is.
+func (v view) toJoin() string {
+	for _, info := range v.answers {
+		if info.Ready && slices.ContainsFunc(info.Members, func(m member) bool { return nodeOf(m.Server) == v.self }) {
+			return info.Cluster
+		}
+	}
+	bootstrapped := v.answers[v.bootstrapper()].Server
+	if v.self == v.bootstrapper() || !v.allEmpty() {
+		return ""
+	}
+	for _, p := range v.peers {
+		if c := v.answers[p.ID].Cluster; c != "" && c != bootstrapped {
+			return ""
+		}
+	}
+	return bootstrapped
+}
+
+// toBootstrap returns the configuration with which this server is to begin a cluster, nil while it is not: every other
+// node of PEERS must have joined that cluster.
+func (v view) toBootstrap() []member {
+	if v.self != v.bootstrapper() || v.mine().Cluster != "" || !v.allEmpty() {
+		return nil
+	}
+	var members []member
+	for _, p := range v.peers {
+		info := v.answers[p.ID]
+		if p.ID != v.self && info.Cluster != v.mine().Server {
+			return nil
+		}
+		members = append(members, member{info.Server, p.Addr, true})
+	}
+	return members
+}
+
+// hasBegun says whether somebody that answers holds an entry of this server's cluster.
+func (v view) hasBegun() bool {
+	for _, info := range v.answers {
+		if info.Cluster != "" && info.Cluster == v.mine().Cluster && info.LastIndex > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// neverBegan says whether this server has joined a cluster that will never begin: every node of PEERS answers and holds
+// nothing, and the server that would have begun it is gone.
+func (v view) neverBegan() bool {
+	bootstrapper, answers := v.answers[nodeOf(v.mine().Cluster)]
+	return answers && bootstrapper.Server != v.mine().Cluster && v.allEmpty()
+}
+
+// change is one change of the configuration.
+type change struct {
+	command raft.ConfigurationChangeCommand
+	member
+}
+
+// nextChange returns the next step by which this leader replaces servers that have lost their state, false if none is due.
+// caughtUp says whether a server, by what it has applied, has executed all that was committed when this leader first saw
+// it in the configuration.
+//
+// Node2 comes back as node2#B, without the state of node2#A: add node2#B as a non-voter; when it has caught up remove
+// node2#A; make node2#B a voter. In this order no step needs more live servers for a majority than the one before. What is
+// nearest to its end is finished first, so the leader goes on with what another leader has left half done.
+func (v view) nextChange(caughtUp func(server string, applied uint64) bool) (change, bool) {
+	byNode := make(map[string][]member)
+	for _, m := range v.mine().Members {
+		byNode[nodeOf(m.Server)] = append(byNode[nodeOf(m.Server)], m)
+	}
+	var due []change // at most one a node
+	for _, node := range slices.Sorted(maps.Keys(byNode)) {
+		info, answers := v.answers[node]
+		if !answers || info.Cluster != v.mine().Cluster {
+			continue
+		}
+		if c, ok := changeOfNode(byNode[node], info, v.addresses[node], caughtUp); ok {
+			due = append(due, c)
+		}
+	}
+	for _, command := range []raft.ConfigurationChangeCommand{raft.AddVoter, raft.RemoveServer, raft.AddNonvoter} {
+		for _, c := range due {
+			if c.command == command {
+				return c, true
+			}
+		}
+	}
+	return change{}, false
+}
+
+// changeOfNode returns the next change for a node that answers, at address, with info. members are its servers in the
+// configuration.
+func changeOfNode(members []member, info nodeInfo, address string, caughtUp func(string, uint64) bool) (change, bool) {
+	isPresent := func(m member) bool { return m.Server == info.Server }
+	i := slices.IndexFunc(members, isPresent)
+	if i < 0 {
+		return change{raft.AddNonvoter, member{Server: info.Server, Address: address}}, true
+	}
+	present, gone := members[i], slices.DeleteFunc(slices.Clone(members), isPresent)
+	mayVote := present.Voter || caughtUp(info.Server, info.Applied)
+	if mayVote && !present.Voter && !slices.ContainsFunc(gone, isVoter) {
+		return change{raft.AddVoter, present}, true
+	}
+	for _, old := range gone {
+		if !old.Voter || mayVote {
+			return change{raft.RemoveServer, old}, true
+		}
+	}
+	return change{}, false
+}
+
+func isVoter(m member) bool { return m.Voter }
 
 // String says, to people, what keeps this node from being of use, and what they can do about it.
 func (v view) String() string {
@@ -222,18 +350,17 @@ func peerIDs(peers []Peer) (ids []string) {
 	return ids
 }
 
-// handleWho answers a node that asks who this one is. Whoever asks may be waiting for this node to look at it in turn.
+// handleWho answers a node that asks who this one is.
 func (s *Store) handleWho(context.Context, string, []byte) ([]byte, error) {
 	info, err := s.info()
 	if err != nil {
 		return nil, err
 	}
-	s.membership.poke()
 	return json.Marshal(info)
 }
 
-// lookAround asks all nodes of PEERS and of the configuration who they are, this one among them.
-func (s *Store) lookAround(ctx context.Context) view {
+// askAll asks all nodes of PEERS and of the configuration who they are, this one among them. It takes askTimeout at most.
+func (s *Store) askAll(ctx context.Context) view {
 	v := view{
 		self: s.cfg.NodeID, peers: s.cfg.Peers,
 		answers: make(map[string]nodeInfo), silent: make(map[string]error), addresses: s.addresses(), listens: s.cfg.RaftAddr,
@@ -263,7 +390,16 @@ func (s *Store) lookAround(ctx context.Context) view {
 // askWho asks a node who it is.
 func (s *Store) askWho(ctx context.Context, node string) (info nodeInfo, err error) {
 	if node == s.cfg.NodeID {
-		return s.infoInTime(ctx)
+		own := make(chan nodeInfo, 1)
+		err := within(ctx, func() error { // the storage may hang
+			info, err := s.info()
+			own <- info
+			return err
+		})
+		if err != nil {
+			return info, err
+		}
+		return <-own, nil
 	}
 	answer, err := s.peers.call(ctx, node, opWho, nil)
 	if err == nil {
@@ -275,29 +411,12 @@ func (s *Store) askWho(ctx context.Context, node string) (info nodeInfo, err err
 	return info, err
 }
 
-// infoInTime returns info, or ctx's error if the storage does not answer in time.
-func (s *Store) infoInTime(ctx context.Context) (nodeInfo, error) {
-	var info nodeInfo
-	done := make(chan error, 1)
-	go func() { // until the storage answers
-		var err error
-		info, err = s.info()
-		done <- err
-	}()
-	select {
-	case err := <-done:
-		return info, err
-	case <-ctx.Done():
-		return nodeInfo{}, ctx.Err()
+// recentView returns a view of the others that is no older than maxViewAge.
+func (s *Store) recentView() view {
+	s.viewMu.Lock()
+	defer s.viewMu.Unlock()
+	if time.Since(s.viewedAt) > maxViewAge {
+		s.lastView, s.viewedAt = s.askAll(s.ctx), time.Now()
 	}
-}
-
-// recent returns what a look at the others has shown a moment ago.
-func (s *Store) recent() view {
-	s.looking.Lock()
-	defer s.looking.Unlock()
-	if time.Since(s.seenAt) > recentView {
-		s.seen, s.seenAt = s.lookAround(s.ctx), time.Now()
-	}
-	return s.seen
+	return s.lastView
 }
