@@ -16,7 +16,7 @@ const (
 	maxBatchBytes = 512 << 10             // of commands in one log entry, but for a single larger one
 	maxWaiting    = 32 << 20              // bytes of commands that may wait; beyond it the node is overloaded
 	maxLinger     = 10 * time.Millisecond // that a batch waits for the commands that are expected
-	maxSkipped    = 63                    // batches in a row that do not wait, after others have waited in vain
+	maxBackoff    = 64                    // batches in a row that do not do so, after others have waited in vain
 )
 
 // Result is what a command came to: the index of the log entry that holds it, and what StateMachine.Apply returned.
@@ -175,7 +175,7 @@ func (b *writes) linger(ctx context.Context) {
 		b.backoff /= 2
 		return
 	}
-	b.backoff = min(2*b.backoff+1, maxSkipped)
+	b.backoff = min(2*b.backoff+2, maxBackoff) // at least 2: after one that did not wait, the next finds it easy
 	b.skip = b.backoff
 }
 
