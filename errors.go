@@ -2,8 +2,8 @@ package main
 
 import "errors"
 
-// What a command or a read can end in. After any of these but ErrUnknownOutcome a command was certainly not executed, and
-// never will be.
+// What a command or a read can end in. After any of these but ErrUnknownOutcome a command was certainly not executed,
+// and never will be.
 //
 // The way of an error, when node2 forwards a write to node1, which it takes for the leader:
 //
@@ -12,7 +12,7 @@ import "errors"
 //	writes.go      forward: each write of the batch gets this error as its outcome
 //	leadership.go  retry: ErrNotLeader and ErrNoLeader are tried again for up to 5 s, the others never
 //	store.go       Apply returns it
-//	server.go      statusOf: ErrNotLeader is answered with 503 and "not-applied", ErrUnknownOutcome with 504 and "unknown"
+//	server.go      statusOf: ErrNotLeader is answered with 503 "not-applied", ErrUnknownOutcome with 504 "unknown"
 var (
 	ErrNoLeader       = errors.New("the cluster has no leader that this node knows of")
 	ErrNotLeader      = errors.New("the node that was taken for the leader is not the leader")

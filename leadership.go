@@ -19,12 +19,12 @@ const (
 	retryInterval = 20 * time.Millisecond
 
 	watchInterval = 100 * time.Millisecond
-	silenceSpread = 500 * time.Millisecond // within which followers notice, one after another, that their leader is silent
+	silenceSpread = 500 * time.Millisecond // within which followers, one after another, notice a silent leader
 
 	handoverWait   = 2 * time.Second        // for another node to become leader
 	handoverLinger = 200 * time.Millisecond // for the others to hear of it, while we still answer them
 
-	replicationStuckAfter = 10 * time.Second // a leader that has committed nothing for so long, and has something to, is stuck
+	replicationStuckAfter = 10 * time.Second // without a commit by a leader that has something to commit
 )
 
 // RaftState is where this node stands, as far as it knows.
@@ -73,8 +73,8 @@ func (l *leadership) set(ctx context.Context, state RaftState) (before RaftState
 	return last.RaftState
 }
 
-// retry calls f when a leader is known, and again as long as f returns ErrNotLeader or ErrNoLeader, for up to leaderWait:
-// when the leadership moves, this node hears of it a little later.
+// retry calls f when a leader is known, and again as long as f returns ErrNotLeader or ErrNoLeader, for up to
+// leaderWait: when the leadership moves, this node hears of it a little later.
 func (l *leadership) retry(ctx context.Context, f func() error) error {
 	deadline := time.Now().Add(leaderWait)
 	for {
@@ -100,8 +100,8 @@ func (l *leadership) retry(ctx context.Context, f func() error) error {
 }
 
 // callLeader sends the leader a call and returns its answer. The error is ErrNoLeader or ErrNotLeader when the call
-// certainly had no effect, else ErrUnknownOutcome. A call to a leader that has stopped answering ends when another leader
-// is known, so that it does not hold up what could be sent to that one.
+// certainly had no effect, else ErrUnknownOutcome. A call to a leader that has stopped answering ends when another
+// leader is known, so that it does not hold up what could be sent to that one.
 func (s *Store) callLeader(op byte, request []byte, timeout time.Duration) ([]byte, error) {
 	state := s.leadership.now.Load()
 	leader := state.server
@@ -189,8 +189,8 @@ func (s *Store) watch() {
 }
 
 // checkHeartbeats makes a follower see that its leader is silent, so that it stands for election. Raft by itself checks
-// every one to two heartbeatTimeouts whether the last of them passed in silence, so three can go by before anybody stands.
-// It checks at once when that timeout becomes shorter than it was.
+// every one to two heartbeatTimeouts whether the last of them passed in silence, so three can go by before anybody
+// stands. It checks at once when that timeout becomes shorter than it was.
 func (s *Store) checkHeartbeats(r *raft.Raft) {
 	conf := r.ReloadableConfig()
 	for _, conf.HeartbeatTimeout = range []time.Duration{electionTimeout, heartbeatTimeout} {
@@ -209,7 +209,7 @@ func (s *Store) publishState(r *raft.Raft) RaftState {
 	now := RaftState{State: "starting"}
 	if r != nil {
 		_, leader := r.LeaderWithID()
-		now = RaftState{State: stateNames[r.State()], Leader: nodeOf(string(leader)), Term: r.CurrentTerm(), server: string(leader)}
+		now = RaftState{stateNames[r.State()], nodeOf(string(leader)), r.CurrentTerm(), string(leader)}
 	} else if s.membership.at() == stageForming {
 		now.State = "forming"
 	}
@@ -223,8 +223,8 @@ func (s *Store) publishState(r *raft.Raft) RaftState {
 	return now
 }
 
-// lead makes this leader of a term ready for linearizable reads: it may not yet have executed all that the leaders before
-// it acknowledged. It returns when it is ready, or leads no more.
+// lead makes this leader of a term ready for linearizable reads: it may not yet have executed all that the leaders
+// before it acknowledged. It returns when it is ready, or leads no more.
 func (s *Store) lead(r *raft.Raft, term uint64) {
 	for s.ctx.Err() == nil && s.leadsIn(term) {
 		barrier := r.Barrier(requestTimeout)
@@ -305,7 +305,7 @@ func (s *Store) stuckReason() string {
 		}
 	}
 	slices.Sort(lacking)
-	return fmt.Sprintf("replication is stuck: log entry %d has not reached a majority for %v, though heartbeats do, and no write gets past it; "+
-		"nodes without it: [%s]: is the link to them or their disk too slow, or are large packets lost (MTU)?",
-		next, replicationStuckAfter, strings.Join(lacking, ", "))
+	return fmt.Sprintf("replication is stuck: log entry %d has not reached a majority for %v, though heartbeats do, "+
+		"and no write gets past it; nodes without it: [%s]: is the link to them or their disk too slow, "+
+		"or are large packets lost (MTU)?", next, replicationStuckAfter, strings.Join(lacking, ", "))
 }

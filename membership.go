@@ -19,8 +19,8 @@ import (
 //
 // A server, in Raft's sense, is one state of a node: its log, its term, its votes. Its name is <node id>#<random>, made
 // together with the storage. A node that comes back without its state is a new server with a new name; the old one has
-// failed for good, which is the case that Raft's own proof covers. The leader puts the new server in the old one's place
-// by Raft's membership changes. People see node ids only.
+// failed for good, which is the case that Raft's own proof covers. The leader puts the new server in the old one's
+// place by Raft's membership changes. People see node ids only.
 //
 // A server moves through these stages, never back:
 //
@@ -28,8 +28,8 @@ import (
 //	forming   it runs no Raft: it is in no cluster, or in one of which nobody that answers holds an entry yet
 //	running   it is in a cluster that has begun, and runs Raft
 //	caught up since this start it has executed all that a leader had committed
-//	retired   a majority of the voters has lost its state: this server runs no Raft any more, and shows all that it has to
-//	          those who save it
+//	retired   a majority of the voters has lost its state: this server runs no Raft any more, and shows all that it
+//	          has to those who save it
 //
 // Nothing is decided about a node that does not answer. "Membership" in DESIGN.md has the rules and why they are safe.
 type stage int
@@ -53,9 +53,10 @@ const (
 	changeTimeout  = 5 * time.Second  // for a change of the configuration to be committed
 	reasonInterval = 10 * time.Second // between two log lines about what a node waits for
 
-	// maxCandidacy is longer than a candidate can know of a leader whose messages it gets. Raft lets a server that was told
-	// to stand for election hear of another leader, and go on standing. If that leader dies at once, nobody tells the server.
-	// It grants no pre-vote to anybody, for the sake of that leader, and may get none. To stand again makes it forget.
+	// maxCandidacy is longer than a candidate can know of a leader whose messages it gets. Raft lets a server that was
+	// told to stand for election hear of another leader, and go on standing. If that leader dies at once, nobody tells
+	// the server. It grants no pre-vote to anybody, for the sake of that leader, and may get none. To stand again makes
+	// it forget.
 	maxCandidacy = 3 * heartbeatTimeout
 )
 
@@ -68,8 +69,8 @@ func nodeOf(server string) string {
 	return node
 }
 
-// identity says which server the state is. Format: JSON, under one key of the stable store, so that a crash never leaves
-// a part of it.
+// identity says which server the state is. Format: JSON, under one key of the stable store, so that a crash never
+// leaves a part of it.
 type identity struct {
 	Version int    `json:"version"`
 	Server  string `json:"server"`
@@ -115,20 +116,20 @@ type membership struct {
 	stable raft.StableStore
 	stage  atomic.Int32 // asked for by each read
 
+	// The next five are for form and manageMembers alone, which run one after the other.
+	neverBegan   twice             // this server's cluster will never begin
+	lostMajority twice             // a majority has lost its state, and this server has the most complete log
+	foreign      string            // nodes of other clusters, as last logged
+	term         uint64            // the term of committed
+	committed    map[string]uint64 // by member: what was committed when, in this term, this leader first saw it
+
 	mu       sync.Mutex // guards what follows
 	id       identity
 	waitsFor string    // for people
 	logged   time.Time // when waitsFor was last logged
-
-	// What follows is for form and manageMembers alone, which run one after the other.
-	neverBegan   twice             // this server's cluster will never begin
-	lostMajority twice             // a majority of the voters has lost its state, and this server has the most complete log
-	foreign      string            // nodes of other clusters, as last logged
-	term         uint64            // of the leader that committed has
-	committed    map[string]uint64 // by server of the configuration: what was committed when this leader first saw it there
 }
 
-// twice is something that must be true in two calls of again, one after the other, to count.
+// twice is a condition that counts only when two views, one after the other, say so.
 type twice bool
 
 func (t *twice) again(now bool) bool {
@@ -159,12 +160,13 @@ func (m *membership) open(st *storage) error {
 		return fmt.Errorf("STATE_DIR %q: the server's name is damaged: %w", m.cfg.StateDir, err)
 	}
 	if id.Version != identityVersion {
-		return fmt.Errorf("STATE_DIR %q is of another version of this service (%d, and this one reads %d); nothing was changed",
-			m.cfg.StateDir, id.Version, identityVersion)
+		return fmt.Errorf("STATE_DIR %q is of another version of this service (%d, and this one reads %d); "+
+			"nothing was changed", m.cfg.StateDir, id.Version, identityVersion)
 	}
 	if node := nodeOf(id.Server); node != m.cfg.NodeID {
-		return fmt.Errorf("STATE_DIR %q holds the state of node %q, and this is node %q: set NODE_ID back to %q, or start without "+
-			"state (another STATE_DIR) and restore a backup; nothing was changed", m.cfg.StateDir, node, m.cfg.NodeID, node)
+		return fmt.Errorf("STATE_DIR %q holds the state of node %q, and this is node %q: set NODE_ID back to %q, "+
+			"or start without state (another STATE_DIR) and restore a backup; nothing was changed",
+			m.cfg.StateDir, node, m.cfg.NodeID, node)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -184,8 +186,9 @@ func checkEmpty(cfg *Config, st *storage) error {
 		return fmt.Errorf("read the term: %w", err)
 	}
 	if last > 0 || term > 0 {
-		return fmt.Errorf("STATE_DIR %q holds the state of the first version of this service, or of another program, which this version "+
-			"does not read; nothing was changed: move it away, or set another STATE_DIR", cfg.StateDir)
+		return fmt.Errorf("STATE_DIR %q holds the state of the first version of this service, or of another program, "+
+			"which this version does not read; nothing was changed: move it away, or set another STATE_DIR",
+			cfg.StateDir)
 	}
 	return nil
 }
@@ -264,8 +267,8 @@ func (s *Store) welcome(h hello) error {
 	return nil
 }
 
-// form returns once this server is in a cluster that has begun. Until then it asks all nodes of PEERS again and again, and
-// joins a cluster or begins one as soon as their answers allow it.
+// form returns once this server is in a cluster that has begun. Until then it asks all nodes of PEERS again and again,
+// and joins a cluster or begins one as soon as their answers allow it.
 func (s *Store) form() error {
 	m := s.membership
 	for ; s.ctx.Err() == nil; sleep(s.ctx, formInterval) {
@@ -306,14 +309,16 @@ func (s *Store) leaveUnbegun(v view) error {
 		return nil
 	}
 	if s.raft.Load() != nil {
-		return errors.New("the cluster that this node had joined never began, and the node holds nothing: start it again")
+		return errors.New("the cluster that this node had joined never began, and the node holds nothing: " +
+			"start it again")
 	}
-	s.log.Warn("the cluster that this node had joined never began; the node goes on as a new server", "cluster", m.cluster())
+	s.log.Warn("the cluster that this node had joined never began; the node goes on as a new server",
+		"cluster", m.cluster())
 	return m.store(identity{Server: newServerName(s.cfg.NodeID)})
 }
 
-// bootstrap begins a log with the cluster's first configuration, if it is empty, as raft.BootstrapCluster does. That one
-// however refuses to go on where a crash between its two writes has left it.
+// bootstrap begins a log with the cluster's first configuration, if it is empty, as raft.BootstrapCluster does. That
+// one however refuses to go on where a crash between its two writes has left it.
 func bootstrap(st *storage, members []member) (begins bool, err error) {
 	last, _, err := st.lastEntry()
 	if err != nil || len(members) == 0 || last > 0 {
@@ -328,13 +333,15 @@ func bootstrap(st *storage, members []member) (begins bool, err error) {
 	}
 	var c raft.Configuration
 	for _, m := range members {
-		c.Servers = append(c.Servers, raft.Server{ID: raft.ServerID(m.Server), Address: raftAddress(m.Server, m.Address)})
+		server := raft.Server{ID: raft.ServerID(m.Server), Address: raftAddress(m.Server, m.Address)}
+		c.Servers = append(c.Servers, server)
 	}
-	return true, st.logs.StoreLog(&raft.Log{Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(c)})
+	entry := &raft.Log{Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(c)}
+	return true, st.logs.StoreLog(entry)
 }
 
-// firstElection has the server that has begun the cluster stand for election, when the others have had time to see that,
-// and to run Raft. Raft tries again where they have not.
+// firstElection has the server that has begun the cluster stand for election, when the others have had time to see
+// that, and to run Raft. Raft tries again where they have not.
 func (s *Store) firstElection() {
 	if len(s.members()) > 1 {
 		sleep(s.ctx, 2*formInterval)
@@ -372,8 +379,8 @@ func (s *Store) manageMembers() {
 	}
 }
 
-// replaceNext has this leader of a term take the next step by which servers are replaced, if one is due. It returns true
-// if the one after may be due soon.
+// replaceNext has this leader of a term take the next step by which servers are replaced, if one is due. It returns
+// true if the one after may be due soon.
 func (s *Store) replaceNext(term uint64) (soon bool) {
 	m, v := s.membership, s.askAll(s.ctx)
 	if foreign := v.foreign(); foreign != m.foreign {
@@ -401,7 +408,7 @@ func (s *Store) replaceNext(term uint64) (soon bool) {
 	step, due := v.nextChange(func(server string, applied uint64) bool { return applied >= m.committed[server] })
 	if due {
 		err := s.changeMembers(step, prevIndex)
-		s.log.Info("membership", "change", step.command, "node", nodeOf(step.Server), "server", step.Server, "error", err)
+		s.log.Info("membership", "change", step.command, "server", step.Server, "error", err)
 	}
 	return soon || due
 }
@@ -439,7 +446,8 @@ func (s *Store) checkMajority() error {
 	lost, present, voters := v.voters(v.self)
 	if m.at() == stageRetired {
 		if isMajority(present, voters) {
-			return errors.New("a majority of the nodes has its state again: start this node again, which had stopped taking part")
+			return errors.New("a majority of the nodes has its state again: start this node again, " +
+				"which had stopped taking part")
 		}
 		return nil
 	}
@@ -450,11 +458,12 @@ func (s *Store) checkMajority() error {
 	return nil
 }
 
-// retire stops Raft and executes all that the log holds, also what nobody may have committed: nothing can be committed any
-// more, and what stale reads answer from now on is all there is to save. Nothing that is stored changes, so a restart
-// undoes it.
+// retire stops Raft and executes all that the log holds, also what nobody may have committed: nothing can be committed
+// any more, and what stale reads answer from now on is all there is to save. Nothing that is stored changes, so a
+// restart undoes it.
 func (s *Store) retire() error {
-	s.log.Warn("a majority of the nodes has lost its state: this node takes part in nothing any more, and executes all of its log to be saved")
+	s.log.Warn("a majority of the nodes has lost its state: this node takes part in nothing any more, " +
+		"and executes all of its log to be saved")
 	s.membership.advance(stageRetired)
 	stop := s.raft.Load().Shutdown()
 	if err := within(s.ctx, stop.Error); err != nil {

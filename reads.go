@@ -9,8 +9,8 @@ import (
 	"github.com/hashicorp/raft"
 )
 
-// Linearizable reads, by the read index of Ongaro's dissertation (6.4). "Linearizable reads" in DESIGN.md has the argument
-// why the answers are right.
+// Linearizable reads, by the read index of Ongaro's dissertation (6.4). "Linearizable reads" in DESIGN.md has the
+// argument why the answers are right.
 
 const confirmTimeout = 2 * time.Second // for a majority to confirm the leader's term
 
@@ -92,8 +92,8 @@ func (s *Store) findReadIndex() (uint64, error) {
 	return binary.BigEndian.Uint64(answer), nil
 }
 
-// confirmLeadership returns the index of the last entry that this leader has executed, once a majority of the voters has
-// said that it still is in this leader's term.
+// confirmLeadership returns the index of the last entry that this leader has executed, once a majority of the voters
+// has said that it still is in this leader's term.
 func (s *Store) confirmLeadership(ctx context.Context, r *raft.Raft) (index uint64, err error) {
 	term := r.CurrentTerm()
 	if s.ready.load() != term || !s.leadsIn(term) {
@@ -164,11 +164,13 @@ func (s *Store) tellCommitted(id string, term, index uint64) {
 		return // compacted: the follower is far behind and gets a snapshot
 	}
 	self := []byte(s.membership.server())
-	err := s.transport.NetworkTransport.AppendEntries(raft.ServerID(id), raft.ServerAddress(id), &raft.AppendEntriesRequest{
+	request := &raft.AppendEntriesRequest{
 		RPCHeader:    raft.RPCHeader{ProtocolVersion: raft.ProtocolVersionMax, ID: self, Addr: self},
 		Term:         term,
 		PrevLogEntry: index, PrevLogTerm: entry.Term, LeaderCommitIndex: index,
-	}, new(raft.AppendEntriesResponse))
+	}
+	var answer raft.AppendEntriesResponse
+	err := s.transport.NetworkTransport.AppendEntries(raft.ServerID(id), raft.ServerAddress(id), request, &answer)
 	if err != nil {
 		s.log.Debug("telling a follower what is committed failed", "node", id, "error", err)
 	}

@@ -17,9 +17,10 @@ import (
 // The way of a write. A client sends it to node2; node1 leads.
 //
 //  1. Store.Apply (store.go) on node2 waits until a leader is known: leadership.retry (leadership.go).
-//  2. writes.submit (writes.go) queues the command. writes.run takes all that wait as one batch. node2 does not lead, so it
-//     forwards the batch: writes.forward, Store.callLeader (leadership.go), peers.call (peers.go).
-//  3. On node1 writes.handleApply queues them beside node1's own, and the next batch becomes one log entry: Store.propose.
+//  2. writes.submit (writes.go) queues the command. writes.run takes all that wait as one batch. node2 does not lead,
+//     so it forwards the batch: writes.forward, Store.callLeader (leadership.go), peers.call (peers.go).
+//  3. On node1 writes.handleApply queues them beside node1's own, and the next batch becomes one log entry:
+//     Store.propose.
 //  4. Raft stores the entry and sends it to node2 and node3 (transport.go). When one of them has stored it, too, it is
 //     committed, and replica.Apply (machine.go) has the state machine execute each command on every node.
 //  5. node1 answers node2 with the entry's index and the results, and node2 answers the client.
@@ -34,10 +35,10 @@ import (
 //
 // The way of a start.
 //
-//  1. Store.Open listens on the Raft port and opens the storage (storage.go). From then on other nodes may ask this one who
-//     it is (view.go), and all wait until there is a leader.
-//  2. Store.form (membership.go) returns when this node is in a cluster that has begun: the nodes of PEERS have begun it
-//     together, or a leader has let this node join, or the storage says so.
+//  1. Store.Open listens on the Raft port and opens the storage (storage.go). From then on other nodes may ask this one
+//     who it is (view.go), and all wait until there is a leader.
+//  2. Store.form (membership.go) returns when this node is in a cluster that has begun: the nodes of PEERS have begun
+//     it together, or a leader has let this node join, or the storage says so.
 //  3. Store.startRaft runs Raft. Store.watch (leadership.go) publishes each change of its state.
 //  4. Store.manageMembers (membership.go) replaces servers that have lost their state, as long as this node leads.
 //  5. When a first linearizable read succeeds, this node has caught up and is ready.
@@ -51,9 +52,9 @@ const (
 	retrySnapshot = time.Second      // after one that failed
 )
 
-// Raft's timing. A leader steps down when no majority has answered for leaseTimeout, a follower looks for a new one when
-// it has heard nothing for heartbeatTimeout. Heartbeats wait behind a follower's fsyncs (see SetHeartbeatHandler), so
-// the two are equal, and above what a slow disk takes.
+// Raft's timing. A leader steps down when no majority has answered for leaseTimeout, a follower looks for a new one
+// when it has heard nothing for heartbeatTimeout. Heartbeats wait behind a follower's fsyncs (see SetHeartbeatHandler),
+// so the two are equal, and above what a slow disk takes.
 const (
 	heartbeatTimeout = 1 * time.Second
 	leaseTimeout     = heartbeatTimeout
@@ -62,8 +63,8 @@ const (
 	maxAppendEntries = 64
 )
 
-// Store replicates a state machine: commands go through Raft's log and are executed on every node in the same order.
-// It knows nothing of what commands and state mean. Any node's Store takes any call, and forwards to the leader what only
+// Store replicates a state machine: commands go through Raft's log and are executed on every node in the same order. It
+// knows nothing of what commands and state mean. Any node's Store takes any call, and forwards to the leader what only
 // the leader can do.
 type Store struct {
 	cfg      *Config
@@ -217,7 +218,8 @@ func (s *Store) startRaft() (err error) {
 	conf.LocalID = raft.ServerID(id.Server)
 	log := newRaftLog(s.log.Named("raft"))
 	conf.Logger = log
-	conf.HeartbeatTimeout, conf.ElectionTimeout, conf.LeaderLeaseTimeout = heartbeatTimeout, electionTimeout, leaseTimeout
+	conf.HeartbeatTimeout, conf.LeaderLeaseTimeout = heartbeatTimeout, leaseTimeout
+	conf.ElectionTimeout = electionTimeout
 	conf.MaxAppendEntries, conf.CommitTimeout = maxAppendEntries, commitTimeout
 	// When to take a snapshot, and what stays of the log, is decided by bytes as well: see compact, and log.go. Raft by
 	// itself would take the same snapshot again and again when the log is empty.
@@ -312,8 +314,8 @@ func (s *Store) propose(commands [][]byte) raft.ApplyFuture {
 }
 
 // Read calls f, which reads the state machine, while no command is executed. With Linearizable, f sees every command
-// that was acknowledged, on any node, before Read was called; with Stale it sees what this node has. The error is one of
-// those in errors.go, and f was not called then.
+// that was acknowledged, on any node, before Read was called; with Stale it sees what this node has. The error is one
+// of those in errors.go, and f was not called then.
 func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) error {
 	if consistency == Stale {
 		if at := s.membership.at(); at < stageCaughtUp && time.Since(s.started) < staleAfter {
@@ -343,8 +345,8 @@ func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) err
 // shares memory with it. What f sees is this node's, and at least as new as what a Read before it has seen.
 func (s *Store) Capture(f func()) { s.replica.capture(f) }
 
-// Current returns a channel that is closed when, for the first time since its start, this node has had all that a leader
-// had committed.
+// Current returns a channel that is closed when, for the first time since its start, this node has had all that a
+// leader had committed.
 func (s *Store) Current() <-chan struct{} { return s.caughtUp }
 
 // Abandon closes the port and all connections to other nodes, and waits for nothing: it is for a node that has failed.

@@ -107,9 +107,9 @@ func (b *writes) execute(ctx context.Context, w *write) outcome {
 
 // run commits batches until ctx ends.
 //
-// A batch costs as much as dozens of commands, on every node, and a second one beside it would be under way for as long as if
-// it waited, and hold less. So what arrives while one is under way is the next. What a node has forwarded to a leader that has
-// stopped answering does not hold up its own entries when it becomes the leader itself.
+// A batch costs as much as dozens of commands, on every node, and a second one beside it would be under way for as long
+// as if it waited, and hold less. So what arrives while one is under way is the next. What a node has forwarded to a
+// leader that has stopped answering does not hold up its own entries when it becomes the leader itself.
 func (b *writes) run(ctx context.Context) {
 	for {
 		select {
@@ -122,8 +122,8 @@ func (b *writes) run(ctx context.Context) {
 	}
 }
 
-// commitNext waits for the batch before and starts to commit the next, in a goroutine that ends when its outcome is known
-// or ctx ends. It returns false when no command waits, or ctx has ended.
+// commitNext waits for the batch before and starts to commit the next, in a goroutine that ends when its outcome is
+// known or ctx ends. It returns false when no command waits, or ctx has ended.
 func (b *writes) commitNext(ctx context.Context) bool {
 	slot := b.forwarding
 	if b.node.leadsNow() {
@@ -149,10 +149,10 @@ func (b *writes) commitNext(ctx context.Context) bool {
 	return true
 }
 
-// linger waits for the commands that are expected, for as long as the last batch took at most: clients who were just answered
-// often send the next command at once, and one batch of all costs less than two that take turns. (PostgreSQL's commit_delay
-// waits like this, for a fixed time.) Where commands come at random times fewer than expected come; then, with exponential
-// backoff, the next batches do not wait.
+// linger waits for the commands that are expected, for as long as the last batch took at most: clients who were just
+// answered often send the next command at once, and one batch of all costs less than two that take turns. (PostgreSQL's
+// commit_delay waits like this, for a fixed time.) Where commands come at random times fewer than expected come; then,
+// with exponential backoff, the next batches do not wait.
 func (b *writes) linger(ctx context.Context) {
 	count, expected, limit := b.outlook()
 	if count == 0 || count >= expected {
@@ -189,8 +189,8 @@ func (b *writes) outlook() (count, expected int, limit time.Duration) {
 	return b.count, b.expected, min(b.took, maxLinger)
 }
 
-// learn takes note of a batch that is done, before its clients hear of it: they and those who wait now are likely to be there
-// for the next.
+// learn takes note of a batch that is done, before its clients hear of it: they and those who wait now are likely to be
+// there for the next.
 func (b *writes) learn(batch []*write, took time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -256,8 +256,8 @@ func (b *writes) take() []*write {
 	return batch
 }
 
-// wait returns the outcome of a write that was added. When ctx ends first, the write is withdrawn if it is in no batch yet;
-// else it may be executed.
+// wait returns the outcome of a write that was added. When ctx ends first, the write is withdrawn if it is in no batch
+// yet; else it may be executed.
 func (b *writes) wait(ctx context.Context, w *write) outcome {
 	select {
 	case o := <-w.done:
@@ -280,8 +280,8 @@ func (b *writes) wait(ctx context.Context, w *write) outcome {
 	}
 }
 
-// commit gives every write of a batch its outcome: the leader appends one log entry, any other node forwards to the leader
-// what was not forwarded to it.
+// commit gives every write of a batch its outcome: the leader appends one log entry, any other node forwards to the
+// leader what was not forwarded to it.
 func (b *writes) commit(ctx context.Context, batch []*write) {
 	began := time.Now()
 	if future := b.node.propose(commandsOf(batch)); future != nil {
@@ -365,8 +365,8 @@ func (b *writes) forward(commands [][]byte) outcome {
 // handleApply executes commands that another node forwarded to this one. It answers with an error only when none of
 // them can have been executed.
 func (b *writes) handleApply(ctx context.Context, _ string, request []byte) ([]byte, error) {
-	// A batch is no longer than that with the lengths of its commands; only a single command is. A message of nothing but
-	// empty ones would take a hundred times its size in memory.
+	// A batch is no longer than that with the lengths of its commands; only a single command is. A message of nothing
+	// but empty ones would take a hundred times its size in memory.
 	if size, n := binary.Uvarint(request); len(request) > 2*maxBatchBytes && size != uint64(len(request)-n) {
 		return nil, errors.New("the commands are more than a batch")
 	}
