@@ -52,7 +52,7 @@ type publishedState struct {
 func newLeadership(ctx context.Context) *leadership {
 	l := new(leadership)
 	p := &publishedState{RaftState: RaftState{State: "starting"}, changed: make(chan struct{})}
-	p.calls, p.cancelCalls = context.WithCancel(ctx)
+	p.calls, p.cancelCalls = context.WithCancel(ctx) //nolint:gosec // set calls it
 	l.now.Store(p)
 	return l
 }
@@ -66,7 +66,7 @@ func (l *leadership) set(ctx context.Context, state RaftState) (before RaftState
 	next := &publishedState{state, make(chan struct{}), last.calls, last.cancelCalls}
 	if state.server != last.server {
 		time.AfterFunc(leaderGrace, last.cancelCalls)
-		next.calls, next.cancelCalls = context.WithCancel(ctx)
+		next.calls, next.cancelCalls = context.WithCancel(ctx) //nolint:gosec // set calls it, for the next leader
 	}
 	l.now.Store(next)
 	close(last.changed)
