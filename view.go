@@ -397,7 +397,11 @@ func (s *Store) askAll(ctx context.Context) view {
 // askWho asks a node who it is.
 func (s *Store) askWho(ctx context.Context, node string) (info nodeInfo, err error) {
 	if node == s.cfg.NodeID {
-		return s.info()
+		var own nodeInfo // read only when info has returned: it waits for a disk that may hang
+		if err := within(ctx, func() (err error) { own, err = s.info(); return err }); err != nil {
+			return info, err
+		}
+		return own, nil
 	}
 	answer, err := s.peers.call(ctx, node, opWho, nil)
 	if err == nil {

@@ -175,7 +175,8 @@ func (b *writes) linger(ctx context.Context) {
 		b.backoff /= 2
 		return
 	}
-	b.backoff = min(2*b.backoff+2, maxBackoff) // at least 2: after one that did not wait, the next finds it easy
+	// At least 2: the first after one that did not wait finds all there too easily to say anything.
+	b.backoff = min(2*b.backoff+2, maxBackoff)
 	b.skip = b.backoff
 }
 
@@ -201,7 +202,7 @@ func (b *writes) learn(batch []*write, took time.Duration) {
 	}
 }
 
-// idle waits until the leader commits no entry and says whether that came about before ctx ended.
+// idle waits until this leader commits no entry. It returns false when ctx has ended before.
 func (b *writes) idle(ctx context.Context) bool {
 	select {
 	case b.committing <- struct{}{}:
