@@ -96,7 +96,7 @@ func readFromDeposedLeader(t *testing.T, c *testCluster, i int) (deceived bool) 
 	if _, err := next.client.set(t.Context(), "k", after); err != nil {
 		t.Fatal(err)
 	}
-	begun := old.roundsBegun.Load()
+	begun := old.roundsBegun(t)
 	answered := make(chan string, 1)
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
 	defer cancel()
@@ -104,7 +104,7 @@ func readFromDeposedLeader(t *testing.T, c *testCluster, i int) (deceived bool) 
 		item, _ := old.client.get(ctx, "k", Linearizable)
 		answered <- item.Value
 	}()
-	waitFor(t, "the read to have begun", func() bool { return old.roundsBegun.Load() > begun || len(answered) > 0 })
+	waitFor(t, "the read to have begun", func() bool { return old.roundsBegun(t) > begun || len(answered) > 0 })
 	asked := time.Now() // then the read asks Raft whatever it asks
 	waitFor(t, "the read to have asked", func() bool { return time.Since(asked) > leaseTimeout/5 })
 	verified := make(chan error, 1)

@@ -317,7 +317,7 @@ func TestAnswersThatCountAsSilence(t *testing.T) {
 		a.answers[node].Store(&answer)
 	}
 	waitFor(t, "one to answer and one not to", func() bool {
-		v := a.lookAround(t.Context())
+		v := a.askAll(t.Context())
 		_, answers := v.answers["node3"]
 		return v.answers["node2"].Server == "node2#1" && !answers && strings.Contains(fmt.Sprint(v.silent["node3"]), "calls itself")
 	})
@@ -341,7 +341,7 @@ func FuzzWho(f *testing.F) {
 	f.Add(byte(0), []byte(`null`), []byte(`{"server":"node3","members":[{}],"waits_for":"you"}`))
 	a := newAsker(f)
 	f.Fuzz(func(t *testing.T, as byte, second, third []byte) {
-		v := a.lookAround(canceled(t)) // itself
+		v := a.askAll(canceled(t)) // itself
 		for node, answer := range map[string][]byte{"node2": second, "node3": third} {
 			if info, err := a.ask(t, node, answer); err != nil {
 				v.silent[node] = err

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"net"
@@ -86,7 +87,7 @@ type testNode struct {
 	web     *httptest.Server
 	running bool
 
-	roundsBegun atomic.Int64 // of linearizable reads
+	certs *reloaded[*certificates]
 
 	open func(*Config, hclog.Logger, *metrics, storageNode) (*storage, error) // nil for openStorage
 	deaf bool                                                                 // it gets none of Raft's observations
@@ -186,14 +187,6 @@ func (c *testCluster) start(i int) {
 	if node.certs, err = openCertificates(node.cfg, m, log); err != nil {
 		c.t.Fatalf("certificates: %v", err)
 	}
-	if node.open != nil {
-		node.Store.open = node.open
-	}
-	find := node.rounds.find
-	node.rounds.find = func() (uint64, error) {
-		node.roundsBegun.Add(1)
-		return find()
-	}
 	if node.deaf {
 		node.observations = nil
 	}
@@ -201,7 +194,7 @@ func (c *testCluster) start(i int) {
 		node.client = &testClient{node.Store, machine}
 	}
 	node.server = newServer(node.cfg, node.Store, nil, m, log, c.service.routes(node.cfg, node.Store, node.machine))
-	if err := node.Open(); err != nil {
+	if err := node.openAll(); err != nil {
 		c.t.Fatalf("open: %v", err)
 	}
 	node.web = httptest.NewUnstartedServer(nil)
@@ -210,6 +203,38 @@ func (c *testCluster) start(i int) {
 	node.web.Start()
 	node.url = node.web.URL
 	node.running = true
+}
+
+// openAll is Store.Open with the node's own storage, if it has one.
+func (n *testNode) openAll() error {
+	if n.open == nil {
+		return n.Open(n.certs)
+	}
+	p, err := listenForPeers(n.cfg.RaftAddr)
+	if err != nil {
+		return err
+	}
+	st, err := n.open(n.cfg, n.log, n.metrics, n)
+	if err != nil {
+		return errors.Join(err, p.Close())
+	}
+	return n.start(p, st, n.certs)
+}
+
+// rounds returns how many rounds for linearizable reads the node has begun.
+func (n *testNode) roundsBegun(t testing.TB) uint64 {
+	t.Helper()
+	families, err := n.metrics.registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if strings.HasPrefix(f.GetName(), "raftstarter_read_round") {
+			return f.GetMetric()[0].GetHistogram().GetSampleCount()
+		}
+	}
+	t.Fatal("no metric of rounds")
+	return 0
 }
 
 func (c *testCluster) stop(i int) {
@@ -232,7 +257,7 @@ func (c *testCluster) leader(among ...int) int {
 	waitFor(c.t, "a leader", func() bool {
 		leader = -1
 		for _, i := range among {
-			if s := c.nodes[i].State(); s.State == "leader" && c.nodes[i].ready.Load() == s.Term {
+			if s := c.nodes[i].State(); s.State == "leader" && c.nodes[i].ready.load() == s.Term {
 				leader = i
 			}
 		}

@@ -3,14 +3,28 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 const (
-	leaderWait    = 5 * time.Second // for a leader to be there, within requestTimeout
-	leaderGrace   = 500 * time.Millisecond
+	leaderWait    = 5 * time.Second        // for a leader to be known, within requestTimeout
+	leaderGrace   = 500 * time.Millisecond // for a leader that was replaced to answer the calls that it has
 	retryInterval = 20 * time.Millisecond
+
+	watchInterval = 100 * time.Millisecond
+	silenceSpread = 500 * time.Millisecond // within which followers, one after another, notice a silent leader
+
+	handoverWait   = 2 * time.Second        // for another node to become leader
+	handoverLinger = 200 * time.Millisecond // for the others to hear of it, while we still answer them
+
+	replicationStuckAfter = 10 * time.Second // without a commit by a leader that has something to commit
 )
 
 // RaftState is where this node stands, as far as it knows.
@@ -22,49 +36,61 @@ type RaftState struct {
 	server string // the leader
 }
 
-// leadership is the newest RaftState, for all who wait for another one.
-type leadership struct{ now atomic.Pointer[moment] }
-
-// moment is a state and a channel that is closed when it is over.
-type moment struct {
-	RaftState
-	over chan struct{}
+// leadership is the newest RaftState, for all who wait for a change of it.
+type leadership struct {
+	now atomic.Pointer[publishedState]
 }
 
-func newLeadership(first RaftState) *leadership {
+type publishedState struct {
+	RaftState
+	changed     chan struct{}   // closed when there is another state
+	calls       context.Context // of the calls to this leader: ends leaderGrace after it is the leader no more
+	cancelCalls context.CancelFunc
+}
+
+// newLeadership returns one in which calls to leaders end with ctx.
+func newLeadership(ctx context.Context) *leadership {
 	l := new(leadership)
-	l.now.Store(&moment{first, make(chan struct{})})
+	p := &publishedState{RaftState: RaftState{State: "starting"}, changed: make(chan struct{})}
+	p.calls, p.cancelCalls = context.WithCancel(ctx) //nolint:gosec // set calls it
+	l.now.Store(p)
 	return l
 }
 
-// set is called by one goroutine alone. It returns the state before, and whether it was another one.
-func (l *leadership) set(state RaftState) (before RaftState, changed bool) {
+// set publishes a state, and returns the one before. Only one goroutine, which ends with ctx, may call it.
+func (l *leadership) set(ctx context.Context, state RaftState) (before RaftState) {
 	last := l.now.Load()
-	if last.RaftState != state {
-		l.now.Store(&moment{state, make(chan struct{})})
-		close(last.over)
+	if last.RaftState == state {
+		return state
 	}
-	return last.RaftState, last.RaftState != state
+	next := &publishedState{state, make(chan struct{}), last.calls, last.cancelCalls}
+	if state.server != last.server {
+		time.AfterFunc(leaderGrace, last.cancelCalls)
+		next.calls, next.cancelCalls = context.WithCancel(ctx) //nolint:gosec // set calls it, for the next leader
+	}
+	l.now.Store(next)
+	close(last.changed)
+	return last.RaftState
 }
 
-// try calls f when there is a leader, and again as long as f finds that the leader is not the leader any more: it
-// moves, and we hear of it a moment later.
-func (l *leadership) try(ctx context.Context, f func() error) error {
-	giveUp := time.Now().Add(leaderWait)
+// retry calls f when a leader is known, and again as long as f returns ErrNotLeader or ErrNoLeader, for up to
+// leaderWait: when the leadership moves, this node hears of it a little later.
+func (l *leadership) retry(ctx context.Context, f func() error) error {
+	deadline := time.Now().Add(leaderWait)
 	for {
-		m := l.now.Load()
+		state := l.now.Load()
 		err := ErrNoLeader
-		if m.Leader != "" {
+		if state.Leader != "" {
 			if err = f(); !errors.Is(err, ErrNotLeader) && !errors.Is(err, ErrNoLeader) {
 				return err
 			}
 		}
-		if time.Now().After(giveUp) {
+		if time.Now().After(deadline) {
 			return err
 		}
 		timer := time.NewTimer(retryInterval)
 		select {
-		case <-m.over:
+		case <-state.changed:
 		case <-timer.C:
 		case <-ctx.Done():
 			return err
@@ -73,21 +99,216 @@ func (l *leadership) try(ctx context.Context, f func() error) error {
 	}
 }
 
-// during returns a context for a call to the leader. It ends leaderGrace after this node hears that another leads: what
-// hangs in a leader that has stopped answering must not hold up what the next one could do.
-func (l *leadership) during(ctx context.Context, server string, timeout time.Duration) (context.Context, context.CancelFunc) {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	go func() {
-		for m := l.now.Load(); m.server == server; m = l.now.Load() {
-			select {
-			case <-m.over:
-			case <-ctx.Done():
-				return
-			}
+// callLeader sends the leader a call and returns its answer. The error is ErrNoLeader or ErrNotLeader when the call
+// certainly had no effect, else ErrUnknownOutcome. A call to a leader that has stopped answering ends when another
+// leader is known, so that it does not hold up what could be sent to that one.
+func (s *Store) callLeader(op byte, request []byte, timeout time.Duration) ([]byte, error) {
+	state := s.leadership.now.Load()
+	leader := state.server
+	if leader == "" || leader == s.membership.server() {
+		return nil, ErrNoLeader
+	}
+	ctx, cancel := context.WithTimeout(state.calls, timeout)
+	defer cancel()
+	answer, err := s.peers.call(ctx, leader, op, request)
+	if err == nil {
+		return answer, nil
+	}
+	s.log.Debug("a call to the leader failed", "leader", leader, "call", op, "error", err)
+	if unsent := new(dialError); errors.As(err, &unsent) || errors.Is(err, errRemote) {
+		return nil, ErrNotLeader
+	}
+	return nil, ErrUnknownOutcome
+}
+
+// State returns where this node stands.
+func (s *Store) State() RaftState { return s.leadership.now.Load().RaftState }
+
+// Leader returns the leader's node id, "" when this node knows of none.
+func (s *Store) Leader() string { return s.State().Leader }
+
+// leadsIn says whether this node is the leader of term.
+func (s *Store) leadsIn(term uint64) bool {
+	r := s.raft.Load()
+	return r != nil && r.State() == raft.Leader && r.CurrentTerm() == term
+}
+
+// leadsNow says whether this node is the leader, as far as it knows.
+func (s *Store) leadsNow() bool {
+	r := s.raft.Load()
+	return r != nil && r.State() == raft.Leader
+}
+
+// leadsReady says whether this node leads and has executed all that leaders before it have acknowledged.
+func (s *Store) leadsReady() bool {
+	term := s.ready.load()
+	return term > 0 && s.leadsIn(term)
+}
+
+// follows says whether this node's term is the given one.
+func (s *Store) follows(term uint64) bool { return s.raft.Load().CurrentTerm() == term }
+
+// lastApplied returns the index of the last log entry that the state machine has executed.
+func (s *Store) lastApplied() uint64 { return s.replica.applied.load() }
+
+func (s *Store) appliedIndex() uint64 { return s.raft.Load().AppliedIndex() }
+
+// commitsWithOthers says whether this node leads and nothing is committed by what it has stored alone. Raft's main
+// thread must ask, as that is where this changes.
+func (s *Store) commitsWithOthers() bool { return s.leadsNow() && s.voters() > 1 }
+
+// watch publishes every change of Raft's state until the Store shuts down: at once when Raft tells of it, and at the
+// latest after watchInterval, since Raft may leave out what it tells.
+func (s *Store) watch() {
+	ticker := time.NewTicker(watchInterval)
+	defer ticker.Stop()
+	var (
+		replication replication
+		lastLeader  string // that was known
+		maxSilence  = heartbeatTimeout + rand.N(silenceSpread)
+	)
+	for {
+		r := s.raft.Load()
+		now := s.publishState(r)
+		if now.Leader != "" && now.Leader != lastLeader {
+			lastLeader = now.Leader
+			s.metrics.leaderChanges.Inc()
 		}
-		timer := time.AfterFunc(leaderGrace, cancel)
-		<-ctx.Done()
-		timer.Stop()
-	}()
-	return ctx, cancel
+		if r != nil {
+			s.setStuck(replication.stuck(time.Now(), now.State == "leader", now.Term, r.CommitIndex(), r.LastIndex()))
+		}
+		select {
+		case <-s.observations:
+			continue
+		case <-ticker.C:
+		case <-s.ctx.Done():
+			return
+		}
+		if r != nil && r.State() == raft.Follower && s.Leader() != "" && time.Since(r.LastContact()) > maxSilence {
+			s.checkHeartbeats(r)
+			maxSilence = heartbeatTimeout + rand.N(silenceSpread) // each node another, lest their votes split
+		}
+	}
+}
+
+// checkHeartbeats makes a follower see that its leader is silent, so that it stands for election. Raft by itself checks
+// every one to two heartbeatTimeouts whether the last of them passed in silence, so three can go by before anybody
+// stands. It checks at once when that timeout becomes shorter than it was.
+func (s *Store) checkHeartbeats(r *raft.Raft) {
+	conf := r.ReloadableConfig()
+	for _, conf.HeartbeatTimeout = range []time.Duration{electionTimeout, heartbeatTimeout} {
+		if err := r.ReloadConfig(conf); err != nil {
+			s.log.Error("set raft's heartbeat timeout", "error", err)
+		}
+	}
+}
+
+var stateNames = map[raft.RaftState]string{
+	raft.Follower: "follower", raft.Candidate: "candidate", raft.Leader: "leader", raft.Shutdown: "shutdown",
+}
+
+// publishState publishes this node's state, and starts what a change of it asks for. r is nil before Raft runs.
+func (s *Store) publishState(r *raft.Raft) RaftState {
+	now := RaftState{State: "starting"}
+	if r != nil {
+		_, leader := r.LeaderWithID()
+		now = RaftState{stateNames[r.State()], nodeOf(string(leader)), r.CurrentTerm(), string(leader)}
+	} else if s.membership.at() == stageForming {
+		now.State = "forming"
+	}
+	before := s.leadership.set(s.ctx, now)
+	if now.State == "leader" && (before.State != "leader" || before.Term != now.Term) {
+		s.wg.Go(func() { s.lead(r, now.Term) })
+	}
+	if now != before && s.onChange != nil {
+		s.onChange(now)
+	}
+	return now
+}
+
+// lead makes this leader of a term ready for linearizable reads: it may not yet have executed all that the leaders
+// before it acknowledged. It returns when it is ready, or leads no more.
+func (s *Store) lead(r *raft.Raft, term uint64) {
+	for s.ctx.Err() == nil && s.leadsIn(term) {
+		barrier := r.Barrier(requestTimeout)
+		if within(s.ctx, barrier.Error) == nil && s.leadsIn(term) {
+			s.ready.advance(term)
+			return
+		}
+	}
+}
+
+// handOver makes the most advanced of the other voters the leader, if this node leads and another answers.
+func (s *Store) handOver(ctx context.Context, r *raft.Raft) {
+	if r.State() != raft.Leader || len(s.members()) < 2 {
+		return
+	}
+	transfer, cancel := context.WithTimeout(ctx, handoverWait)
+	defer cancel()
+	s.handingOver.Store(true) // from here on writes get ErrNotLeader, and are retried on the next leader
+	defer s.handingOver.Store(false)
+	best := s.mostAdvanced(transfer)
+	if best == "" || !s.writes.idle(transfer) {
+		s.log.Info("no other node can take the leadership over")
+		return
+	}
+	future := r.LeadershipTransferToServer(raft.ServerID(best), raft.ServerAddress(best))
+	err := within(transfer, future.Error)
+	s.log.Info("hand leadership over", "to", best, "error", err)
+	sleep(transfer, handoverLinger)
+}
+
+// mostAdvanced returns the other voter with the longest log among those that answer, "" if none does.
+func (s *Store) mostAdvanced(ctx context.Context) (best string) {
+	v, longest := s.askAll(ctx), uint64(0)
+	for _, m := range s.members() {
+		info := v.answers[nodeOf(m.Server)]
+		if m.Voter && m.Server != s.membership.server() && info.Server == m.Server && info.LastIndex > longest {
+			best, longest = m.Server, info.LastIndex
+		}
+	}
+	return best
+}
+
+// replication is how far this node has committed as a leader. It is for one goroutine alone.
+type replication struct {
+	term, committed uint64
+	since           time.Time // when it came that far, or had last nothing to commit
+}
+
+// stuck takes note of where this node is, and says whether it leads, has entries to commit, and has committed none for
+// replicationStuckAfter.
+func (p *replication) stuck(now time.Time, leads bool, term, committed, last uint64) bool {
+	if !leads || term != p.term || committed != p.committed || last <= committed {
+		*p = replication{term, committed, now}
+	}
+	return now.Sub(p.since) >= replicationStuckAfter
+}
+
+// setStuck tells people when this leader begins to be stuck, or is so no more. That it still leads says that heartbeats
+// pass: without them Raft would have it step down.
+func (s *Store) setStuck(stuck bool) {
+	if s.stuck.Swap(stuck) == stuck {
+		return
+	}
+	if !stuck {
+		s.log.Info("replication is not stuck any more")
+		return
+	}
+	s.wg.Go(func() { s.log.Error(s.stuckReason()) })
+}
+
+// stuckReason says what is known of why this leader cannot commit its entries.
+func (s *Store) stuckReason() string {
+	next, v := s.raft.Load().CommitIndex()+1, s.recentView()
+	var lacking []string
+	for _, m := range s.members() {
+		if node := nodeOf(m.Server); m.Voter && v.answers[node].LastIndex < next {
+			lacking = append(lacking, node+" at "+v.addresses[node])
+		}
+	}
+	slices.Sort(lacking)
+	return fmt.Sprintf("replication is stuck: log entry %d has not reached a majority for %v, though heartbeats do, "+
+		"and no write gets past it; nodes without it: [%s]: is the link to them or their disk too slow, "+
+		"or are large packets lost (MTU)?", next, replicationStuckAfter, strings.Join(lacking, ", "))
 }

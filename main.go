@@ -147,20 +147,20 @@ func serve(cfg *Config, sig signals, m *metrics, log hclog.Logger) error {
 
 	machine := newMachine()
 	store := NewStore(cfg, machine, m, log)
-	store.certs = certs
 	store.OnChange(func(s RaftState) { // a place for code that runs only on the leader
 		log.Info("new raft state", "state", s.State, "leader", s.Leader, "term", s.Term)
 	})
 	handler := newServer(cfg, store, tokens, m, log.Named("http"), routes(store, machine))
 	web := handler.httpServer()
 	defer web.Close()
-	n := &node{cfg, sig, log, store, handler, web}
+	n := &node{cfg, certs, sig, log, store, handler, web}
 	return n.run(handler.limitListener(listener, certs))
 }
 
 // node is what run and shutdown need.
 type node struct {
 	cfg     *Config
+	certs   *reloaded[*certificates] // nil for no TLS
 	sig     signals
 	log     hclog.Logger
 	store   *Store
@@ -172,7 +172,7 @@ type node struct {
 func (n *node) run(listener net.Listener) error {
 	httpFailed, opened := make(chan error, 1), make(chan error, 1)
 	go func() { httpFailed <- n.web.Serve(listener) }() // until it is closed
-	go func() { opened <- n.store.Open() }()            // it may wait for a large or locked database
+	go func() { opened <- n.store.Open(n.certs) }()     // it may wait for a large or locked database
 	open, ready := false, n.store.Current()
 	for {
 		select {

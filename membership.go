@@ -6,8 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -21,40 +19,45 @@ import (
 //
 // A server, in Raft's sense, is one state of a node: its log, its term, its votes. Its name is <node id>#<random>, made
 // together with the storage. A node that comes back without its state is a new server with a new name; the old one has
-// failed for good, which is the case that Raft's own proof covers. The leader puts the new server in the old one's place
-// by Raft's membership changes. People see node ids only.
+// failed for good, which is the case that Raft's own proof covers. The leader puts the new server in the old one's
+// place by Raft's membership changes. People see node ids only.
 //
 // A server moves through these stages, never back:
 //
-//	opening  the storage is being opened
-//	blank    it runs no Raft: it is of no cluster, or of one of which nobody that answers holds an entry yet
-//	running  it is of a cluster that has begun, and runs Raft
-//	current  since this start it has executed all that a leader had committed
-//	retired  a majority of the voters is gone: it runs no Raft any more, and shows all that it has to those who save it
+//	starting  the storage is being opened
+//	forming   it runs no Raft: it is in no cluster, or in one of which nobody that answers holds an entry yet
+//	running   it is in a cluster that has begun, and runs Raft
+//	caught up since this start it has executed all that a leader had committed
+//	retired   a majority of the voters has lost its state: this server runs no Raft any more, and shows all that it
+//	          has to those who save it
 //
 // Nothing is decided about a node that does not answer. "Membership" in DESIGN.md has the rules and why they are safe.
 type stage int
 
 const (
-	stageOpening stage = iota
-	stageBlank
+	stageStarting stage = iota
+	stageForming
 	stageRunning
-	stageCurrent
+	stageCaughtUp
 	stageRetired
 )
 
+// How often a node asks the others who they are.
 const (
-	lookInterval  = 500 * time.Millisecond // between two looks at the others, by a node that sees no leader
-	tendInterval  = time.Second            // the same, by a leader
-	lookPause     = 100 * time.Millisecond // at least, between two looks
-	quickLooks    = 50                     // of a blank node that come sooner than lookInterval when others ask
-	changeTimeout = 5 * time.Second        // for a change of the configuration to be committed
-	sayInterval   = 10 * time.Second       // between two log lines about what a node waits for
+	formInterval   = 200 * time.Millisecond // while it is forming
+	manageInterval = 500 * time.Millisecond // while it leads, or sees no leader
+	changeInterval = 100 * time.Millisecond // while it leads and a server is being replaced
+)
 
-	// candidacy is longer than a candidate can know of a leader whose messages it gets. Raft lets a server that was told to
-	// stand for election hear of another one's, and go on standing. If that leader dies at once, nobody tells the server,
-	// which for its sake grants no pre-vote to anybody, and may get none. To stand again makes it forget.
-	candidacy = 3 * heartbeatTimeout
+const (
+	changeTimeout  = 5 * time.Second  // for a change of the configuration to be committed
+	reasonInterval = 10 * time.Second // between two log lines about what a node waits for
+
+	// maxCandidacy is longer than a candidate can know of a leader whose messages it gets. Raft lets a server that was
+	// told to stand for election hear of another leader, and go on standing. If that leader dies at once, nobody tells
+	// the server. It grants no pre-vote to anybody, for the sake of that leader, and may get none. To stand again makes
+	// it forget.
+	maxCandidacy = 3 * heartbeatTimeout
 )
 
 // newServerName returns a name for a new state of a node. Node ids hold no '#'.
@@ -66,8 +69,8 @@ func nodeOf(server string) string {
 	return node
 }
 
-// identity says which server the state is. Format: JSON, under one key of the stable store, so that a crash never leaves
-// a part of it.
+// identity says which server the state is. Format: JSON, under one key of the stable store, so that a crash never
+// leaves a part of it.
 type identity struct {
 	Version int    `json:"version"`
 	Server  string `json:"server"`
@@ -106,22 +109,37 @@ func raftAddress(server, address string) raft.ServerAddress {
 	return raft.ServerAddress(server + "@" + address)
 }
 
-// membership is which server this node is, of which cluster, and how far it has come.
+// membership is which server this node is, in which cluster, and how far it has come.
 type membership struct {
 	cfg    *Config
 	log    hclog.Logger
 	stable raft.StableStore
-	wake   chan struct{} // holds one token: another node has asked, so a look at the others is worth it
-	stage  atomic.Int32  // asked for by each read
+	stage  atomic.Int32 // asked for by each read
+
+	// The next five are for form and manageMembers alone, which run one after the other.
+	neverBegan   twice             // this server's cluster will never begin
+	lostMajority twice             // a majority has lost its state, and this server has the most complete log
+	foreign      string            // nodes of other clusters, as last logged
+	term         uint64            // the term of committed
+	committed    map[string]uint64 // by member: what was committed when, in this term, this leader first saw it
 
 	mu       sync.Mutex // guards what follows
 	id       identity
 	waitsFor string    // for people
-	said     time.Time // when the log was last told
+	logged   time.Time // when waitsFor was last logged
+}
+
+// twice is a condition that counts only when two views, one after the other, say so.
+type twice bool
+
+func (t *twice) again(now bool) bool {
+	before := bool(*t)
+	*t = twice(now)
+	return before && now
 }
 
 func newMembership(cfg *Config, log hclog.Logger) *membership {
-	return &membership{cfg: cfg, log: log, wake: make(chan struct{}, 1), waitsFor: "the storage is being opened"}
+	return &membership{cfg: cfg, log: log, waitsFor: "the storage is being opened"}
 }
 
 // open reads which server the storage is, or makes it a new one if it holds nothing.
@@ -135,24 +153,25 @@ func (m *membership) open(st *storage) error {
 		if err := checkEmpty(m.cfg, st); err != nil {
 			return err
 		}
-		return m.become(identity{Server: newServerName(m.cfg.NodeID)})
+		return m.store(identity{Server: newServerName(m.cfg.NodeID)})
 	}
 	var id identity
 	if err := json.Unmarshal(stored, &id); err != nil {
 		return fmt.Errorf("STATE_DIR %q: the server's name is damaged: %w", m.cfg.StateDir, err)
 	}
 	if id.Version != identityVersion {
-		return fmt.Errorf("STATE_DIR %q is of another version of this service (%d, and this one reads %d); nothing was changed",
-			m.cfg.StateDir, id.Version, identityVersion)
+		return fmt.Errorf("STATE_DIR %q is of another version of this service (%d, and this one reads %d); "+
+			"nothing was changed", m.cfg.StateDir, id.Version, identityVersion)
 	}
 	if node := nodeOf(id.Server); node != m.cfg.NodeID {
-		return fmt.Errorf("STATE_DIR %q holds the state of node %q, and this is node %q: set NODE_ID back to %q, or start without "+
-			"state (another STATE_DIR) and restore a backup; nothing was changed", m.cfg.StateDir, node, m.cfg.NodeID, node)
+		return fmt.Errorf("STATE_DIR %q holds the state of node %q, and this is node %q: set NODE_ID back to %q, "+
+			"or start without state (another STATE_DIR) and restore a backup; nothing was changed",
+			m.cfg.StateDir, node, m.cfg.NodeID, node)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.id = id
-	m.advance(stageBlank)
+	m.advance(stageForming)
 	return nil
 }
 
@@ -167,14 +186,15 @@ func checkEmpty(cfg *Config, st *storage) error {
 		return fmt.Errorf("read the term: %w", err)
 	}
 	if last > 0 || term > 0 {
-		return fmt.Errorf("STATE_DIR %q holds the state of the first version of this service, or of another program, which this version "+
-			"does not read; nothing was changed: move it away, or set another STATE_DIR", cfg.StateDir)
+		return fmt.Errorf("STATE_DIR %q holds the state of the first version of this service, or of another program, "+
+			"which this version does not read; nothing was changed: move it away, or set another STATE_DIR",
+			cfg.StateDir)
 	}
 	return nil
 }
 
-// become stores which server this is, and only then lets it be known.
-func (m *membership) become(id identity) error {
+// store stores which server this is, and only then lets it be known.
+func (m *membership) store(id identity) error {
 	id.Version = identityVersion
 	b, err := json.Marshal(id)
 	if err == nil {
@@ -186,7 +206,7 @@ func (m *membership) become(id identity) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.id = id
-	m.advance(stageBlank)
+	m.advance(stageForming)
 	return nil
 }
 
@@ -205,16 +225,16 @@ func (m *membership) at() stage { return stage(m.stage.Load()) }
 
 func (m *membership) advance(to stage) { m.stage.Store(int32(to)) }
 
-// waits says, to people, what this node is waiting for: in /readyz, and now and then in the log.
-func (m *membership) waits(reason string) {
+// setReason says, to people, what this node is waiting for: in /readyz, and now and then in the log.
+func (m *membership) setReason(reason string) {
 	m.mu.Lock()
 	m.waitsFor = reason
-	say := time.Since(m.said) > sayInterval
-	if say {
-		m.said = time.Now()
+	due := time.Since(m.logged) > reasonInterval
+	if due {
+		m.logged = time.Now()
 	}
 	m.mu.Unlock()
-	if say {
+	if due {
 		m.log.Info("waiting", "reason", reason)
 	}
 }
@@ -225,236 +245,133 @@ func (m *membership) reason() string {
 	return m.waitsFor
 }
 
-// poke has this node look at the others soon.
-func (m *membership) poke() {
-	select {
-	case m.wake <- struct{}{}:
-	default:
-	}
+// Methods of directory and localNode: what network.go and transport.go must know of their node.
+
+// address says where a node listens.
+func (s *Store) address(node string) (addr string, known bool) {
+	addr, known = s.addresses()[node]
+	return addr, known
 }
 
-// pause waits for interval, or only for least if somebody pokes. It returns false when ctx has ended.
-func (m *membership) pause(ctx context.Context, least, interval time.Duration) bool {
-	rest, timer := time.NewTimer(least), time.NewTimer(interval)
-	defer rest.Stop()
-	defer timer.Stop()
-	select {
-	case <-rest.C:
-	case <-ctx.Done():
-		return false
-	}
-	select {
-	case <-m.wake:
-	case <-timer.C:
-	case <-ctx.Done():
-	}
-	return ctx.Err() == nil
+// self returns which server this node is, and in which cluster: "" for none.
+func (s *Store) self() (server, cluster string) {
+	id := s.membership.identity()
+	return id.Server, id.Cluster
 }
 
-// allEmpty says whether every node of PEERS answers, names the same PEERS and holds nothing.
-func (v view) allEmpty() bool {
-	return !slices.ContainsFunc(v.peers, func(p Peer) bool {
-		info, answers := v.answers[p.ID]
-		return !answers || info.LastIndex > 0 || !slices.Equal(info.Peers, v.mine().Peers)
-	})
+// authorize lets Raft's messages and calls in only while Raft runs.
+func (s *Store) authorize(h hello) error {
+	if h.kind != kindAsk && (s.raft.Load() == nil || s.membership.at() == stageRetired) {
+		return errNoRaft
+	}
+	return nil
 }
 
-// bootstrapper returns the node that bootstraps the cluster.
-func (v view) bootstrapper() string { return peerIDs(v.peers)[0] }
-
-// toJoin returns the cluster that a server of none is to join, "" while there is none. If every node of PEERS answers and
-// holds nothing, it is that of the node that bootstraps; else that of a leader in whose configuration this node is.
-func (v view) toJoin() string {
-	for _, info := range v.answers {
-		if info.Ready && slices.ContainsFunc(info.Members, func(m member) bool { return nodeOf(m.Server) == v.self }) {
-			return info.Cluster
-		}
-	}
-	bootstrapped := v.answers[v.bootstrapper()].Server
-	if v.self == v.bootstrapper() || !v.allEmpty() {
-		return ""
-	}
-	for _, p := range v.peers {
-		if c := v.answers[p.ID].Cluster; c != "" && c != bootstrapped {
-			return ""
-		}
-	}
-	return bootstrapped
-}
-
-// toBootstrap returns the configuration with which this server is to begin a cluster, nil while it is not: every other
-// node of PEERS must have joined that cluster.
-func (v view) toBootstrap() []member {
-	if v.self != v.bootstrapper() || v.mine().Cluster != "" || !v.allEmpty() {
-		return nil
-	}
-	var members []member
-	for _, p := range v.peers {
-		info := v.answers[p.ID]
-		if p.ID != v.self && info.Cluster != v.mine().Server {
-			return nil
-		}
-		members = append(members, member{info.Server, p.Addr, true})
-	}
-	return members
-}
-
-// hasBegun says whether somebody that answers holds an entry of this server's cluster.
-func (v view) hasBegun() bool {
-	for _, info := range v.answers {
-		if info.Cluster != "" && info.Cluster == v.mine().Cluster && info.LastIndex > 0 {
-			return true
-		}
-	}
-	return false
-}
-
-// neverBegan says whether this server has joined a cluster that will never begin: every node of PEERS answers and holds
-// nothing, and the server that would have begun it is gone.
-func (v view) neverBegan() bool {
-	bootstrapper, answers := v.answers[nodeOf(v.mine().Cluster)]
-	return answers && bootstrapper.Server != v.mine().Cluster && v.allEmpty()
-}
-
-// change is one change of the configuration.
-type change struct {
-	command raft.ConfigurationChangeCommand
-	member
-}
-
-// nextChange returns the next step by which this leader replaces servers that are gone, false if there is none. A server
-// is gone when its node answers as another server of this cluster. caughtUp says whether a server has executed what this
-// leader had committed when it found the server in the configuration.
-//
-// The steps for one node are: add the new server as a non-voter; remove the old voter when the new one has caught up; make
-// the new one a voter. In this order no step needs more live servers for a majority than the one before. What another
-// leader has begun, and what was itself lost half-way, is finished first.
-func (v view) nextChange(caughtUp func(server string, applied uint64) bool) (change, bool) {
-	byNode := make(map[string][]member)
-	for _, m := range v.mine().Members {
-		byNode[nodeOf(m.Server)] = append(byNode[nodeOf(m.Server)], m)
-	}
-	for _, command := range []raft.ConfigurationChangeCommand{raft.AddVoter, raft.RemoveServer, raft.AddNonvoter} {
-		for _, node := range slices.Sorted(maps.Keys(byNode)) {
-			info, answers := v.answers[node]
-			if !answers || info.Cluster != v.mine().Cluster {
-				continue
-			}
-			isPresent := func(m member) bool { return m.Server == info.Server }
-			i := slices.IndexFunc(byNode[node], isPresent)
-			if i < 0 && command == raft.AddNonvoter {
-				return change{command, member{Server: info.Server, Address: v.addresses[node]}}, true
-			}
-			if i < 0 {
-				continue
-			}
-			present, others := byNode[node][i], slices.DeleteFunc(slices.Clone(byNode[node]), isPresent)
-			mayVote := present.Voter || caughtUp(info.Server, info.Applied)
-			for _, other := range others {
-				if command == raft.RemoveServer && (!other.Voter || mayVote) {
-					return change{command, other}, true
-				}
-			}
-			if command == raft.AddVoter && !present.Voter && mayVote && !slices.ContainsFunc(others, isVoter) {
-				return change{command, present}, true
-			}
-		}
-	}
-	return change{}, false
-}
-
-func isVoter(m member) bool { return m.Voter }
-
-// begin returns once this server is of a cluster that has begun.
-func (s *Store) begin() error {
+// form returns once this server is in a cluster that has begun. Until then it asks all nodes of PEERS again and again,
+// and joins a cluster or begins one as soon as their answers allow it.
+func (s *Store) form() error {
 	m := s.membership
-	abandoned := false // in the last look it had joined a cluster that will never begin
-	least := lookPause
-	for looks := 0; looks == 0 || m.pause(s.ctx, least, lookInterval); looks++ {
-		if looks == quickLooks {
-			least = lookInterval
-		}
+	for ; s.ctx.Err() == nil; sleep(s.ctx, formInterval) {
 		id := m.identity()
 		if id.Bootstrap != nil {
 			return nil
 		}
-		v := s.lookAround(s.ctx)
-		before := abandoned
-		abandoned = v.neverBegan()
+		v := s.askAll(s.ctx)
+		cluster, bootstrap := v.toJoin(), v.toBootstrap()
+		var err error
 		switch {
 		case v.hasBegun():
 			return nil
-		case id.Cluster == "" && v.toJoin() != "":
-			if err := m.become(identity{Server: id.Server, Cluster: v.toJoin()}); err != nil {
-				return err
-			}
-			s.log.Info("joined the cluster", "cluster", v.toJoin())
-			m.poke()
-		case v.toBootstrap() != nil:
-			if err := m.become(identity{Server: id.Server, Cluster: id.Server, Bootstrap: v.toBootstrap()}); err != nil {
-				return err
-			}
+		case id.Cluster == "" && cluster != "":
+			s.log.Info("joins the cluster", "cluster", cluster)
+			err = m.store(identity{Server: id.Server, Cluster: cluster})
+		case bootstrap != nil:
 			s.log.Info("bootstraps the cluster", "cluster", id.Server, "nodes", v.mine().Peers)
-		case abandoned && before:
-			s.log.Warn("the cluster that this node had joined never began; the node goes on as a new server", "cluster", id.Cluster)
-			if err := m.become(identity{Server: newServerName(s.cfg.NodeID)}); err != nil {
-				return err
-			}
+			return m.store(identity{Server: id.Server, Cluster: id.Server, Bootstrap: bootstrap})
+		default:
+			err = s.leaveUnbegun(v)
 		}
-		m.waits(v.String())
+		if err != nil {
+			return err
+		}
+		m.setReason(v.String())
 	}
 	return s.ctx.Err()
 }
 
-// tend looks after the membership while Raft runs: as the leader it replaces servers that are gone, and without a leader it
-// finds out why there is none.
-func (s *Store) tend() {
-	var (
-		m       = s.membership
-		term    uint64                    // of found
-		found   = make(map[string]uint64) // by server of the configuration: what was committed when this leader first saw it there
-		foreign string                    // as last logged
-		last    verdict                   // of the last look without a leader
-		torn    = time.Now()              // since when this node has been a candidate that knows of a leader
-	)
-	for interval := lookInterval; m.pause(s.ctx, lookPause, interval); {
-		interval = lookInterval
+// leaveUnbegun makes this a new server when its cluster will never begin: node2 has joined the cluster of node1#A, and
+// node1 has lost its disk before anybody else held an entry. Two views must say so, one after the other: then node1#A
+// was gone before the second, in which nobody holds anything. An error ends the process; it does so where Raft runs
+// already, and the next start makes this a new server.
+func (s *Store) leaveUnbegun(v view) error {
+	m := s.membership
+	if !m.neverBegan.again(v.neverBegan()) {
+		return nil
+	}
+	if s.raft.Load() != nil {
+		return errors.New("the cluster that this node had joined never began, and the node holds nothing: " +
+			"start it again")
+	}
+	s.log.Warn("the cluster that this node had joined never began; the node goes on as a new server",
+		"cluster", m.cluster())
+	return m.store(identity{Server: newServerName(s.cfg.NodeID)})
+}
+
+// bootstrap begins a log with the cluster's first configuration, if it is empty, as raft.BootstrapCluster does. That
+// one however refuses to go on where a crash between its two writes has left it.
+func bootstrap(st *storage, members []member) (begins bool, err error) {
+	last, _, err := st.lastEntry()
+	if err != nil || len(members) == 0 || last > 0 {
+		return false, err
+	}
+	term, err := st.stable.GetUint64(keyCurrentTerm)
+	if err != nil && !isNotFound(err) {
+		return false, err
+	}
+	if err := st.stable.SetUint64(keyCurrentTerm, max(term, 1)); err != nil {
+		return false, err
+	}
+	var c raft.Configuration
+	for _, m := range members {
+		server := raft.Server{ID: raft.ServerID(m.Server), Address: raftAddress(m.Server, m.Address)}
+		c.Servers = append(c.Servers, server)
+	}
+	entry := &raft.Log{Index: 1, Term: 1, Type: raft.LogConfiguration, Data: raft.EncodeConfiguration(c)}
+	return true, st.logs.StoreLog(entry)
+}
+
+// firstElection has the server that has begun the cluster stand for election, when the others have had time to see
+// that, and to run Raft. Raft tries again where they have not.
+func (s *Store) firstElection() {
+	if len(s.members()) > 1 {
+		sleep(s.ctx, 2*formInterval)
+	}
+	s.transport.campaign(s.ctx.Done())
+}
+
+// manageMembers looks after the membership while Raft runs, until the Store shuts down. A leader replaces servers that
+// have lost their state, and a node without a leader finds out why there is none.
+func (s *Store) manageMembers() {
+	candidate := time.Now() // since when this node has been a candidate that knows of a leader
+	for interval := manageInterval; sleep(s.ctx, interval); {
+		interval = manageInterval
 		state := s.State()
 		if state.State != "candidate" || state.Leader == "" {
-			torn = time.Now()
+			candidate = time.Now()
 		}
 		switch {
-		case time.Since(torn) > candidacy:
+		case time.Since(candidate) > maxCandidacy:
 			s.transport.campaign(s.ctx.Done())
-			torn = time.Now()
+			candidate = time.Now()
 		case s.leadsReady():
-			if term != state.Term {
-				term = state.Term
-				clear(found)
-			}
-			interval = tendInterval
-			v := s.lookAround(s.ctx)
-			if now := v.foreign(); now != foreign {
-				foreign = now
-				s.log.Warn("nodes of other clusters", "nodes", foreign, "this-cluster", m.cluster())
-			}
-			if s.replace(v, found) {
-				interval = lookPause
+			if s.replaceNext(state.Term) {
+				interval = changeInterval
 			}
 		case state.Leader == "":
-			v := s.lookAround(s.ctx)
-			if s.Leader() != "" {
-				continue
-			}
-			m.waits(v.String())
-			before := last
-			last = v.verdict()
-			if err := s.heed(last, last == before); err != nil {
-				s.end(err)
+			if err := s.checkMajority(); err != nil {
+				s.stopProcess(err)
 				return
 			}
-		default:
-			last = mayGoOn
 		}
 		if members := s.members(); len(members) > 0 {
 			s.network.closeOthers(members, s.State().server)
@@ -462,61 +379,95 @@ func (s *Store) tend() {
 	}
 }
 
-// verdict is what a node that sees no leader makes of its own server.
-type verdict int
-
-const (
-	mayGoOn     verdict = iota
-	neverBegan          // its cluster will never begin
-	isRemainder         // a majority of the voters is gone, and it has the most complete log of those that are left
-	isNeeded            // a majority of the voters answers
-)
-
-func (v view) verdict() verdict {
-	if v.neverBegan() {
-		return neverBegan
+// replaceNext has this leader of a term take the next step by which servers are replaced, if one is due. It returns
+// true if the one after may be due soon.
+func (s *Store) replaceNext(term uint64) (soon bool) {
+	m, v := s.membership, s.askAll(s.ctx)
+	if foreign := v.foreign(); foreign != m.foreign {
+		m.foreign = foreign
+		s.log.Warn("nodes of other clusters", "nodes", foreign, "this-cluster", m.cluster())
 	}
-	lost, present, voters := v.voters(v.self)
-	switch {
-	case isMajority(voters-len(lost), voters):
-		if isMajority(present, voters) {
-			return isNeeded
+	applied := s.replica.applied.load()
+	snapshot, err := s.storage.snapshots.newest()
+	if err != nil {
+		return false
+	}
+	prevIndex := max(snapshot.ConfigurationIndex, s.replica.config.load()) // a ready leader knows one
+	info := v.mine()
+	info.Members = s.members() // read after prevIndex: if it has changed since, Raft refuses the step
+	v.answers[v.self] = info
+	if m.term != term {
+		m.term, m.committed = term, make(map[string]uint64)
+	}
+	for _, member := range info.Members {
+		if _, known := m.committed[member.Server]; !known {
+			m.committed[member.Server] = applied
 		}
-	case len(lost) > 0 && v.mostComplete() == v.self:
-		return isRemainder
+		soon = soon || !member.Voter
 	}
-	return mayGoOn
+	step, due := v.nextChange(func(server string, applied uint64) bool { return applied >= m.committed[server] })
+	if due {
+		err := s.changeMembers(step, prevIndex)
+		s.log.Info("membership", "change", step.command, "server", step.Server, "error", err)
+	}
+	return soon || due
 }
 
-// heed does what a verdict asks for, once it has been the same twice in a row. An error ends the process.
-func (s *Store) heed(v verdict, again bool) error {
-	retired := s.membership.at() == stageRetired
-	switch {
-	case v == isNeeded && retired:
-		return errors.New("a majority of the nodes has its state again: start this node again, which had stopped taking part")
-	case v == neverBegan && again:
-		return errors.New("the cluster that this node had joined never began, and the node holds nothing: start it again")
-	case v == isRemainder && again && !retired:
+// changeMembers returns when a change of the configuration that has index prevIndex is committed. After an error it may
+// be so later.
+func (s *Store) changeMembers(step change, prevIndex uint64) error {
+	r := s.raft.Load()
+	var future raft.IndexFuture
+	id, address := raft.ServerID(step.Server), raftAddress(step.Server, step.Address)
+	switch step.command {
+	case raft.AddVoter:
+		future = r.AddVoter(id, address, prevIndex, changeTimeout)
+	case raft.AddNonvoter:
+		future = r.AddNonvoter(id, address, prevIndex, changeTimeout)
+	default:
+		future = r.RemoveServer(id, prevIndex, changeTimeout)
+	}
+	ctx, cancel := context.WithTimeout(s.ctx, changeTimeout)
+	defer cancel()
+	return within(ctx, future.Error)
+}
+
+// checkMajority finds out why no leader is known, says so to people, and retires this server when a majority of the
+// voters has lost its state. Two views must say so, one after the other. An error ends the process.
+func (s *Store) checkMajority() error {
+	m, v := s.membership, s.askAll(s.ctx)
+	if s.Leader() != "" {
+		return nil
+	}
+	m.setReason(v.String())
+	if err := s.leaveUnbegun(v); err != nil {
+		return err
+	}
+	lost, present, voters := v.voters(v.self)
+	if m.at() == stageRetired {
+		if isMajority(present, voters) {
+			return errors.New("a majority of the nodes has its state again: start this node again, " +
+				"which had stopped taking part")
+		}
+		return nil
+	}
+	isLost := len(lost) > 0 && !isMajority(voters-len(lost), voters)
+	if m.lostMajority.again(isLost && v.mostComplete() == v.self) {
 		return s.retire()
 	}
 	return nil
 }
 
-// retire stops Raft and executes all that the log holds, also what nobody may have committed: nothing can be committed any more,
-// and what stale reads answer from now on is all there is to save. Nothing that is stored changes, so a restart undoes it.
+// retire stops Raft and executes all that the log holds, also what nobody may have committed: nothing can be committed
+// any more, and what stale reads answer from now on is all there is to save. Nothing that is stored changes, so a
+// restart undoes it.
 func (s *Store) retire() error {
-	s.log.Warn("a majority of the nodes has lost its state: this node takes part in nothing any more, and executes all of its log to be saved")
+	s.log.Warn("a majority of the nodes has lost its state: this node takes part in nothing any more, " +
+		"and executes all of its log to be saved")
 	s.membership.advance(stageRetired)
-	stopped := make(chan error, 1)
 	stop := s.raft.Load().Shutdown()
-	go func() { stopped <- stop.Error() }() // until Raft has stopped
-	select {
-	case err := <-stopped:
-		if err != nil {
-			return fmt.Errorf("stop raft: %w", err)
-		}
-	case <-s.ctx.Done():
-		return nil
+	if err := within(s.ctx, stop.Error); err != nil {
+		return fmt.Errorf("stop raft: %w", err)
 	}
 	last, err := s.storage.logs.LastIndex()
 	for i := s.replica.applied.load() + 1; err == nil && i <= last; i++ {
@@ -530,65 +481,4 @@ func (s *Store) retire() error {
 	}
 	s.replica.applied.advance(last)
 	return nil
-}
-
-// replace takes the next step of the membership, if there is one. It returns true if the next look should come soon.
-func (s *Store) replace(v view, found map[string]uint64) (soon bool) {
-	applied := s.replica.applied.load()
-	snapshot, err := s.storage.snapshots.newest()
-	if err != nil {
-		return false
-	}
-	prevIndex := max(snapshot.ConfigurationIndex, s.replica.config.load()) // a ready leader knows one
-	info := v.mine()
-	info.Members = s.members() // read after prevIndex: if it has changed since, Raft refuses the step
-	v.answers[v.self] = info
-	for _, m := range info.Members {
-		if _, known := found[m.Server]; !known {
-			found[m.Server] = applied
-		}
-		soon = soon || !m.Voter
-	}
-	step, there := v.nextChange(func(server string, applied uint64) bool { return applied >= found[server] })
-	if !there {
-		return soon
-	}
-	r := s.raft.Load()
-	var future raft.IndexFuture
-	id, address := raft.ServerID(step.Server), raftAddress(step.Server, step.Address)
-	switch step.command {
-	case raft.AddVoter:
-		future = r.AddVoter(id, address, prevIndex, changeTimeout)
-	case raft.AddNonvoter:
-		future = r.AddNonvoter(id, address, prevIndex, changeTimeout)
-	default:
-		future = r.RemoveServer(id, prevIndex, changeTimeout)
-	}
-	done := make(chan error, 1)
-	go func() { done <- future.Error() }() // until Raft has an answer, or has shut down
-	select {
-	case err = <-done:
-	case <-time.After(changeTimeout):
-		err = errors.New("no majority has it yet")
-	case <-s.ctx.Done():
-		return false
-	}
-	s.log.Info("membership", "change", step.command, "node", nodeOf(step.Server), "server", step.Server, "error", err)
-	return true
-}
-
-// campaign has the server that has begun the cluster stand for election, once a majority of the nodes can vote.
-func (s *Store) campaign() {
-	for deadline := time.Now().Add(heartbeatTimeout); time.Now().Before(deadline); {
-		running, v := 0, s.lookAround(s.ctx)
-		for _, info := range v.answers {
-			if info.Running {
-				running++
-			}
-		}
-		if running > len(v.peers)/2 || !s.membership.pause(s.ctx, lookPause, lookPause) {
-			break
-		}
-	}
-	s.transport.campaign(s.ctx.Done())
 }

@@ -50,7 +50,7 @@ func TestMembershipIsFoundAgain(t *testing.T) {
 	for start := range 3 {
 		st := openTestStorage(t, storeBolt, dir)
 		m, err := openMembership("node1", st)
-		if err != nil || m.at() != stageBlank || nodeOf(m.server()) != "node1" {
+		if err != nil || m.at() != stageForming || nodeOf(m.server()) != "node1" {
 			t.Fatalf("start %d: got server %q at stage %v, error %v; want a blank one of node1", start, m.server(), m.at(), err)
 		}
 		if start == 0 {
@@ -58,7 +58,7 @@ func TestMembershipIsFoundAgain(t *testing.T) {
 			if m.cluster() != "" {
 				t.Errorf("got cluster %q of a new server; want none", m.cluster())
 			}
-			if err := m.become(want); err != nil {
+			if err := m.store(want); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -135,7 +135,7 @@ func TestMembershipIsRefused(t *testing.T) {
 	}
 	m := newMembership(&Config{NodeID: "node1"}, hclog.NewNullLogger())
 	m.stable = st.stable
-	err := m.become(identity{Server: "node1#A", Cluster: "c"})
+	err := m.store(identity{Server: "node1#A", Cluster: "c"})
 	if !errors.Is(err, broken) || m.cluster() != "" {
 		t.Errorf("on a broken storage: got cluster %q, error %v; want none and %v", m.cluster(), err, broken)
 	}
@@ -252,7 +252,7 @@ func (c *testCluster) prepare(i int, write func(*storage) error) {
 func is(id identity) func(*storage) error {
 	return func(st *storage) error {
 		m := &membership{stable: st.stable}
-		return m.become(id)
+		return m.store(id)
 	}
 }
 
@@ -518,7 +518,7 @@ func TestServerWithoutAVote(t *testing.T) {
 		r := leader.raft.Load()
 		term := r.CurrentTerm()
 		_, err = leader.confirmLeadership(r)
-		led := leads(r, term)
+		led := leader.leadsIn(term)
 		if err == nil {
 			t.Error("a read was confirmed by two voters of four and a server without a vote; want that it is not")
 		}
@@ -587,11 +587,11 @@ func TestServerOfAnotherClusterStaysOut(t *testing.T) {
 		return !p.Voter && p.Reachable
 	})
 	saw := time.Now()
-	waitFor(t, "the leader to have looked twice more", func() bool { return time.Since(saw) > 2*tendInterval })
+	waitFor(t, "the leader to have looked twice more", func() bool { return time.Since(saw) > 2*manageInterval })
 	if diff := cmp.Diff(before, leader.members()); diff != "" {
 		t.Errorf("members (-want +got):\n%s", diff)
 	}
-	if got, want := leader.lookAround(t.Context()).foreign(), "node3 of cluster "+foreign; got != want {
+	if got, want := leader.askAll(t.Context()).foreign(), "node3 of cluster "+foreign; got != want {
 		t.Errorf("the leader sees %q; want %q", got, want)
 	}
 	if got := node.membership.cluster(); got != foreign || got == cluster || node.Leader() == leader.cfg.NodeID {
@@ -795,16 +795,5 @@ func TestNodeStoppedWhileItStarts(t *testing.T) {
 			runtime.Gosched()
 		}
 		stop(c)
-	}
-}
-
-// Whoever asks makes a node look around soon, and never waits.
-func TestPokeNeverBlocks(t *testing.T) {
-	m := newMembership(&Config{}, hclog.NewNullLogger())
-	for range 3 {
-		m.poke()
-	}
-	if got := len(m.wake); got != 1 {
-		t.Errorf("got %d looks due; want 1", got)
 	}
 }

@@ -226,7 +226,7 @@ func TestMetricsOfWritesThatWait(t *testing.T) {
 	t.Parallel()
 	node := newTestNode(t, storeMemory)
 	node.wantMetrics(t, map[string]float64{"waiting_write_bytes": 0})
-	node.writes.entry <- struct{}{}
+	node.writes.committing <- struct{}{}
 	done := make(chan error, 1)
 	go func() {
 		_, err := node.client.set(t.Context(), "k", strings.Repeat("v", 100))
@@ -236,7 +236,7 @@ func TestMetricsOfWritesThatWait(t *testing.T) {
 		waiting := node.metric(t, "waiting_write_bytes")
 		return waiting > 100 && waiting < 200
 	})
-	<-node.writes.entry
+	<-node.writes.committing
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}

@@ -176,11 +176,11 @@ func (s *sim) watchLeaders(ctx context.Context) {
 	for ctx.Err() == nil {
 		for _, n := range s.nodes {
 			r := n.run.Load()
-			if r == nil || r.store.ready.Load() == 0 {
+			if r == nil || r.store.ready.load() == 0 {
 				continue
 			}
 			server, cluster := r.store.self()
-			term := fmt.Sprintf("%s, %d", cluster, r.store.ready.Load())
+			term := fmt.Sprintf("%s, %d", cluster, r.store.ready.load())
 			if other := leaders[term]; other != "" && other != server {
 				s.t.Errorf("both %s and %s have led in %s", other, server, term)
 			}

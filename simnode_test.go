@@ -208,10 +208,6 @@ func (n *simNode) start(trap func(r *simRun) func(step string, count int64) bool
 	log := hclog.New(&hclog.LoggerOptions{Name: n.id, Output: s.log, Level: hclog.Info, TimeFormat: "04:05.000"})
 	r.store = NewStore(n.cfg, &simMachine{machine, n}, newMetrics(), log)
 	r.client = &testClient{r.store, machine}
-	r.store.port = r.host
-	r.store.open = func(*Config, hclog.Logger, *metrics, storageNode) (*storage, error) {
-		return r.storage()
-	}
 	if trap != nil {
 		f := trap(r)
 		r.steps.trap.Store(&f)
@@ -224,7 +220,11 @@ func (n *simNode) start(trap func(r *simRun) func(step string, count int64) bool
 
 func (r *simRun) open() {
 	defer close(r.opened)
-	if err := r.store.Open(); err != nil {
+	st, err := r.storage()
+	if err == nil {
+		err = r.store.start(r.host, st, nil)
+	}
+	if err != nil {
 		r.node.sim.t.Errorf("open %s: %v", r.node.id, err)
 		return
 	}

@@ -1,12 +1,13 @@
 package main
 
 import (
+	"errors"
 	"fmt"
-	"maps"
 	"math"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -43,8 +44,8 @@ func (s *Store) Status() Status {
 	state := s.State()
 	status := Status{
 		ID: s.cfg.NodeID, State: state.State, Leader: state.Leader, Term: state.Term, LastContactMS: -1,
-		KVStore: s.cfg.KVStore, Version: version, Cluster: s.membership.cluster(), Keys: s.replica.size(), Peers: []PeerStatus{},
-		PeersDrift: s.drift(),
+		KVStore: s.cfg.KVStore, Version: version, Cluster: s.membership.cluster(), Keys: s.replica.size(),
+		Peers: []PeerStatus{}, PeersDrift: s.drift(),
 	}
 	r := s.raft.Load()
 	if r == nil {
@@ -56,17 +57,91 @@ func (s *Store) Status() Status {
 	} else if !contact.IsZero() {
 		status.LastContactMS = time.Since(contact).Milliseconds()
 	}
-	status.Peers = s.recent().status(s.members())
+	status.Peers = s.recentView().status(s.members())
 	return status
+}
+
+// CaughtUp says whether since its start this node has once had all that a leader had committed. Until then what it
+// holds may be an old snapshot.
+func (s *Store) CaughtUp() bool { return s.membership.at() == stageCaughtUp }
+
+// Ready returns nil when this node can do its part: it knows the leader, has caught up since it started, and votes.
+// The error says, to people, what is missing.
+func (s *Store) Ready() error {
+	switch {
+	case s.raft.Load() == nil || s.Leader() == "":
+		return errors.New(s.membership.reason())
+	case !s.CaughtUp():
+		return errors.New("this node has not caught up with the leader since it started")
+	case !slices.ContainsFunc(s.members(), func(m member) bool { return m.Voter && m.Server == s.membership.server() }):
+		return errors.New("this node has no vote yet: the leader is still bringing it up, " +
+			"or has not removed the server that was here before")
+	case s.stuck.Load():
+		return errors.New(s.stuckReason())
+	}
+	return nil
+}
+
+// members returns Raft's newest configuration, empty before there is one.
+func (s *Store) members() []member {
+	if r := s.raft.Load(); r != nil {
+		return membersOf(r.GetConfiguration().Configuration())
+	}
+	return nil
+}
+
+// isMember says whether a server is in the newest configuration, and whether it votes there.
+func (s *Store) isMember(server string) (member, votes bool) {
+	for _, m := range s.members() {
+		if m.Server == server {
+			return true, m.Voter
+		}
+	}
+	return false, false
+}
+
+// voters returns the number of voting servers.
+func (s *Store) voters() (n int) {
+	for _, m := range s.members() {
+		if m.Voter {
+			n++
+		}
+	}
+	return n
+}
+
+// addresses says where each node listens: where PEERS has it, else where the configuration has it.
+func (s *Store) addresses() map[string]string {
+	addresses := make(map[string]string)
+	for _, m := range s.members() {
+		addresses[nodeOf(m.Server)] = m.Address
+	}
+	for _, p := range s.cfg.Peers {
+		addresses[p.ID] = p.Addr
+	}
+	return addresses
+}
+
+// drift says whether ids or voters of the membership are others than those of PEERS. Addresses do not count.
+func (s *Store) drift() bool {
+	members := s.members()
+	voters := make(map[string]bool) // by node
+	for _, m := range members {
+		voters[nodeOf(m.Server)] = voters[nodeOf(m.Server)] || m.Voter
+	}
+	return len(members) > 0 && (len(voters) != len(s.cfg.Peers) ||
+		slices.ContainsFunc(s.cfg.Peers, func(p Peer) bool { return !voters[p.ID] }))
 }
 
 // export makes metrics of what this node knows of itself and the cluster.
 func (s *Store) export() {
 	m := s.metrics
-	m.labelled("build_info", "Always 1; the label has the version.", map[string]string{"version": version}, func() float64 { return 1 })
+	m.labelled("build_info", "Always 1; the label has the version.", map[string]string{"version": version},
+		func() float64 { return 1 })
 	m.flag("ready", "1 when this node can do its part, as /readyz says.", func() bool { return s.Ready() == nil })
 	m.flag("is_leader", "1 on the leader.", s.leadsNow)
-	m.flag("replication_stuck", "1 on a leader that has not got a log entry to a majority for 10 s, though heartbeats pass.", s.stuck.Load)
+	m.flag("replication_stuck",
+		"1 on a leader that has not got a log entry to a majority for 10 s, though heartbeats pass.", s.stuck.Load)
 	m.flag("has_leader", "1 when this node knows a leader.", func() bool { return s.Leader() != "" })
 	m.flag("peers_drift", "1 when ids or voters of the membership are not what PEERS says.", s.drift)
 	m.gauge("voters", "Members of the cluster that vote.", func() float64 { return float64(s.voters()) })
@@ -79,17 +154,21 @@ func (s *Store) export() {
 		}
 	}
 	m.gauge("term", "Raft's term; 0 before Raft runs.", ofRaft((*raft.Raft).CurrentTerm))
-	m.gauge("commit_index", "Index of the last log entry that this node knows to be committed.", ofRaft((*raft.Raft).CommitIndex))
-	m.gauge("applied_index", "Index of the last log entry that this node has executed.", ofRaft((*raft.Raft).AppliedIndex))
+	m.gauge("commit_index", "Index of the last log entry that this node knows to be committed.",
+		ofRaft((*raft.Raft).CommitIndex))
+	m.gauge("applied_index", "Index of the last log entry that this node has executed.",
+		ofRaft((*raft.Raft).AppliedIndex))
 	m.gauge("keys", "Keys that this node has.", func() float64 { return float64(s.replica.size()) })
-	m.gauge("waiting_write_bytes", fmt.Sprintf("Commands that wait to be put into a log entry or passed on; over %d more are refused.", maxWaiting),
+	m.gauge("waiting_write_bytes",
+		fmt.Sprintf("Commands that wait for a log entry or to be forwarded; over %d more are refused.", maxWaiting),
 		func() float64 { return float64(s.writes.queued()) })
 }
 
 // exportStorage does so of what the storage holds, once it is open.
 func (s *Store) exportStorage() {
 	m, db, snapshots := s.metrics, s.storage.db, s.storage.snapshots
-	m.gauge("snapshot_timestamp_seconds", "When this node began to write its newest snapshot, in Unix time; 0 when it has none.",
+	m.gauge("snapshot_timestamp_seconds",
+		"When this node began to write its newest snapshot, in Unix time; 0 when it has none.",
 		func() float64 { return float64(snapshots.begun.Load()) / 1000 })
 	m.gauge("snapshot_size_bytes", "Size of the newest snapshot; with memory, of the last that was sent or received.",
 		func() float64 { return float64(s.storage.log.stateSize.Load()) })
@@ -108,25 +187,21 @@ func (s *Store) exportStorage() {
 	})
 }
 
-// status makes of a view what /status shows of each node of the configuration.
+// status returns what /status shows of each node of the configuration.
 func (v view) status(members []member) []PeerStatus {
-	voters := make(map[string]string) // by node, the server of it that votes
+	peers := []PeerStatus{}
 	for _, m := range members {
 		node := nodeOf(m.Server)
-		if _, known := voters[node]; m.Voter || !known {
-			voters[node] = ""
-			if m.Voter {
-				voters[node] = m.Server
-			}
-		}
-	}
-	peers := []PeerStatus{}
-	for _, node := range slices.Sorted(maps.Keys(voters)) {
 		info, answers := v.answers[node]
-		peers = append(peers, PeerStatus{
-			ID: node, Address: v.addresses[node], Reachable: answers, AppliedIndex: info.Applied,
-			Voter: voters[node] != "" && (!answers || info.Server == voters[node]),
-		})
+		i := slices.IndexFunc(peers, func(p PeerStatus) bool { return p.ID == node })
+		if i < 0 {
+			i = len(peers)
+			peers = append(peers, PeerStatus{
+				ID: node, Address: v.addresses[node], Reachable: answers, AppliedIndex: info.Applied,
+			})
+		}
+		peers[i].Voter = peers[i].Voter || m.Voter && (!answers || info.Server == m.Server)
 	}
+	slices.SortFunc(peers, func(a, b PeerStatus) int { return strings.Compare(a.ID, b.ID) })
 	return peers
 }

@@ -13,11 +13,13 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 const (
 	askTimeout = 500 * time.Millisecond // for a node to say who it is
-	recentView = time.Second            // /status may be so old
+	maxViewAge = time.Second            // of what /status shows
 )
 
 // nodeInfo is what a node answers when another asks who it is.
@@ -50,8 +52,8 @@ type view struct {
 
 func (v view) mine() nodeInfo { return v.answers[v.self] }
 
-// mostComplete returns the node whose log is the most complete of those in this server's cluster, or in any if it has none;
-// "" if none holds anything.
+// mostComplete returns the node whose log is the most complete of those in this server's cluster, or in any if it has
+// none; "" if none holds anything.
 func (v view) mostComplete() (best string) {
 	for _, node := range slices.Sorted(maps.Keys(v.answers)) {
 		info, most := v.answers[node], v.answers[best]
@@ -65,34 +67,162 @@ func (v view) mostComplete() (best string) {
 	return best
 }
 
+// allEmpty says whether every node of PEERS answers, names the same PEERS and holds nothing.
+func (v view) allEmpty() bool {
+	return !slices.ContainsFunc(v.peers, func(p Peer) bool {
+		info, answers := v.answers[p.ID]
+		return !answers || info.LastIndex > 0 || !slices.Equal(info.Peers, v.mine().Peers)
+	})
+}
+
+// bootstrapper returns the node that bootstraps the cluster.
+func (v view) bootstrapper() string { return peerIDs(v.peers)[0] }
+
+// toJoin returns the cluster that a server of none is to join, "" while there is none. If every node of PEERS answers
+// and holds nothing, it is that of the node that bootstraps; else that of a leader in whose configuration this node is.
+func (v view) toJoin() string {
+	for _, info := range v.answers {
+		if info.Ready && slices.ContainsFunc(info.Members, func(m member) bool { return nodeOf(m.Server) == v.self }) {
+			return info.Cluster
+		}
+	}
+	bootstrapped := v.answers[v.bootstrapper()].Server
+	if v.self == v.bootstrapper() || !v.allEmpty() {
+		return ""
+	}
+	for _, p := range v.peers {
+		if c := v.answers[p.ID].Cluster; c != "" && c != bootstrapped {
+			return ""
+		}
+	}
+	return bootstrapped
+}
+
+// toBootstrap returns the configuration with which this server is to begin a cluster, nil while it is not: every other
+// node of PEERS must have joined that cluster.
+func (v view) toBootstrap() []member {
+	if v.self != v.bootstrapper() || v.mine().Cluster != "" || !v.allEmpty() {
+		return nil
+	}
+	var members []member
+	for _, p := range v.peers {
+		info := v.answers[p.ID]
+		if p.ID != v.self && info.Cluster != v.mine().Server {
+			return nil
+		}
+		members = append(members, member{info.Server, p.Addr, true})
+	}
+	return members
+}
+
+// hasBegun says whether somebody that answers holds an entry of this server's cluster.
+func (v view) hasBegun() bool {
+	for _, info := range v.answers {
+		if info.Cluster != "" && info.Cluster == v.mine().Cluster && info.LastIndex > 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// neverBegan says whether this server has joined a cluster that will never begin: every node of PEERS answers and holds
+// nothing, and the server that would have begun it has lost its state.
+func (v view) neverBegan() bool {
+	bootstrapper, answers := v.answers[nodeOf(v.mine().Cluster)]
+	return answers && bootstrapper.Server != v.mine().Cluster && v.allEmpty()
+}
+
+// change is one change of the configuration.
+type change struct {
+	command raft.ConfigurationChangeCommand
+	member
+}
+
+// nextChange returns the next step by which this leader replaces servers that have lost their state, false if none is
+// due. caughtUp says whether a server, by what it has applied, has executed all that was committed when this leader
+// first saw it in the configuration.
+//
+// Example: node2 comes back as node2#B, without the state of node2#A. The steps are: add node2#B as a non-voter; when
+// it has caught up remove node2#A; make node2#B a voter. In this order no step needs more live servers for a majority
+// than the one before. What is nearest to its end is finished first, so the leader goes on with what another leader has
+// left half done.
+func (v view) nextChange(caughtUp func(server string, applied uint64) bool) (change, bool) {
+	byNode := make(map[string][]member)
+	for _, m := range v.mine().Members {
+		byNode[nodeOf(m.Server)] = append(byNode[nodeOf(m.Server)], m)
+	}
+	var due []change // at most one a node
+	for _, node := range slices.Sorted(maps.Keys(byNode)) {
+		info, answers := v.answers[node]
+		if !answers || info.Cluster != v.mine().Cluster {
+			continue
+		}
+		if c, ok := changeOfNode(byNode[node], info, v.addresses[node], caughtUp); ok {
+			due = append(due, c)
+		}
+	}
+	for _, command := range []raft.ConfigurationChangeCommand{raft.AddVoter, raft.RemoveServer, raft.AddNonvoter} {
+		for _, c := range due {
+			if c.command == command {
+				return c, true
+			}
+		}
+	}
+	return change{}, false
+}
+
+// changeOfNode returns the next change for a node that answers, at address, with info. members are its servers in the
+// configuration.
+func changeOfNode(members []member, info nodeInfo, address string, caughtUp func(string, uint64) bool) (change, bool) {
+	isPresent := func(m member) bool { return m.Server == info.Server }
+	i := slices.IndexFunc(members, isPresent)
+	if i < 0 {
+		return change{raft.AddNonvoter, member{Server: info.Server, Address: address}}, true
+	}
+	present, gone := members[i], slices.DeleteFunc(slices.Clone(members), isPresent)
+	mayVote := present.Voter || caughtUp(info.Server, info.Applied)
+	if mayVote && !present.Voter && !slices.ContainsFunc(gone, isVoter) {
+		return change{raft.AddVoter, present}, true
+	}
+	for _, old := range gone {
+		if !old.Voter || mayVote {
+			return change{raft.RemoveServer, old}, true
+		}
+	}
+	return change{}, false
+}
+
+func isVoter(m member) bool { return m.Voter }
+
 // String says, to people, what keeps this node from being of use, and what they can do about it.
 func (v view) String() string {
 	for _, node := range slices.Sorted(maps.Keys(v.answers)) {
 		if v.answers[node].Ready && node != v.self {
-			return v.besideLeader(node)
+			return v.whyNotFollowing(node)
 		}
 	}
 	best := v.mostComplete()
 	if best == "" {
-		return "the cluster has not begun: " + v.obstacles(false, nil)
+		return "the cluster has not begun: " + v.problems(false, nil)
 	}
 	lost, _, voters := v.voters(best)
-	reason := v.obstacles(true, lost)
+	reason := v.problems(true, lost)
 	if isMajority(voters-len(lost), voters) || len(lost) == 0 {
 		return "no leader is known: " + reason
 	}
 	info := v.answers[best]
-	reason = fmt.Sprintf("a majority of the nodes has lost its state, and nothing can be written or confirmed any more: %s. Node %s has the "+
-		"most complete log (entry %d of term %d)", reason, best, info.LastIndex, info.LastTerm)
+	reason = fmt.Sprintf("a majority of the nodes has lost its state, and nothing can be written or confirmed any "+
+		"more: %s. Node %s has the most complete log (entry %d of term %d)",
+		reason, best, info.LastIndex, info.LastTerm)
 	if info.Applied < info.LastIndex {
 		return reason + " and is about to execute all of it"
 	}
-	return reason + ": save its backup, which is what it answers with ?consistency=stale; stop all nodes, move their state directories " +
-		"away, start all nodes, and restore the backup"
+	return reason + ": save its backup, which is what it answers with ?consistency=stale; stop all nodes, " +
+		"move their state directories away, start all nodes, and restore the backup"
 }
 
-// voters returns, of the voters in the configuration of the given node, the nodes of those that are gone, how many answer as
-// themselves, and how many there are.
+// voters returns, of the voters in the configuration of the given node, the nodes of those that are gone, how many
+// answer as themselves, and how many there are.
 func (v view) voters(node string) (lost []string, present, total int) {
 	for _, m := range v.answers[node].Members {
 		info, answers := v.answers[nodeOf(m.Server)]
@@ -111,8 +241,8 @@ func (v view) voters(node string) (lost []string, present, total int) {
 
 func isMajority(n, of int) bool { return n > of/2 }
 
-// besideLeader says why this node does not follow a leader that it sees.
-func (v view) besideLeader(node string) string {
+// whyNotFollowing says why this node does not follow a leader that it sees.
+func (v view) whyNotFollowing(node string) string {
 	leader, here := v.answers[node], ""
 	var nodes []string
 	for _, m := range leader.Members {
@@ -131,23 +261,25 @@ func (v view) besideLeader(node string) string {
 		}
 		return fmt.Sprintf("the cluster that %s leads has only the %s %s", node, noun, strings.Join(nodes, ", "))
 	case v.mine().Cluster != "" && v.mine().Cluster != leader.Cluster:
-		return fmt.Sprintf("%s is of another cluster, which it leads (%s; this node is of %s): to have this node join it, stop this node, move "+
-			"its STATE_DIR away and start it", node, leader.Cluster, v.mine().Cluster)
+		return fmt.Sprintf("%s is of another cluster, which it leads (%s; this node is of %s): to have this node join "+
+			"it, stop this node, move its STATE_DIR away and start it", node, leader.Cluster, v.mine().Cluster)
 	case here != "":
 		return fmt.Sprintf("the leader %s does not reach this node at %s", node, here)
 	}
 	return node + ", which leads, is about to add this node"
 }
 
-// obstacles says what is wrong with each node. The cluster has begun or not, and the nodes in lost have lost their state.
-func (v view) obstacles(begun bool, lost []string) string {
+// problems says what is wrong with each node. The cluster has begun or not, and the nodes in lost have lost their
+// state.
+func (v view) problems(begun bool, lost []string) string {
 	var parts []string
 	for _, node := range slices.Sorted(maps.Keys(v.addresses)) {
 		switch info, answers := v.answers[node]; {
 		case slices.Contains(lost, node):
 			parts = append(parts, node+" has lost its state")
 		case node == v.self && answers && portOf(v.listens) != portOf(v.addresses[node]):
-			parts = append(parts, fmt.Sprintf("%s listens on %s, PEERS says %s", node, portOf(v.listens), portOf(v.addresses[node])))
+			listens, named := portOf(v.listens), portOf(v.addresses[node])
+			parts = append(parts, fmt.Sprintf("%s listens on %s, PEERS says %s", node, listens, named))
 		case node == v.self && answers:
 		case !answers && errors.As(v.silent[node], new(*net.DNSError)):
 			parts = append(parts, fmt.Sprintf("%s (%s): no such host", node, v.addresses[node]))
@@ -201,8 +333,10 @@ func causeOf(err error) error {
 // info returns what this node says of itself.
 func (s *Store) info() (nodeInfo, error) {
 	id := s.membership.identity()
-	info := nodeInfo{Server: id.Server, Cluster: id.Cluster, Peers: peerIDs(s.cfg.Peers), Applied: s.replica.applied.load()}
-	info.WaitsFor = s.membership.reason()
+	info := nodeInfo{
+		Server: id.Server, Cluster: id.Cluster, Peers: peerIDs(s.cfg.Peers),
+		Applied: s.replica.applied.load(), WaitsFor: s.membership.reason(),
+	}
 	var err error
 	if info.LastIndex, info.LastTerm, err = s.storage.lastEntry(); err != nil {
 		return info, err
@@ -222,21 +356,21 @@ func peerIDs(peers []Peer) (ids []string) {
 	return ids
 }
 
-// handleWho answers a node that asks who this one is. Whoever asks may be waiting for this node to look at it in turn.
+// handleWho answers a node that asks who this one is.
 func (s *Store) handleWho(context.Context, string, []byte) ([]byte, error) {
 	info, err := s.info()
 	if err != nil {
 		return nil, err
 	}
-	s.membership.poke()
 	return json.Marshal(info)
 }
 
-// lookAround asks all nodes of PEERS and of the configuration who they are, this one among them.
-func (s *Store) lookAround(ctx context.Context) view {
+// askAll asks all nodes of PEERS and of the configuration who they are, this one among them. It takes askTimeout at
+// most.
+func (s *Store) askAll(ctx context.Context) view {
 	v := view{
-		self: s.cfg.NodeID, peers: s.cfg.Peers,
-		answers: make(map[string]nodeInfo), silent: make(map[string]error), addresses: s.addresses(), listens: s.cfg.RaftAddr,
+		self: s.cfg.NodeID, peers: s.cfg.Peers, addresses: s.addresses(), listens: s.cfg.RaftAddr,
+		answers: make(map[string]nodeInfo), silent: make(map[string]error),
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
@@ -263,41 +397,30 @@ func (s *Store) lookAround(ctx context.Context) view {
 // askWho asks a node who it is.
 func (s *Store) askWho(ctx context.Context, node string) (info nodeInfo, err error) {
 	if node == s.cfg.NodeID {
-		return s.infoInTime(ctx)
+		var own nodeInfo // read only when info has returned: it waits for a disk that may hang
+		if err := within(ctx, func() (err error) { own, err = s.info(); return err }); err != nil {
+			return info, err
+		}
+		return own, nil
 	}
 	answer, err := s.peers.call(ctx, node, opWho, nil)
 	if err == nil {
 		err = json.Unmarshal(answer, &info)
 	}
-	if err == nil && (!strings.HasPrefix(info.Server, node+"#") || len(info.Server) > maxName || len(info.Cluster) > maxName) {
-		err = fmt.Errorf("it calls itself server %q of cluster %q, which no node %q can be", info.Server, info.Cluster, node)
+	isNamed := strings.HasPrefix(info.Server, node+"#") && len(info.Server) <= maxName && len(info.Cluster) <= maxName
+	if err == nil && !isNamed {
+		err = fmt.Errorf("it calls itself server %q of cluster %q, which no node %q can be",
+			info.Server, info.Cluster, node)
 	}
 	return info, err
 }
 
-// infoInTime returns info, or ctx's error if the storage does not answer in time.
-func (s *Store) infoInTime(ctx context.Context) (nodeInfo, error) {
-	var info nodeInfo
-	done := make(chan error, 1)
-	go func() { // until the storage answers
-		var err error
-		info, err = s.info()
-		done <- err
-	}()
-	select {
-	case err := <-done:
-		return info, err
-	case <-ctx.Done():
-		return nodeInfo{}, ctx.Err()
+// recentView returns a view of the others that is no older than maxViewAge.
+func (s *Store) recentView() view {
+	s.viewMu.Lock()
+	defer s.viewMu.Unlock()
+	if time.Since(s.viewedAt) > maxViewAge {
+		s.lastView, s.viewedAt = s.askAll(s.ctx), time.Now()
 	}
-}
-
-// recent returns what a look at the others has shown a moment ago.
-func (s *Store) recent() view {
-	s.looking.Lock()
-	defer s.looking.Unlock()
-	if time.Since(s.seenAt) > recentView {
-		s.seen, s.seenAt = s.lookAround(s.ctx), time.Now()
-	}
-	return s.seen
+	return s.lastView
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"slices"
 	"sync"
 	"time"
 
@@ -15,8 +16,7 @@ const (
 	maxBatchBytes = 512 << 10             // of commands in one log entry, but for a single larger one
 	maxWaiting    = 32 << 20              // bytes of commands that may wait; beyond it the node is overloaded
 	maxLinger     = 10 * time.Millisecond // that a batch waits for the commands that are expected
-	maxPatience   = 16                    // how often batches may do so in vain, after as many that did not
-	impatience    = 64                    // batches that do not wait, after that
+	maxBackoff    = 64                    // batches in a row that do not do so, after others have waited in vain
 )
 
 // Result is what a command came to: the index of the log entry that holds it, and what StateMachine.Apply returned.
@@ -33,15 +33,12 @@ type outcome struct {
 	err     error
 }
 
-// write is a command on its way to a log entry, or all those that another node passed on in one message.
+// write is a command that waits to get into a log entry, or all those that another node has forwarded in one message.
 type write struct {
-	commands [][]byte
-	bytes    int  // of commands
-	hop      bool // another node passed it on to us, so we pass it on to nobody
-	done     chan outcome
-
-	taken     bool // it is in a batch: from here on it may be executed. Guarded by writes.mu
-	abandoned bool // nobody waits for it any more, and it never was in a batch. Guarded by writes.mu
+	commands  [][]byte
+	bytes     int          // of commands
+	forwarded bool         // by another node: we forward it to nobody
+	done      chan outcome // has room for the only one
 }
 
 func newWrite(commands ...[]byte) *write {
@@ -58,11 +55,11 @@ type proposer interface {
 	propose(commands [][]byte) raft.ApplyFuture
 	// leadsNow says whether this node is the leader.
 	leadsNow() bool
-	// callLeader asks the leader; see Store.callLeader.
+	// callLeader sends the leader a call; see Store.callLeader.
 	callLeader(op byte, request []byte, timeout time.Duration) ([]byte, error)
 }
 
-// writes takes commands into the log. Those that arrive while others are being committed gather into one log entry, or,
+// writes puts commands into the log. Those that arrive while others are being committed gather into one log entry, or,
 // on a node that does not lead, into one message to the leader (group commit: DeWitt et al., "Implementation Techniques
 // for Main Memory Database Systems", 1984).
 type writes struct {
@@ -70,12 +67,11 @@ type writes struct {
 	metrics *metrics
 	node    proposer
 
-	wake   chan struct{} // holds one token: there may be something to take
-	entry  chan struct{} // a token while the leader commits an entry
-	passed chan struct{} // a token while a batch is being passed on
-	ended  chan struct{} // closed when run has ended
+	wake       chan struct{} // holds a token when there may be something waiting
+	committing chan struct{} // holds a token while this leader commits an entry
+	forwarding chan struct{} // holds a token while a batch is being forwarded
 
-	mu      sync.Mutex // guards what follows, and taken and abandoned of every write
+	mu      sync.Mutex // guards what follows
 	waiting []*write
 	count   int // of the commands in waiting
 	bytes   int // of them
@@ -83,16 +79,17 @@ type writes struct {
 	expected int
 	took     time.Duration
 
-	patience int // how often batches may yet wait in vain; below 0, how many will not wait. For run alone
+	// For run alone.
+	backoff int // batches that do not wait after one that has waited in vain
+	skip    int // of them are left
 }
 
 func newWrites(node proposer, m *metrics, log hclog.Logger) *writes {
 	return &writes{
 		log: log, metrics: m, node: node,
-		wake:   make(chan struct{}, 1),
-		entry:  make(chan struct{}, 1),
-		passed: make(chan struct{}, 1),
-		ended:  make(chan struct{}),
+		wake:       make(chan struct{}, 1),
+		committing: make(chan struct{}, 1),
+		forwarding: make(chan struct{}, 1),
 	}
 }
 
@@ -110,57 +107,62 @@ func (b *writes) execute(ctx context.Context, w *write) outcome {
 
 // run commits batches until ctx ends.
 //
-// A batch costs as much as dozens of commands, on every node, and a second one beside it would be under way for as long as if
-// it waited, and hold less. So what arrives while one is under way is the next. What a node has passed on to a leader that has
-// stopped answering does not hold up its own entries when it becomes the leader itself.
+// A batch costs as much as dozens of commands, on every node, and a second one beside it would be under way for as long
+// as if it waited, and hold less. So what arrives while one is under way is the next. What a node has forwarded to a
+// leader that has stopped answering does not hold up its own entries when it becomes the leader itself.
 func (b *writes) run(ctx context.Context) {
-	defer close(b.ended)
 	for {
 		select {
 		case <-b.wake:
 		case <-ctx.Done():
 			return
 		}
-		for {
-			slot := b.passed
-			if b.node.leadsNow() {
-				slot = b.entry
-			}
-			select {
-			case slot <- struct{}{}:
-			case <-time.After(retryInterval): // it may have become the leader
-				continue
-			case <-ctx.Done():
-				return
-			}
-			b.gather(ctx)
-			batch := b.take()
-			if len(batch) == 0 {
-				<-slot
-				break
-			}
-			go func() {
-				b.commit(batch)
-				<-slot
-			}()
+		for b.commitNext(ctx) {
 		}
 	}
 }
 
-// gather waits for the commands that are expected, for as long as the last batch took at most: those who were just answered
-// often come back at once, and one batch of all costs less than two that take turns. (PostgreSQL's commit_delay waits like
-// this, for a fixed time.) Where commands come on their own account, at any time, fewer are there than expected most times;
-// then the next batches do not wait, until one tries again.
-func (b *writes) gather(ctx context.Context) {
-	count, expected, linger := b.outlook()
+// commitNext waits for the batch before and starts to commit the next, in a goroutine that ends when its outcome is
+// known or ctx ends. It returns false when no command waits, or ctx has ended.
+func (b *writes) commitNext(ctx context.Context) bool {
+	slot := b.forwarding
+	if b.node.leadsNow() {
+		slot = b.committing
+	}
+	select {
+	case slot <- struct{}{}:
+	case <-time.After(retryInterval): // this node may have become the leader
+		return true
+	case <-ctx.Done():
+		return false
+	}
+	b.linger(ctx)
+	batch := b.take()
+	if len(batch) == 0 {
+		<-slot
+		return false
+	}
+	go func() {
+		b.commit(ctx, batch)
+		<-slot
+	}()
+	return true
+}
+
+// linger waits for the commands that are expected, for as long as the last batch took at most: clients who were just
+// answered often send the next command at once, and one batch of all costs less than two that take turns. (PostgreSQL's
+// commit_delay waits like this, for a fixed time.) Where commands come at random times fewer than expected come; then,
+// with exponential backoff, the next batches do not wait.
+func (b *writes) linger(ctx context.Context) {
+	count, expected, limit := b.outlook()
 	if count == 0 || count >= expected {
 		return
 	}
-	if b.patience < 0 {
-		b.patience++
+	if b.skip > 0 {
+		b.skip--
 		return
 	}
-	for timeout := time.After(linger); count < expected; count, expected, _ = b.outlook() {
+	for timeout := time.After(limit); count < expected; count, expected, _ = b.outlook() {
 		select {
 		case <-b.wake:
 			continue
@@ -170,14 +172,16 @@ func (b *writes) gather(ctx context.Context) {
 		break
 	}
 	if count >= expected {
-		b.patience = min(b.patience+1, maxPatience)
-	} else if b.patience--; b.patience < 0 {
-		b.patience = -impatience
+		b.backoff /= 2
+		return
 	}
+	// At least 2: the first after one that did not wait finds all there too easily to say anything.
+	b.backoff = min(2*b.backoff+2, maxBackoff)
+	b.skip = b.backoff
 }
 
-// outlook returns how many commands wait, for how many it is worth to wait, and how long.
-func (b *writes) outlook() (count, expected int, linger time.Duration) {
+// outlook returns how many commands wait, how many are expected, and how long at most it is worth to wait for them.
+func (b *writes) outlook() (count, expected int, limit time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.bytes >= maxBatchBytes {
@@ -186,8 +190,8 @@ func (b *writes) outlook() (count, expected int, linger time.Duration) {
 	return b.count, b.expected, min(b.took, maxLinger)
 }
 
-// learn takes note of a batch that is done, before its clients hear of it: they and those who wait now are likely to be there
-// for the next.
+// learn takes note of a batch that is done, before its clients hear of it: they and those who wait now are likely to be
+// there for the next.
 func (b *writes) learn(batch []*write, took time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -198,11 +202,11 @@ func (b *writes) learn(batch []*write, took time.Duration) {
 	}
 }
 
-// idle waits until the leader commits no entry and says whether that came about before ctx ended.
+// idle waits until this leader commits no entry. It returns false when ctx has ended before.
 func (b *writes) idle(ctx context.Context) bool {
 	select {
-	case b.entry <- struct{}{}:
-		<-b.entry
+	case b.committing <- struct{}{}:
+		<-b.committing
 		return true
 	case <-ctx.Done():
 		return false
@@ -238,27 +242,23 @@ func (b *writes) add(w *write) error {
 func (b *writes) take() []*write {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	var batch []*write
 	size, n := 0, 0
 	for ; n < len(b.waiting); n++ {
-		w := b.waiting[n]
-		if size += w.bytes; size > maxBatchBytes && len(batch) > 0 {
+		if size += b.waiting[n].bytes; size > maxBatchBytes && n > 0 {
 			break
 		}
-		b.count -= len(w.commands)
-		b.bytes -= w.bytes
-		if !w.abandoned {
-			w.taken = true
-			batch = append(batch, w)
-		}
+		b.count -= len(b.waiting[n].commands)
+		b.bytes -= b.waiting[n].bytes
 	}
+	batch := b.waiting[:n:n]
 	if b.waiting = b.waiting[n:]; len(b.waiting) == 0 {
 		b.waiting = nil
 	}
 	return batch
 }
 
-// wait returns the outcome of a write that was added. When ctx ends first, the write is either withdrawn or unknown.
+// wait returns the outcome of a write that was added. When ctx ends first, the write is withdrawn if it is in no batch
+// yet; else it may be executed.
 func (b *writes) wait(ctx context.Context, w *write) outcome {
 	select {
 	case o := <-w.done:
@@ -267,29 +267,33 @@ func (b *writes) wait(ctx context.Context, w *write) outcome {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	switch {
-	case len(w.done) > 0:
-		return <-w.done
-	case w.taken:
+	if i := slices.Index(b.waiting, w); i >= 0 {
+		b.waiting = slices.Delete(b.waiting, i, i+1)
+		b.count -= len(w.commands)
+		b.bytes -= w.bytes
+		return outcome{err: ErrNotInTime}
+	}
+	select {
+	case o := <-w.done:
+		return o
+	default:
 		return outcome{err: ErrUnknownOutcome}
 	}
-	w.abandoned = true
-	return outcome{err: ErrNotInTime}
 }
 
-// commit gives every write of a batch its outcome: the leader appends one log entry, any other node passes on to the
-// leader what has not been passed on already.
-func (b *writes) commit(batch []*write) {
+// commit gives every write of a batch its outcome: the leader appends one log entry, any other node forwards to the
+// leader what was not forwarded to it.
+func (b *writes) commit(ctx context.Context, batch []*write) {
 	began := time.Now()
 	if future := b.node.propose(commandsOf(batch)); future != nil {
-		all := b.await(future)
+		all := b.await(ctx, future)
 		b.learn(batch, time.Since(began))
 		share(batch, all)
 		return
 	}
 	own := batch[:0]
 	for _, w := range batch {
-		if w.hop {
+		if w.forwarded {
 			w.done <- outcome{err: ErrNotLeader}
 		} else {
 			own = append(own, w)
@@ -328,28 +332,23 @@ func share(batch []*write, all outcome) {
 	}
 }
 
-// await returns the outcome of a log entry when it has one.
-func (b *writes) await(future raft.ApplyFuture) outcome {
+// await returns the outcome of a log entry when it has one, or ctx ends.
+func (b *writes) await(ctx context.Context, future raft.ApplyFuture) outcome {
 	began := time.Now()
-	done := make(chan error, 1)
-	go func() { done <- future.Error() }()
-	select {
-	case err := <-done:
+	err := within(ctx, future.Error)
+	switch {
+	case err == nil:
 		b.metrics.commit.Observe(time.Since(began).Seconds())
 		results, _ := future.Response().([][]byte)
-		switch {
-		case err == nil:
-			return outcome{index: future.Index(), results: results}
-		case future.Index() == 0:
-			return outcome{err: ErrNotLeader} // it never was in the log
-		}
-		b.log.Debug("a log entry failed", "index", future.Index(), "error", err)
-	case <-b.ended: // Raft may leave a future unanswered when it shuts down
+		return outcome{index: future.Index(), results: results}
+	case ctx.Err() == nil && future.Index() == 0:
+		return outcome{err: ErrNotLeader} // it never was in the log
 	}
+	b.log.Debug("a log entry failed", "error", err)
 	return outcome{err: ErrUnknownOutcome} // the next leader may still commit the entry
 }
 
-// forward passes commands on to the leader.
+// forward sends commands to the leader.
 func (b *writes) forward(commands [][]byte) outcome {
 	b.metrics.forwarded.Add(float64(len(commands)))
 	answer, err := b.node.callLeader(opApply, appendCommands(nil, commands), requestTimeout)
@@ -364,11 +363,11 @@ func (b *writes) forward(commands [][]byte) outcome {
 	return o
 }
 
-// handleApply executes commands that another node passed on to this one. It answers with an error only when none of
+// handleApply executes commands that another node forwarded to this one. It answers with an error only when none of
 // them can have been executed.
 func (b *writes) handleApply(ctx context.Context, _ string, request []byte) ([]byte, error) {
-	// A batch is no longer than that with the lengths of its commands; only a single command is. A message of nothing but
-	// empty ones would take a hundred times its size in memory.
+	// A batch is no longer than that with the lengths of its commands; only a single command is. A message of nothing
+	// but empty ones would take a hundred times its size in memory.
 	if size, n := binary.Uvarint(request); len(request) > 2*maxBatchBytes && size != uint64(len(request)-n) {
 		return nil, errors.New("the commands are more than a batch")
 	}
@@ -377,23 +376,20 @@ func (b *writes) handleApply(ctx context.Context, _ string, request []byte) ([]b
 		return nil, err
 	}
 	w := newWrite(commands...)
-	w.hop = true
+	w.forwarded = true
 	return encodeOutcome(b.execute(ctx, w)), nil
 }
 
-// The outcome of commands that were passed on travels as one byte of status, the entry's index as a uvarint, and each
+// The outcome of forwarded commands travels as one byte of status, the entry's index as a uvarint, and each
 // result behind its length. A status names one of these errors, 0 none: the numbers are a format.
 var outcomeErrors = []error{0: nil, 1: ErrNotLeader, 2: ErrOverloaded, 3: ErrNotInTime, 4: ErrUnknownOutcome}
 
 func encodeOutcome(o outcome) []byte {
-	status := byte(4) // an error that is not in the list promises nothing
-	for i, err := range outcomeErrors {
-		if o.err == nil && i == 0 || err != nil && errors.Is(o.err, err) {
-			status = byte(i)
-			break
-		}
+	status := slices.IndexFunc(outcomeErrors, func(err error) bool { return errors.Is(o.err, err) })
+	if status < 0 {
+		status = 4 // an error that is not in the list promises nothing
 	}
-	return appendCommands(binary.AppendUvarint([]byte{status}, o.index), o.results)
+	return appendCommands(binary.AppendUvarint([]byte{byte(status)}, o.index), o.results)
 }
 
 func decodeOutcome(b []byte) (o outcome, err error) {

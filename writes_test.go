@@ -40,11 +40,15 @@ func newTestWrites(t *testing.T) *writes {
 	at.onPropose, at.leads = func([][]byte) raft.ApplyFuture { return nil }, func() bool { return true }
 	at.onCall = func(byte, []byte, time.Duration) ([]byte, error) { return nil, ErrNoLeader }
 	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
 	t.Cleanup(func() {
 		cancel()
-		<-w.ended
+		<-ended
 	})
-	go w.run(ctx)
+	go func() {
+		defer close(ended)
+		w.run(ctx)
+	}()
 	return w
 }
 
@@ -317,21 +321,21 @@ func TestGatherWaitsForThoseWhoComeBack(t *testing.T) {
 }
 
 // Only a batch that would have waited counts for how long none does.
-func TestImpatienceIsForThoseWhoWouldWait(t *testing.T) {
+func TestBackoffIsForBatchesThatWouldWait(t *testing.T) {
 	b := newWrites(&testProposer{}, newMetrics(), hclog.NewNullLogger())
-	b.expected, b.patience = 1, -impatience
-	b.gather(t.Context()) // nothing to take
+	b.expected, b.skip = 1, 7
+	b.linger(t.Context()) // nothing to take
 	if err := b.add(newWrite([]byte("as many as expected"))); err != nil {
 		t.Fatal(err)
 	}
-	b.gather(t.Context())
-	if b.patience != -impatience {
-		t.Errorf("got patience %d; want it unchanged at %d", b.patience, -impatience)
+	b.linger(t.Context())
+	if b.skip != 7 {
+		t.Errorf("got %d batches to skip; want it unchanged at 7", b.skip)
 	}
 	b.expected = 2
-	b.gather(t.Context())
-	if want := 1 - impatience; b.patience != want {
-		t.Errorf("got patience %d after a batch that would have waited; want %d", b.patience, want)
+	b.linger(t.Context())
+	if b.skip != 6 {
+		t.Errorf("got %d batches to skip after one that would have waited; want 6", b.skip)
 	}
 }
 
@@ -352,7 +356,7 @@ func TestLearnsBeforeItAnswers(t *testing.T) {
 			}
 			w := newWrite([]byte("command"))
 			w.done = make(chan outcome) // so that it is not answered until somebody listens
-			go b.commit([]*write{w})
+			go b.commit(t.Context(), []*write{w})
 			synctest.Wait()
 			if b.expected != 1 {
 				t.Errorf("leads %v: got %d commands expected before the answer; want 1", leads, b.expected)

@@ -8,7 +8,7 @@ import (
 )
 
 func TestCommitsThatAreStuck(t *testing.T) {
-	var c commits
+	var c replication
 	began := time.Now()
 	for _, step := range []struct {
 		seconds               int
@@ -70,7 +70,7 @@ func TestStuckReplicationIsTold(t *testing.T) {
 		large := func(m simMessage) bool { return m.isRequest(rpcAppendEntries) && len(m.data) > 2000 }
 		pass := s.links(func(from, _ *simNode) bool { return from == leader }, linkState{hold: large})
 		s.writes(leader, "k", `"`+strings.Repeat("v", 3000)+`"`)
-		time.Sleep(stuckReplication - time.Second)
+		time.Sleep(replicationStuckAfter - time.Second)
 		if err := store.Ready(); err != nil || metric() != 0 {
 			t.Errorf("got ready: %v, metric %v after less than the limit; want neither", err, metric())
 		}
