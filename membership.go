@@ -266,7 +266,9 @@ func (v view) bootstrapper() string { return peerIDs(v.peers)[0] }
 // holds nothing, it is that of the node that bootstraps; else that of a leader in whose configuration this node is.
 func (v view) toJoin() string {
 	for _, info := range v.answers {
-		if info.Ready && slices.ContainsFunc(info.Members, func(m member) bool { return nodeOf(m.Server) == v.self }) {
+		isMember := slices.ContainsFunc(info.Members, func(m member) bool { return nodeOf(m.Server) == v.self })
+		willBe := slices.Equal(info.Peers, v.mine().Peers) && v.named(v.self)
+		if info.Ready && (isMember || willBe) {
 			return info.Cluster
 		}
 	}
@@ -314,53 +316,6 @@ func (v view) hasBegun() bool {
 func (v view) neverBegan() bool {
 	bootstrapper, answers := v.answers[nodeOf(v.mine().Cluster)]
 	return answers && bootstrapper.Server != v.mine().Cluster && v.allEmpty()
-}
-
-// change is one change of the configuration.
-type change struct {
-	command raft.ConfigurationChangeCommand
-	member
-}
-
-// nextChange returns the next step by which this leader replaces servers that are gone, false if there is none. A server
-// is gone when its node answers as another server of this cluster. caughtUp says whether a server has executed what this
-// leader had committed when it found the server in the configuration.
-//
-// The steps for one node are: add the new server as a non-voter; remove the old voter when the new one has caught up; make
-// the new one a voter. In this order no step needs more live servers for a majority than the one before. What another
-// leader has begun, and what was itself lost half-way, is finished first.
-func (v view) nextChange(caughtUp func(server string, applied uint64) bool) (change, bool) {
-	byNode := make(map[string][]member)
-	for _, m := range v.mine().Members {
-		byNode[nodeOf(m.Server)] = append(byNode[nodeOf(m.Server)], m)
-	}
-	for _, command := range []raft.ConfigurationChangeCommand{raft.AddVoter, raft.RemoveServer, raft.AddNonvoter} {
-		for _, node := range slices.Sorted(maps.Keys(byNode)) {
-			info, answers := v.answers[node]
-			if !answers || info.Cluster != v.mine().Cluster {
-				continue
-			}
-			isPresent := func(m member) bool { return m.Server == info.Server }
-			i := slices.IndexFunc(byNode[node], isPresent)
-			if i < 0 && command == raft.AddNonvoter {
-				return change{command, member{Server: info.Server, Address: v.addresses[node]}}, true
-			}
-			if i < 0 {
-				continue
-			}
-			present, others := byNode[node][i], slices.DeleteFunc(slices.Clone(byNode[node]), isPresent)
-			mayVote := present.Voter || caughtUp(info.Server, info.Applied)
-			for _, other := range others {
-				if command == raft.RemoveServer && (!other.Voter || mayVote) {
-					return change{command, other}, true
-				}
-			}
-			if command == raft.AddVoter && !present.Voter && mayVote && !slices.ContainsFunc(others, isVoter) {
-				return change{command, present}, true
-			}
-		}
-	}
-	return change{}, false
 }
 
 func isVoter(m member) bool { return m.Voter }
