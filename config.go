@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -60,7 +61,8 @@ type Config struct {
 	HTTPAddr          string // host:port to listen on
 	RaftAddr          string // host:port to listen on
 	RaftAdvertise     string // host:port peers are told; with PEERS, this node's entry there
-	Peers             []Peer // in the order of their ids, this node included
+	Peers             []Peer // in the order of their ids, this node included unless PeersFile leaves it out
+	PeersFile         string // "" for PEERS
 	ReadConsistency   Consistency
 	LogLevel          string // as hclog names it, lower-case
 	LogFormat         string // text or json
@@ -74,6 +76,8 @@ type Config struct {
 	TLSKeyFile        string
 	TLSCAFile         string
 	Warnings          []string // what the operator should know but need not mend; the caller logs them
+
+	peersText string // what PeersFile held
 }
 
 // The cures that more than one message ends in.
@@ -260,11 +264,7 @@ func loadHealthcheck(getenv func(string) string) (*Config, error) {
 // identify settles who this node is, its place in PEERS and its advertised address.
 func (e *env) identify(c *Config, sys system) {
 	host, port := e.host("RAFT_ADVERTISE_ADDR", "", parsePeerHost), e.port("RAFT_ADVERTISE_PORT", "")
-	if text := e.get("PEERS"); text != "" {
-		var problems []error
-		c.Peers, problems = parsePeers(text)
-		e.problems = append(e.problems, problems...)
-	}
+	from := e.readPeers(c)
 	named := fmt.Sprintf("NODE_ID=%q", c.NodeID)
 	if e.get("NODE_ID") == "" {
 		named = fmt.Sprintf("NODE_ID is unset and the system hostname %q", sys.hostname)
@@ -274,22 +274,56 @@ func (e *env) identify(c *Config, sys system) {
 		return // whatever the rest could say would come of this alone
 	}
 	_, raftPort, _ := net.SplitHostPort(c.RaftAddr)
-	if len(c.Peers) == 0 {
-		if host == "" {
-			host = sys.hostIPv4()
-		}
-		c.RaftAdvertise = net.JoinHostPort(host, cmp.Or(port, raftPort))
-		c.Peers = []Peer{{ID: c.NodeID, Addr: c.RaftAdvertise}}
-		return
-	}
 	i := slices.IndexFunc(c.Peers, func(p Peer) bool { return p.ID == c.NodeID })
-	if i < 0 {
-		e.fail("%s is not in PEERS, which has %q: set NODE_ID to one of these, or add this node to PEERS on every node",
-			named, peerIDs(c.Peers))
+	switch {
+	case i >= 0:
+		c.RaftAdvertise = c.Peers[i].Addr
+		c.warnOfPeers(host, port, sys)
+		return
+	case len(c.Peers) > 0 && !(c.PeersFile != "" && c.hasState()):
+		e.fail("%s is not in %s, which has %q: set NODE_ID to one of these, or add this node to %[2]s on every node",
+			named, from, peerIDs(c.Peers))
 		return
 	}
-	c.RaftAdvertise = c.Peers[i].Addr
-	c.warnOfPeers(host, port, sys)
+	if host == "" {
+		host = sys.hostIPv4()
+	}
+	c.RaftAdvertise = net.JoinHostPort(host, cmp.Or(port, raftPort))
+	if len(c.Peers) == 0 {
+		c.Peers = []Peer{{ID: c.NodeID, Addr: c.RaftAdvertise}}
+	} else {
+		c.Warnings = append(c.Warnings, named+" is not in PEERS_FILE: this node is to leave the cluster, and runs on without a vote")
+	}
+}
+
+// readPeers reads PEERS or PEERS_FILE, and returns which of them it was.
+func (e *env) readPeers(c *Config) (name string) {
+	text, problems := e.get("PEERS"), []error(nil)
+	switch c.PeersFile = e.text("PEERS_FILE", ""); {
+	case c.PeersFile != "" && text != "":
+		e.fail("PEERS=%q and PEERS_FILE=%q: set one of them and unset the other", text, c.PeersFile)
+	case c.PeersFile != "":
+		content, err := readPeersFile(c.PeersFile)
+		if err != nil {
+			e.refuse("PEERS_FILE", "will not do: "+err.Error(), "a file that names the nodes, one a line, as id@host:port")
+			return "PEERS_FILE"
+		}
+		c.peersText = content
+		c.Peers, problems = parsePeersFile(content)
+	case text != "":
+		c.Peers, problems = parsePeers("PEERS", text)
+	}
+	e.problems = append(e.problems, problems...)
+	if c.PeersFile != "" {
+		return "PEERS_FILE"
+	}
+	return "PEERS"
+}
+
+// hasState says whether this node has been of a cluster before.
+func (c *Config) hasState() bool {
+	_, err := os.Stat(filepath.Join(c.StateDir, dbName))
+	return c.KVStore != storeMemory && err == nil
 }
 
 // warnOfPeers notes what does not go together with this node's entry in PEERS, which wins over the advertised host and
@@ -355,13 +389,13 @@ func (e *env) checkFiles(c *Config) {
 	}
 }
 
-// parsePeers reads what PEERS holds, and says all that is wrong with it. The peers come in the order of their ids; one
+// parsePeers reads what the variable PEERS, or the file in PEERS_FILE, holds, and says all that is wrong with it. The peers come in the order of their ids; one
 // with a bad address comes without it.
-func parsePeers(text string) (peers []Peer, problems []error) {
+func parsePeers(name, text string) (peers []Peer, problems []error) {
 	for i, entry := range strings.Split(text, ",") {
 		if entry = strings.TrimSpace(entry); entry == "" {
 			problems = append(problems,
-				fmt.Errorf("PEERS=%q is empty at entry %d: remove the stray comma, or unset PEERS", text, i+1))
+				fmt.Errorf("%s=%q is empty at entry %d: remove the stray comma, or unset %[1]s", name, text, i+1))
 			continue
 		}
 		peer, whys := parsePeer(entry)
@@ -372,7 +406,7 @@ func parsePeers(text string) (peers []Peer, problems []error) {
 			whys = append(whys, "has the same address as one before it: give every node its own")
 		}
 		for _, why := range whys {
-			problems = append(problems, fmt.Errorf("PEERS entry %q %s", entry, why))
+			problems = append(problems, fmt.Errorf("%s entry %q %s", name, entry, why))
 		}
 		if peer.ID != "" {
 			peers = append(peers, peer)
@@ -489,7 +523,7 @@ func (c *Config) logPairs() []any {
 	}
 	return []any{
 		"node_id", c.NodeID, "state_dir", c.StateDir, "kv_store", c.KVStore,
-		"http_addr", c.HTTPAddr, "raft_addr", c.RaftAddr, "raft_advertise", c.RaftAdvertise, "peers", strings.Join(peers, ","),
+		"http_addr", c.HTTPAddr, "raft_addr", c.RaftAddr, "raft_advertise", c.RaftAdvertise, "peers", strings.Join(peers, ","), "peers_file", c.PeersFile,
 		"read_consistency", string(c.ReadConsistency), "log_level", c.LogLevel, "log_format", c.LogFormat, "max_body_bytes", c.MaxBodyBytes,
 		"snapshot_threshold", c.SnapshotThreshold, "snapshot_interval", c.SnapshotInterval.String(), "trailing_logs", c.TrailingLogs,
 		"shutdown_timeout", c.ShutdownTimeout.String(), "http_token_file", c.HTTPTokenFile,

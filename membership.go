@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -118,6 +117,7 @@ type membership struct {
 	id       identity
 	waitsFor string    // for people
 	said     time.Time // when the log was last told
+	resizing string    // for people: why the configuration is not what the list says, as the leader sees it
 }
 
 func newMembership(cfg *Config, log hclog.Logger) *membership {
@@ -223,6 +223,25 @@ func (m *membership) reason() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.waitsFor
+}
+
+// setResize takes note of why the configuration is not what the list says, and logs what is new.
+func (m *membership) setResize(reason string) {
+	m.mu.Lock()
+	before := m.resizing
+	m.resizing = reason
+	m.mu.Unlock()
+	if reason != before && reason != "" {
+		m.log.Info("the membership is not what the list says", "reason", reason)
+	} else if reason != before {
+		m.log.Info("the membership is what the list says")
+	}
+}
+
+func (m *membership) resize() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.resizing
 }
 
 // poke has this node look at the others soon.
@@ -504,7 +523,13 @@ func (s *Store) replace(v view, found map[string]uint64) (soon bool) {
 		}
 		soon = soon || !m.Voter
 	}
-	step, there := v.nextChange(func(server string, applied uint64) bool { return applied >= found[server] })
+	p := v.plan(s.list.removes(), func(server string, applied uint64) bool { return applied >= found[server] })
+	s.membership.setResize(p.waitsFor())
+	step, there := p.next()
+	if !there && p.handsOver() {
+		s.log.Info("this leader is not in the list: it hands its leadership over")
+		s.handOver(s.ctx, s.raft.Load())
+	}
 	if !there {
 		return soon
 	}

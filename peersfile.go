@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -14,7 +15,7 @@ import (
 )
 
 const (
-	peersFileInterval = 2 * time.Second // between two looks at PEERS_FILE
+	peersFileInterval = 2 * time.Second // for which PEERS_FILE must stay the same before it counts
 	maxPeersFile      = 1 << 20         // bytes
 )
 
@@ -44,22 +45,25 @@ func (l *peerList) get() []Peer { return *l.now.Load() }
 // removes says whether a node that is not in the list is to leave the cluster.
 func (l *peerList) removes() bool { return l.path != "" }
 
-// follow reads PEERS_FILE again and again, and when asked, for as long as the process runs: it may be on a mount that
-// is dead. It returns at once where the list comes from PEERS.
-func (l *peerList) follow(asked <-chan struct{}) {
+// follow reads PEERS_FILE again and again until ctx ends. It may hang in a look, if the file is on a mount that is dead.
+// It returns at once where the list comes from PEERS.
+func (l *peerList) follow(ctx context.Context) {
 	if l.path == "" {
 		return
 	}
-	for tick := time.Tick(peersFileInterval); ; {
+	tick := time.NewTicker(peersFileInterval / 2)
+	defer tick.Stop()
+	for {
 		select {
-		case <-tick:
-		case <-asked:
+		case <-tick.C:
+			l.look(time.Now())
+		case <-ctx.Done():
+			return
 		}
-		l.look(time.Now())
 	}
 }
 
-// look reads PEERS_FILE. A new list counts when two looks, peersFileInterval apart, have found the same bytes: a file
+// look reads PEERS_FILE. A new list counts when it has been the same for peersFileInterval: a file
 // that is half written may hold a list that is valid and shorter.
 func (l *peerList) look(now time.Time) {
 	text, err := readPeersFile(l.path)

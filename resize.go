@@ -191,34 +191,34 @@ func (p plan) waitsFor() string {
 	add := func(format string, args ...any) { parts = append(parts, fmt.Sprintf(format, args...)) }
 	for _, node := range p.mine().Peers {
 		info, answers := p.answers[node]
-		switch voter := slices.ContainsFunc(p.byNode[node], isVoter); {
-		case voter:
+		switch {
+		case slices.ContainsFunc(p.byNode[node], isVoter):
 		case !answers:
 			add("%s at %s: %v", node, p.addresses[node], causeOf(p.silent[node]))
 		case info.Cluster != "" && info.Cluster != p.mine().Cluster:
 			add("%s is of another cluster, %s", node, info.Cluster)
 		case p.byNode[node] != nil:
 			add("%s is catching up", node)
-		case p.agreed:
-			add("%s is about to be added", node)
+		default:
+			add("%s is to be added", node)
 		}
 	}
 	for _, node := range slices.Sorted(maps.Keys(p.byNode)) {
 		switch {
 		case p.named(node):
-		case !p.removes:
+		case p.removes:
+			add("%s is to be removed", node)
+		default:
 			add("%s is not in PEERS: only PEERS_FILE removes a node", node)
-		case p.agreed:
-			add("%s is about to be removed", node)
 		}
 	}
-	if len(parts) > 0 && !p.agreed {
-		for _, node := range slices.Sorted(maps.Keys(p.answers)) {
-			if other := p.answers[node].Peers; !slices.Equal(other, p.mine().Peers) {
-				add("%s names %s", node, strings.Join(other, ", "))
-			}
-		}
-		parts = append([]string{"no majority of the voters and of the list names the same nodes"}, parts...)
+	if len(parts) == 0 || p.agreed {
+		return strings.Join(parts, "; ")
 	}
-	return strings.Join(parts, "; ")
+	for _, node := range slices.Sorted(maps.Keys(p.answers)) {
+		if other := p.answers[node].Peers; !slices.Equal(other, p.mine().Peers) {
+			add("%s names %s", node, strings.Join(other, ", "))
+		}
+	}
+	return "no majority of the voters and of the list answers and names the same nodes: " + strings.Join(parts, "; ")
 }

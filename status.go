@@ -27,6 +27,15 @@ type Status struct {
 	Keys          int          `json:"keys"`       // StateMachine.Len
 	Peers         []PeerStatus `json:"peers"`
 	PeersDrift    bool         `json:"peers_drift"` // ids or voters of the membership are not what PEERS says
+
+	Membership MembershipStatus `json:"membership"`
+}
+
+// MembershipStatus compares the nodes that there are with those that there should be.
+type MembershipStatus struct {
+	Wanted   []string `json:"wanted"`    // ids in this node's PEERS or PEERS_FILE
+	Actual   []string `json:"actual"`    // of nodes that vote
+	WaitsFor string   `json:"waits_for"` // what the leader says keeps the one from being the other, "" for nothing
 }
 
 // PeerStatus is one node of the cluster, at the address where this node looks for it.
@@ -46,6 +55,7 @@ func (s *Store) Status() Status {
 		KVStore: s.cfg.KVStore, Version: version, Cluster: s.membership.cluster(), Keys: s.replica.size(), Peers: []PeerStatus{},
 		PeersDrift: s.drift(),
 	}
+	status.Membership = MembershipStatus{Wanted: peerIDs(s.list.get()), Actual: []string{}}
 	r := s.raft.Load()
 	if r == nil {
 		return status
@@ -56,7 +66,16 @@ func (s *Store) Status() Status {
 	} else if !contact.IsZero() {
 		status.LastContactMS = time.Since(contact).Milliseconds()
 	}
-	status.Peers = s.recent().status(s.members())
+	v, members := s.recent(), s.members()
+	status.Peers = v.status(members)
+	for _, p := range status.Peers {
+		if p.Voter {
+			status.Membership.Actual = append(status.Membership.Actual, p.ID)
+		}
+	}
+	if leader, answers := v.answers[state.Leader]; answers && status.PeersDrift {
+		status.Membership.WaitsFor = leader.Resize
+	}
 	return status
 }
 
@@ -69,6 +88,7 @@ func (s *Store) export() {
 	m.flag("replication_stuck", "1 on a leader that has not got a log entry to a majority for 10 s, though heartbeats pass.", s.stuck.Load)
 	m.flag("has_leader", "1 when this node knows a leader.", func() bool { return s.Leader() != "" })
 	m.flag("peers_drift", "1 when ids or voters of the membership are not what PEERS says.", s.drift)
+	m.flag("peers_file_bad", "1 while PEERS_FILE cannot be used, and an older list is in use.", s.list.bad.Load)
 	m.gauge("voters", "Members of the cluster that vote.", func() float64 { return float64(s.voters()) })
 	ofRaft := func(f func(*raft.Raft) uint64) func() float64 {
 		return func() float64 {

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -49,6 +50,7 @@ type Store struct {
 	port     port                                                       // opened by Open, unless there is one
 	certs    *reloaded[*certificates]                                   // nil for no TLS; set before Open
 
+	list       *peerList
 	membership *membership
 	replica    *replica
 	storage    *storage
@@ -67,6 +69,8 @@ type Store struct {
 	current      chan struct{}         // closed when this node has caught up
 	commits      commits
 	stuck        atomic.Bool // this node leads and cannot get its entries to a majority
+
+	learned atomic.Pointer[map[string]string] // addresses of nodes, from answers of others; not changed once stored
 
 	looking sync.Mutex // guards what follows, and is held while the others are asked
 	seen    view
@@ -87,7 +91,9 @@ func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *
 		current:      make(chan struct{}),
 		failed:       make(chan error, 1),
 	}
+	s.learned.Store(new(map[string]string))
 	s.ctx, s.cancel = context.WithCancel(context.Background())
+	s.list = newPeerList(cfg, log.Named("membership"))
 	s.membership = newMembership(cfg, log.Named("membership"))
 	s.replica = &replica{machine: machine, metrics: m, fail: s.fail, released: make(chan struct{}, 1)}
 	s.rounds = newReadRounds(m, s.findReadIndex)
@@ -142,6 +148,7 @@ func (s *Store) Open() error {
 	s.wg.Go(func() { s.writes.run(s.ctx) })
 	s.wg.Go(func() { s.rounds.run(s.ctx) })
 	s.wg.Go(s.watch)
+	go s.list.follow(s.ctx)
 	s.wg.Go(func() {
 		if err := s.join(); err != nil && s.ctx.Err() == nil {
 			s.end(err)
@@ -168,8 +175,7 @@ func (s *Store) join() error {
 	}
 	s.wg.Go(s.tend)
 	if s.drift() {
-		s.log.Warn("PEERS names other nodes than the stored membership, which stays as it is", "peers", s.cfg.Peers,
-			"membership", s.members())
+		s.log.Warn("the list of nodes is not what the stored membership is", "list", peerIDs(s.list.get()), "membership", s.members())
 	}
 	for s.membership.at() < stageCurrent && s.ctx.Err() == nil {
 		if s.Read(s.ctx, Linearizable, func() {}) == nil {
@@ -597,6 +603,8 @@ func (s *Store) leadsReady() bool { return s.ready.Load() > 0 && s.leadsIn(s.rea
 // Ready returns nil when this node can do its part: it knows the leader, has caught up since it started, and votes.
 func (s *Store) Ready() error {
 	switch {
+	case !slices.ContainsFunc(s.list.get(), func(p Peer) bool { return p.ID == s.cfg.NodeID }):
+		return errors.New("this node is not in PEERS_FILE: it leaves the cluster, or has left it")
 	case s.raft.Load() == nil || s.Leader() == "":
 		return errors.New(s.membership.reason())
 	case !s.CaughtUp():
@@ -644,18 +652,23 @@ func (s *Store) drift() bool {
 	for _, m := range members {
 		voters[nodeOf(m.Server)] = voters[nodeOf(m.Server)] || m.Voter
 	}
-	return len(members) > 0 && (len(voters) != len(s.cfg.Peers) ||
-		slices.ContainsFunc(s.cfg.Peers, func(p Peer) bool { return !voters[p.ID] }))
+	return len(members) > 0 && (len(voters) != len(s.list.get()) ||
+		slices.ContainsFunc(s.list.get(), func(p Peer) bool { return !voters[p.ID] }))
 }
 
-// addresses says where each node listens: where PEERS has it, else where the configuration has it.
+// addresses says where each node listens: where the list has it, else where the configuration has it or, for a server
+// that has no configuration yet, that of the nodes of the list.
 func (s *Store) addresses() map[string]string {
 	addresses := make(map[string]string)
+	maps.Copy(addresses, *s.learned.Load())
 	for _, m := range s.members() {
 		addresses[nodeOf(m.Server)] = m.Address
 	}
-	for _, p := range s.cfg.Peers {
+	for _, p := range s.list.get() {
 		addresses[p.ID] = p.Addr
+	}
+	if addresses[s.cfg.NodeID] == "" { // it is in no list any more
+		addresses[s.cfg.NodeID] = s.cfg.RaftAdvertise
 	}
 	return addresses
 }
@@ -753,7 +766,8 @@ func (s *Store) mostAdvanced(ctx context.Context) (best string) {
 	v, longest := s.lookAround(ctx), uint64(0)
 	for _, m := range s.members() {
 		info := v.answers[nodeOf(m.Server)]
-		if m.Voter && m.Server != s.membership.server() && info.Server == m.Server && info.LastIndex > longest {
+		stays := !s.list.removes() || v.named(nodeOf(m.Server))
+		if m.Voter && stays && m.Server != s.membership.server() && info.Server == m.Server && info.LastIndex > longest {
 			best, longest = m.Server, info.LastIndex
 		}
 	}

@@ -36,6 +36,7 @@ type nodeInfo struct {
 	Members []member `json:"members"` // of its newest configuration
 
 	WaitsFor string `json:"waits_for"` // for people
+	Resize   string `json:"resize"`    // for people, from the leader: what keeps the membership from being what the list says
 }
 
 // view is what a node sees when it has asked the others, and itself.
@@ -124,6 +125,10 @@ func (v view) besideLeader(node string) string {
 	slices.Sort(nodes)
 	nodes = slices.Compact(nodes)
 	switch {
+	case !slices.Contains(nodes, v.self) && slices.Contains(leader.Peers, v.self):
+		if !slices.Equal(leader.Peers, v.mine().Peers) {
+			return fmt.Sprintf("%s, which leads, names other nodes than this one: %s", node, strings.Join(leader.Peers, ", "))
+		}
 	case !slices.Contains(nodes, v.self):
 		noun := "members"
 		if len(nodes) == 1 {
@@ -201,7 +206,7 @@ func causeOf(err error) error {
 // info returns what this node says of itself.
 func (s *Store) info() (nodeInfo, error) {
 	id := s.membership.identity()
-	info := nodeInfo{Server: id.Server, Cluster: id.Cluster, Peers: peerIDs(s.cfg.Peers), Applied: s.replica.applied.load()}
+	info := nodeInfo{Server: id.Server, Cluster: id.Cluster, Peers: peerIDs(s.list.get()), Applied: s.replica.applied.load()}
 	info.WaitsFor = s.membership.reason()
 	var err error
 	if info.LastIndex, info.LastTerm, err = s.storage.lastEntry(); err != nil {
@@ -209,6 +214,7 @@ func (s *Store) info() (nodeInfo, error) {
 	}
 	if r := s.raft.Load(); r != nil {
 		_, leader := r.LeaderWithID()
+		info.Resize = s.membership.resize()
 		info.Running, info.Ready, info.Leader, info.Members = true, s.leadsReady(), string(leader), s.members()
 	}
 	return info, nil
@@ -235,7 +241,7 @@ func (s *Store) handleWho(context.Context, string, []byte) ([]byte, error) {
 // lookAround asks all nodes of PEERS and of the configuration who they are, this one among them.
 func (s *Store) lookAround(ctx context.Context) view {
 	v := view{
-		self: s.cfg.NodeID, peers: s.cfg.Peers,
+		self: s.cfg.NodeID, peers: s.list.get(),
 		answers: make(map[string]nodeInfo), silent: make(map[string]error), addresses: s.addresses(), listens: s.cfg.RaftAddr,
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
@@ -257,7 +263,22 @@ func (s *Store) lookAround(ctx context.Context) view {
 		})
 	}
 	wg.Wait()
+	s.learn(v)
 	return v
+}
+
+// learn takes note, while this server has no configuration, of where the members of the others' listen: the leader of a
+// cluster that is to have this node may be about to leave it, and then it is in no list.
+func (s *Store) learn(v view) {
+	learned := make(map[string]string)
+	if s.raft.Load() == nil {
+		for _, info := range v.answers {
+			for _, m := range info.Members {
+				learned[nodeOf(m.Server)] = m.Address
+			}
+		}
+	}
+	s.learned.Store(&learned)
 }
 
 // askWho asks a node who it is.
