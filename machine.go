@@ -9,6 +9,7 @@ import (
 	"hash/crc32"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -43,7 +44,9 @@ type replica struct {
 	machine StateMachine
 	metrics *metrics
 	applied progress // index of the last command or configuration that has been executed here
-	config  progress // index of the last configuration among them since the start
+	// executed is the newest version of commands that has been executed; see upgrade.go.
+	executed atomic.Uint32
+	config   progress // index of the last configuration among them since the start
 	// fail stops the process with a reason and does not return while it stops.
 	fail     func(error)
 	released chan struct{} // holds a token when Raft has done with a snapshot, whatever has come of it
@@ -80,6 +83,7 @@ func (r *replica) Apply(entry *raft.Log) any {
 	results := make([][]byte, len(commands))
 	r.mu.Lock()
 	for i, command := range commands {
+		r.executed.Store(max(r.executed.Load(), uint32(r.commandVersion(command))))
 		if results[i], err = r.machine.Apply(command, at); err != nil {
 			r.mu.Unlock()
 			r.fail(fmt.Errorf("log entry %d, command %d: %w", entry.Index, i, err))
@@ -103,7 +107,7 @@ func (r *replica) StoreConfiguration(index uint64, _ raft.Configuration) {
 func (r *replica) Snapshot() (raft.FSMSnapshot, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return &snapshot{index: r.applied.load(), write: r.machine.Snapshot(), released: r.released}, nil
+	return &snapshot{index: r.applied.load(), executed: byte(r.executed.Load()), write: r.machine.Snapshot(), released: r.released}, nil
 }
 
 // Restore replaces the state by that of a snapshot. One that cannot be read stops the process, like an entry: raft would
@@ -119,9 +123,13 @@ func (r *replica) Restore(source io.ReadCloser) error {
 // restore leaves readers the old state until all of the new one has been read and its checksum has been found right.
 func (r *replica) restore(source io.Reader) error {
 	reader := &snapshotReader{r: bufio.NewReaderSize(source, snapshotBuffer)}
-	index, err := reader.header()
+	index, executed, err := reader.header()
 	if err != nil {
 		return fmt.Errorf("snapshot header: %w", err)
+	}
+	if known := r.knownVersion(); executed > known {
+		return fmt.Errorf("snapshot: it has the effects of commands of version %d, and this binary knows no more than %d: "+
+			"start this node with the newer binary", executed, known)
 	}
 	install, err1 := r.machine.Restore(reader)
 	left, err2 := reader.finish() // also after an error, which damage explains
@@ -135,6 +143,7 @@ func (r *replica) restore(source io.Reader) error {
 	}
 	r.mu.Lock()
 	install()
+	r.executed.Store(uint32(executed))
 	r.mu.Unlock()
 	r.applied.advance(index)
 	return nil
@@ -142,6 +151,7 @@ func (r *replica) restore(source io.Reader) error {
 
 type snapshot struct {
 	index    uint64
+	executed byte // newest version of commands in it
 	write    func(io.Writer) error
 	released chan<- struct{}
 }
@@ -277,17 +287,27 @@ func decodeCommands(b []byte) ([][]byte, error) {
 	return commands, nil
 }
 
-// The format of a snapshot, on disk and between nodes: snapshotMagic, whose last byte is the version; the applied index
-// as 8 bytes; what the state machine has written; and the CRC-32C of all that.
+// The format of a snapshot, on disk and between nodes: snapshotMagic; a byte of version; the applied index as 8 bytes;
+// in version 3 a byte with the newest version of commands executed; what the state machine has written; and the CRC-32C
+// of all that. As long as only commands of the first version have been executed the snapshot is of version 2, which
+// older binaries read, too.
 const (
-	snapshotMagic  = "RSTSNAP\x02"
+	snapshotMagic  = "RSTSNAP"
 	snapshotBuffer = 64 << 10
 )
 
 func (s *snapshot) writeTo(w io.Writer) error {
 	sum := crc32.New(castagnoli)
 	b := bufio.NewWriterSize(io.MultiWriter(w, sum), snapshotBuffer)
-	_, err := b.Write(binary.BigEndian.AppendUint64([]byte(snapshotMagic), s.index))
+	head := append([]byte(snapshotMagic), 2)
+	if s.executed > firstCommandVersion {
+		head[len(snapshotMagic)] = 3
+	}
+	head = binary.BigEndian.AppendUint64(head, s.index)
+	if s.executed > firstCommandVersion {
+		head = append(head, s.executed)
+	}
+	_, err := b.Write(head)
 	if err := errors.Join(err, s.write(b), b.Flush()); err != nil {
 		return err
 	}
@@ -313,15 +333,23 @@ func (s *snapshotReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (s *snapshotReader) header() (index uint64, err error) {
-	var head [len(snapshotMagic) + 8]byte
-	if _, err := io.ReadFull(s, head[:]); err != nil {
-		return 0, truncated(err)
+func (s *snapshotReader) header() (index uint64, executed byte, err error) {
+	var head [len(snapshotMagic) + 1 + 8 + 1]byte
+	known := head[:len(head)-1]
+	if _, err := io.ReadFull(s, known); err != nil {
+		return 0, 0, truncated(err)
 	}
-	if string(head[:len(snapshotMagic)]) != snapshotMagic {
-		return 0, errors.New("not a snapshot of this service, or one of a version that this binary does not know")
+	version := known[len(snapshotMagic)]
+	if string(known[:len(snapshotMagic)]) != snapshotMagic || version < 2 || version > 3 {
+		return 0, 0, errors.New("not a snapshot of this service, or one of a version that this binary does not know")
 	}
-	return binary.BigEndian.Uint64(head[len(snapshotMagic):]), nil
+	if executed = firstCommandVersion; version == 3 {
+		if _, err := io.ReadFull(s, head[len(known):]); err != nil {
+			return 0, 0, truncated(err)
+		}
+		executed = head[len(known)]
+	}
+	return binary.BigEndian.Uint64(known[len(snapshotMagic)+1:]), executed, nil
 }
 
 // finish reads what is left, says how much it was, and compares the checksum.

@@ -523,6 +523,7 @@ func (s *Store) replace(v view, found map[string]uint64) (soon bool) {
 		}
 		soon = soon || !m.Voter
 	}
+	s.versions.note(v, s.State().Term, info.Members)
 	p := v.plan(s.list.removes(), func(server string, applied uint64) bool { return applied >= found[server] })
 	s.membership.setResize(p.waitsFor())
 	step, there := p.next()

@@ -469,6 +469,9 @@ func (s *server) writeError(w *answer, r *http.Request, err error) {
 			p.Status, p.Detail = row.status, row.err.Error()
 		}
 	}
+	if errors.Is(err, ErrNotUpgraded) {
+		p.Status, p.Detail = http.StatusServiceUnavailable, err.Error()
+	}
 	p.Title = http.StatusText(p.Status)
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		p.Outcome = "not-applied"

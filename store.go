@@ -68,6 +68,7 @@ type Store struct {
 	handing      atomic.Bool           // leadership is being handed over: no more entries
 	current      chan struct{}         // closed when this node has caught up
 	commits      commits
+	versions     voterVersions
 	stuck        atomic.Bool // this node leads and cannot get its entries to a majority
 
 	learned atomic.Pointer[map[string]string] // addresses of nodes, from answers of others; not changed once stored
@@ -175,7 +176,7 @@ func (s *Store) join() error {
 	}
 	s.wg.Go(s.tend)
 	if s.drift() {
-		s.log.Warn("the list of nodes is not what the stored membership is", "list", peerIDs(s.list.get()), "membership", s.members())
+		s.log.Warn("PEERS names other nodes than the stored membership", "peers", peerIDs(s.list.get()), "membership", s.members())
 	}
 	for s.membership.at() < stageCurrent && s.ctx.Err() == nil {
 		if s.Read(s.ctx, Linearizable, func() {}) == nil {
@@ -311,6 +312,9 @@ func (s *Store) Apply(ctx context.Context, command []byte) (Result, error) {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, requestTimeout)
 		defer cancel()
+	}
+	if err := s.checkVersion(ctx, command); err != nil {
+		return Result{}, err
 	}
 	var o outcome
 	err := s.leadership.try(ctx, func() error {

@@ -35,6 +35,10 @@ type nodeInfo struct {
 	Leader  string   `json:"leader"`  // the server that it takes for the leader, "" for none
 	Members []member `json:"members"` // of its newest configuration
 
+	Commands byte   `json:"commands"` // newest version of commands that it knows
+	Lowest   byte   `json:"lowest"`   // as the leader: the newest version that all voters know; 0 while it has not heard from one
+	Behind   string `json:"behind"`   // as the leader: a node that knows no more than that
+
 	WaitsFor string `json:"waits_for"` // for people
 	Resize   string `json:"resize"`    // for people, from the leader: what keeps the membership from being what the list says
 }
@@ -207,6 +211,7 @@ func causeOf(err error) error {
 func (s *Store) info() (nodeInfo, error) {
 	id := s.membership.identity()
 	info := nodeInfo{Server: id.Server, Cluster: id.Cluster, Peers: peerIDs(s.list.get()), Applied: s.replica.applied.load()}
+	info.Commands = s.replica.knownVersion()
 	info.WaitsFor = s.membership.reason()
 	var err error
 	if info.LastIndex, info.LastTerm, err = s.storage.lastEntry(); err != nil {
@@ -214,6 +219,7 @@ func (s *Store) info() (nodeInfo, error) {
 	}
 	if r := s.raft.Load(); r != nil {
 		_, leader := r.LeaderWithID()
+		info.Lowest, info.Behind = s.versions.get()
 		info.Resize = s.membership.resize()
 		info.Running, info.Ready, info.Leader, info.Members = true, s.leadsReady(), string(leader), s.members()
 	}
