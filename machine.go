@@ -287,25 +287,22 @@ func decodeCommands(b []byte) ([][]byte, error) {
 	return commands, nil
 }
 
-// The format of a snapshot, on disk and between nodes: snapshotMagic; a byte of version; the applied index as 8 bytes;
-// in version 3 a byte with the newest version of commands executed; what the state machine has written; and the CRC-32C
-// of all that. As long as only commands of the first version have been executed the snapshot is of version 2, which
-// older binaries read, too.
+// The format of a snapshot, on disk and between nodes: snapshotMagic or snapshotMagic3, whose last byte is the version;
+// the applied index as 8 bytes; in version 3 a byte, the newest version of commands executed; what the state machine has
+// written; and the CRC-32C of all that. Version 3 is written once a command of another version than the first has been
+// executed: until then older binaries can read the snapshot.
 const (
-	snapshotMagic  = "RSTSNAP"
+	snapshotMagic  = "RSTSNAP\x02"
+	snapshotMagic3 = "RSTSNAP\x03"
 	snapshotBuffer = 64 << 10
 )
 
 func (s *snapshot) writeTo(w io.Writer) error {
 	sum := crc32.New(castagnoli)
 	b := bufio.NewWriterSize(io.MultiWriter(w, sum), snapshotBuffer)
-	head := append([]byte(snapshotMagic), 2)
+	head := binary.BigEndian.AppendUint64([]byte(snapshotMagic), s.index)
 	if s.executed > firstCommandVersion {
-		head[len(snapshotMagic)] = 3
-	}
-	head = binary.BigEndian.AppendUint64(head, s.index)
-	if s.executed > firstCommandVersion {
-		head = append(head, s.executed)
+		head = append(binary.BigEndian.AppendUint64([]byte(snapshotMagic3), s.index), s.executed)
 	}
 	_, err := b.Write(head)
 	if err := errors.Join(err, s.write(b), b.Flush()); err != nil {
@@ -334,22 +331,21 @@ func (s *snapshotReader) Read(p []byte) (int, error) {
 }
 
 func (s *snapshotReader) header() (index uint64, executed byte, err error) {
-	var head [len(snapshotMagic) + 1 + 8 + 1]byte
-	known := head[:len(head)-1]
-	if _, err := io.ReadFull(s, known); err != nil {
+	var head [len(snapshotMagic) + 8]byte
+	if _, err := io.ReadFull(s, head[:]); err != nil {
 		return 0, 0, truncated(err)
 	}
-	version := known[len(snapshotMagic)]
-	if string(known[:len(snapshotMagic)]) != snapshotMagic || version < 2 || version > 3 {
-		return 0, 0, errors.New("not a snapshot of this service, or one of a version that this binary does not know")
-	}
-	if executed = firstCommandVersion; version == 3 {
-		if _, err := io.ReadFull(s, head[len(known):]); err != nil {
+	version := []byte{firstCommandVersion}
+	switch string(head[:len(snapshotMagic)]) {
+	case snapshotMagic:
+	case snapshotMagic3:
+		if _, err := io.ReadFull(s, version); err != nil {
 			return 0, 0, truncated(err)
 		}
-		executed = head[len(known)]
+	default:
+		return 0, 0, errors.New("not a snapshot of this service, or one of a version that this binary does not know")
 	}
-	return binary.BigEndian.Uint64(known[len(snapshotMagic)+1:]), executed, nil
+	return binary.BigEndian.Uint64(head[len(snapshotMagic):]), version[0], nil
 }
 
 // finish reads what is left, says how much it was, and compares the checksum.
