@@ -72,6 +72,7 @@ func (w *testWriter) stop() {
 type testNode struct {
 	*Store
 	kv      *KV
+	machine StateMachine // nil for the service's own
 	server  *server
 	cfg     *Config
 	url     string // of its HTTP API
@@ -166,7 +167,11 @@ func (c *testCluster) start(i int) {
 	log := testLogger(c.t, node.cfg.NodeID)
 	machine := newMachine()
 	m := newMetrics()
-	node.Store = NewStore(node.cfg, machine, m, log)
+	var replicated StateMachine = machine
+	if node.machine != nil {
+		replicated = node.machine
+	}
+	node.Store = NewStore(node.cfg, replicated, m, log)
 	var err error
 	if node.certs, err = openCertificates(node.cfg, m, log); err != nil {
 		c.t.Fatalf("certificates: %v", err)
