@@ -24,13 +24,13 @@ const (
 	portRule = "a number from 1 to 65535"
 )
 
-// parsePeers reads PEERS and returns the peers in the order of their ids, and all problems. A peer with a bad address
+// parsePeers reads PEERS or PEERS_FILE, whichever name says, and returns the peers in the order of their ids, and all problems. A peer with a bad address
 // has the address "".
-func parsePeers(text string) (peers []Peer, problems []error) {
+func parsePeers(name, text string) (peers []Peer, problems []error) {
 	for i, entry := range strings.Split(text, ",") {
 		if entry = strings.TrimSpace(entry); entry == "" {
 			problems = append(problems,
-				fmt.Errorf("PEERS=%q is empty at entry %d: remove the stray comma, or unset PEERS", text, i+1))
+				fmt.Errorf("%s=%q is empty at entry %d: remove the stray comma, or unset %[1]s", name, text, i+1))
 			continue
 		}
 		peer, whys := parsePeer(entry)
@@ -42,7 +42,7 @@ func parsePeers(text string) (peers []Peer, problems []error) {
 			whys = append(whys, "has the same address as one before it: give every node its own")
 		}
 		for _, why := range whys {
-			problems = append(problems, fmt.Errorf("PEERS entry %q %s", entry, why))
+			problems = append(problems, fmt.Errorf("%s entry %q %s", name, entry, why))
 		}
 		if peer.ID != "" {
 			peers = append(peers, peer)

@@ -10,6 +10,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -54,7 +55,8 @@ type Config struct {
 	HTTPAddr          string // host:port to listen on
 	RaftAddr          string // host:port to listen on
 	RaftAdvertise     string // host:port peers are told; with PEERS, this node's entry there
-	Peers             []Peer // in the order of their ids, this node included
+	Peers             []Peer // in the order of their ids, this node included unless PeersFile leaves it out
+	PeersFile         string // "" for PEERS
 	ReadConsistency   Consistency
 	LogLevel          string // as hclog names it, lower-case
 	LogFormat         string // text or json
@@ -68,6 +70,8 @@ type Config struct {
 	TLSKeyFile        string
 	TLSCAFile         string
 	Warnings          []string // what the operator should know, though the node can run; the caller logs them
+
+	peersText string // what PeersFile held
 }
 
 // helpText is what --help prints. README.md has the same as a table; a test holds both and loadConfig together.
@@ -247,11 +251,7 @@ func loadHealthcheck(getenv func(string) string) (*Config, error) {
 // identify sets the node's id, its peers and its advertised address.
 func (e *env) identify(c *Config, sys system) {
 	host, port := e.host("RAFT_ADVERTISE_ADDR", "", parsePeerHost), e.port("RAFT_ADVERTISE_PORT", "")
-	if text := e.get("PEERS"); text != "" {
-		var problems []error
-		c.Peers, problems = parsePeers(text)
-		e.problems = append(e.problems, problems...)
-	}
+	from := e.readPeers(c)
 	named := fmt.Sprintf("NODE_ID=%q", c.NodeID)
 	if e.get("NODE_ID") == "" {
 		named = fmt.Sprintf("NODE_ID is unset and the system hostname %q", sys.hostname)
@@ -261,22 +261,56 @@ func (e *env) identify(c *Config, sys system) {
 		return // the checks below would only report the same
 	}
 	_, raftPort, _ := net.SplitHostPort(c.RaftAddr)
-	if len(c.Peers) == 0 {
-		if host == "" {
-			host = sys.hostIPv4()
-		}
-		c.RaftAdvertise = net.JoinHostPort(host, cmp.Or(port, raftPort))
-		c.Peers = []Peer{{ID: c.NodeID, Addr: c.RaftAdvertise}}
-		return
-	}
 	i := slices.IndexFunc(c.Peers, func(p Peer) bool { return p.ID == c.NodeID })
-	if i < 0 {
-		e.problem("%s is not in PEERS, which has %q: set NODE_ID to one of these, or add this node to PEERS on every "+
-			"node", named, peerIDs(c.Peers))
+	switch {
+	case i >= 0:
+		c.RaftAdvertise = c.Peers[i].Addr
+		c.warnOfPeers(host, port, sys)
+		return
+	case len(c.Peers) > 0 && (c.PeersFile == "" || !c.hasState()):
+		e.problem("%s is not in %s, which has %q: set NODE_ID to one of these, or add this node to %[2]s on every node",
+			named, from, peerIDs(c.Peers))
 		return
 	}
-	c.RaftAdvertise = c.Peers[i].Addr
-	c.warnOfPeers(host, port, sys)
+	if host == "" {
+		host = sys.hostIPv4()
+	}
+	c.RaftAdvertise = net.JoinHostPort(host, cmp.Or(port, raftPort))
+	if len(c.Peers) == 0 {
+		c.Peers = []Peer{{ID: c.NodeID, Addr: c.RaftAdvertise}}
+	} else {
+		c.Warnings = append(c.Warnings, named+" is not in PEERS_FILE: this node is to leave the cluster")
+	}
+}
+
+// readPeers reads PEERS or PEERS_FILE, and returns which of them it was.
+func (e *env) readPeers(c *Config) (name string) {
+	text, problems := e.get("PEERS"), []error(nil)
+	switch c.PeersFile = e.text("PEERS_FILE", ""); {
+	case c.PeersFile != "" && text != "":
+		e.problem("PEERS=%q and PEERS_FILE=%q: set one of them and unset the other", text, c.PeersFile)
+	case c.PeersFile != "":
+		content, err := readPeersFile(c.PeersFile)
+		if err != nil {
+			e.invalid("PEERS_FILE", "will not do: "+err.Error(), "a file that names the nodes, one a line, as id@host:port")
+			return "PEERS_FILE"
+		}
+		c.peersText = content
+		c.Peers, problems = parsePeersFile(content)
+	case text != "":
+		c.Peers, problems = parsePeers("PEERS", text)
+	}
+	e.problems = append(e.problems, problems...)
+	if c.PeersFile != "" {
+		return "PEERS_FILE"
+	}
+	return "PEERS"
+}
+
+// hasState says whether this node has been of a cluster before.
+func (c *Config) hasState() bool {
+	_, err := os.Stat(filepath.Join(c.StateDir, dbName))
+	return c.KVStore != storeMemory && err == nil
 }
 
 // warnOfPeers warns of variables that contradict this node's entry in PEERS. The entry is what is advertised to peers,
@@ -357,7 +391,7 @@ func (c *Config) logPairs() []any {
 	return []any{
 		"node_id", c.NodeID, "state_dir", c.StateDir, "kv_store", c.KVStore,
 		"http_addr", c.HTTPAddr, "raft_addr", c.RaftAddr, "raft_advertise", c.RaftAdvertise,
-		"peers", strings.Join(peers, ","), "read_consistency", string(c.ReadConsistency),
+		"peers", strings.Join(peers, ","), "peers_file", c.PeersFile, "read_consistency", string(c.ReadConsistency),
 		"log_level", c.LogLevel, "log_format", c.LogFormat, "max_body_bytes", c.MaxBodyBytes,
 		"snapshot_threshold", c.SnapshotThreshold, "snapshot_interval", c.SnapshotInterval.String(),
 		"trailing_logs", c.TrailingLogs, "shutdown_timeout", c.ShutdownTimeout.String(),

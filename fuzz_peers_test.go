@@ -413,7 +413,7 @@ func checkView(t *testing.T, v view) {
 	if v.neverBegan() && !all {
 		t.Error("gives a cluster up without all of its nodes")
 	}
-	step, there := v.nextChange(func(string, uint64) bool { return true })
+	step, there := v.plan(false, func(string, uint64) bool { return true }).next()
 	if !there {
 		return
 	}

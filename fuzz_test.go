@@ -79,7 +79,7 @@ func FuzzOutcome(f *testing.F) {
 // readFormat returns the content of a snapshot.
 func readFormat(b []byte) (index uint64, content []byte, err error) {
 	r := &snapshotReader{r: bufio.NewReader(bytes.NewReader(b))}
-	if index, err = r.header(); err == nil {
+	if index, _, err = r.header(); err == nil {
 		content, err = io.ReadAll(r)
 	}
 	if err == nil {

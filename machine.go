@@ -9,6 +9,7 @@ import (
 	"hash/crc32"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -53,6 +54,8 @@ type replica struct {
 	metrics *metrics
 	applied progress // index of the last command or configuration that has been executed here
 	config  progress // index of the last configuration that has been executed here since the start
+	// executed is the newest version of commands that has been executed. See upgrade.go.
+	executed atomic.Uint32
 	// fail stops the process with a reason. It does not return.
 	fail     func(error)
 	released chan struct{} // holds a token when Raft is done with a snapshot, whether that worked or not
@@ -89,6 +92,7 @@ func (r *replica) Apply(entry *raft.Log) any {
 	results := make([][]byte, len(commands))
 	r.mu.Lock()
 	for i, command := range commands {
+		r.executed.Store(max(r.executed.Load(), uint32(r.commandVersion(command))))
 		if results[i], err = r.machine.Apply(command, at); err != nil {
 			r.mu.Unlock()
 			r.fail(fmt.Errorf("log entry %d, command %d: %w", entry.Index, i, err))
@@ -112,7 +116,7 @@ func (r *replica) StoreConfiguration(index uint64, _ raft.Configuration) {
 func (r *replica) Snapshot() (raft.FSMSnapshot, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return &snapshot{index: r.applied.load(), write: r.machine.Snapshot(), released: r.released}, nil
+	return &snapshot{index: r.applied.load(), executed: byte(r.executed.Load()), write: r.machine.Snapshot(), released: r.released}, nil
 }
 
 // Restore replaces the state by that of a snapshot. If it cannot be read the process stops: Raft would go on with an
@@ -129,9 +133,13 @@ func (r *replica) Restore(source io.ReadCloser) error {
 // the old state.
 func (r *replica) restore(source io.Reader) error {
 	reader := &snapshotReader{r: bufio.NewReaderSize(source, snapshotBuffer)}
-	index, err := reader.header()
+	index, executed, err := reader.header()
 	if err != nil {
 		return fmt.Errorf("snapshot header: %w", err)
+	}
+	if known := r.knownVersion(); executed > known {
+		return fmt.Errorf("snapshot: it has the effects of commands of version %d, and this binary knows no more than %d: "+
+			"start this node with the newer binary", executed, known)
 	}
 	install, err := r.machine.Restore(reader)
 	left, damage := reader.finish()
@@ -146,6 +154,7 @@ func (r *replica) restore(source io.Reader) error {
 	}
 	r.mu.Lock()
 	install()
+	r.executed.Store(uint32(executed))
 	r.mu.Unlock()
 	r.applied.advance(index)
 	return nil
@@ -154,6 +163,7 @@ func (r *replica) restore(source io.Reader) error {
 // snapshot is a captured state (a raft.FSMSnapshot).
 type snapshot struct {
 	index    uint64 // of the last entry that has been executed in it
+	executed byte   // newest version of commands that has been executed in it
 	write    func(io.Writer) error
 	released chan<- struct{}
 }
@@ -292,17 +302,24 @@ func decodeCommands(b []byte) (commands [][]byte, err error) {
 	return commands, nil
 }
 
-// The format of a snapshot, on disk and between nodes: snapshotMagic, whose last byte is the version; the applied index
-// in 8 bytes; what the state machine has written; and the CRC-32C of all that.
+// The format of a snapshot, on disk and between nodes: snapshotMagic or snapshotMagic3, whose last byte is the version;
+// the applied index in 8 bytes; in version 3 a byte, the newest version of commands executed; what the state machine has
+// written; and the CRC-32C of all that. Version 3 is written when a command of another version than the first has been
+// executed: until then older binaries can read the snapshot.
 const (
 	snapshotMagic  = "RSTSNAP\x02"
+	snapshotMagic3 = "RSTSNAP\x03"
 	snapshotBuffer = 64 << 10 // bytes that are read or written at once
 )
 
 func (s *snapshot) writeTo(w io.Writer) error {
 	sum := crc32.New(castagnoli)
 	b := bufio.NewWriterSize(io.MultiWriter(w, sum), snapshotBuffer)
-	_, err := b.Write(binary.BigEndian.AppendUint64([]byte(snapshotMagic), s.index))
+	head := binary.BigEndian.AppendUint64([]byte(snapshotMagic), s.index)
+	if s.executed > firstCommandVersion {
+		head = append(binary.BigEndian.AppendUint64([]byte(snapshotMagic3), s.index), s.executed)
+	}
+	_, err := b.Write(head)
 	if err := errors.Join(err, s.write(b), b.Flush()); err != nil {
 		return err
 	}
@@ -331,15 +348,22 @@ func (s *snapshotReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (s *snapshotReader) header() (index uint64, err error) {
+func (s *snapshotReader) header() (index uint64, executed byte, err error) {
 	var head [len(snapshotMagic) + 8]byte
 	if _, err := io.ReadFull(s, head[:]); err != nil {
-		return 0, err
+		return 0, 0, err
 	}
-	if string(head[:len(snapshotMagic)]) != snapshotMagic {
-		return 0, errors.New("not a snapshot of this service, or one of a version that this binary does not know")
+	version := []byte{firstCommandVersion}
+	switch string(head[:len(snapshotMagic)]) {
+	case snapshotMagic:
+	case snapshotMagic3:
+		if _, err := io.ReadFull(s, version); err != nil {
+			return 0, 0, err
+		}
+	default:
+		return 0, 0, errors.New("not a snapshot of this service, or one of a version that this binary does not know")
 	}
-	return binary.BigEndian.Uint64(head[len(snapshotMagic):]), nil
+	return binary.BigEndian.Uint64(head[len(snapshotMagic):]), version[0], nil
 }
 
 // finish reads the rest, returns how many bytes of the state it held, and compares the checksum.

@@ -127,6 +127,7 @@ type membership struct {
 	id       identity
 	waitsFor string    // for people
 	logged   time.Time // when waitsFor was last logged
+	resizing string    // for people: what keeps the configuration from being what the list says, as the leader sees it
 }
 
 // twice is a condition that counts only when two views, one after the other, say so.
@@ -243,6 +244,27 @@ func (m *membership) reason() string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return m.waitsFor
+}
+
+// setResizing takes note of what keeps the configuration from being what the list says, and logs what is new.
+func (m *membership) setResizing(reason string) {
+	m.mu.Lock()
+	before := m.resizing
+	m.resizing = reason
+	m.mu.Unlock()
+	switch {
+	case reason == before:
+	case reason == "":
+		m.log.Info("the membership is what the list of nodes says")
+	default:
+		m.log.Info("the membership is not what the list of nodes says", "waits-for", reason)
+	}
+}
+
+func (m *membership) waitsToResize() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.resizing
 }
 
 // Methods of directory and localNode: what network.go and transport.go must know of their node.
@@ -405,10 +427,17 @@ func (s *Store) replaceNext(term uint64) (soon bool) {
 		}
 		soon = soon || !member.Voter
 	}
-	step, due := v.nextChange(func(server string, applied uint64) bool { return applied >= m.committed[server] })
-	if due {
+	s.versions.note(v, term, info.Members)
+	p := v.plan(s.list.removes(), func(server string, applied uint64) bool { return applied >= m.committed[server] })
+	m.setResizing(p.waitsFor())
+	step, due := p.next()
+	switch {
+	case due:
 		err := s.changeMembers(step, prevIndex)
 		s.log.Info("membership", "change", step.command, "server", step.Server, "error", err)
+	case p.handsOver():
+		s.log.Info("this leader is to leave the cluster, and hands leadership over")
+		s.handOver(s.ctx, s.raft.Load())
 	}
 	return soon || due
 }

@@ -181,6 +181,9 @@ func problemOf(err error, method string, applied bool) problem {
 			p.Status, p.Detail = row.status, row.err.Error()
 		}
 	}
+	if errors.Is(err, ErrNotUpgraded) { // it names a node
+		p.Status, p.Detail = http.StatusServiceUnavailable, err.Error()
+	}
 	p.Title = http.StatusText(p.Status)
 	if method == http.MethodGet || method == http.MethodHead {
 		return p

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"os"
 	"path/filepath"
@@ -28,6 +29,15 @@ type Status struct {
 	Keys          int          `json:"keys"`       // StateMachine.Len
 	Peers         []PeerStatus `json:"peers"`
 	PeersDrift    bool         `json:"peers_drift"` // ids or voters of the membership are not what PEERS says
+
+	Membership MembershipStatus `json:"membership"`
+}
+
+// MembershipStatus compares the nodes that there are with those that there should be.
+type MembershipStatus struct {
+	Wanted   []string `json:"wanted"`    // ids in this node's PEERS or PEERS_FILE
+	Actual   []string `json:"actual"`    // of nodes that vote
+	WaitsFor string   `json:"waits_for"` // what the leader says keeps the one from being the other, "" for nothing
 }
 
 // PeerStatus is one node of the cluster, at the address where this node looks for it.
@@ -47,6 +57,7 @@ func (s *Store) Status() Status {
 		KVStore: s.cfg.KVStore, Version: version, Cluster: s.membership.cluster(), Keys: s.replica.size(),
 		Peers: []PeerStatus{}, PeersDrift: s.drift(),
 	}
+	status.Membership = MembershipStatus{Wanted: peerIDs(s.list.get()), Actual: []string{}}
 	r := s.raft.Load()
 	if r == nil {
 		return status
@@ -110,14 +121,18 @@ func (s *Store) voters() (n int) {
 	return n
 }
 
-// addresses says where each node listens: where PEERS has it, else where the configuration has it.
+// addresses says where each node listens: where the list has it, else where the configuration has it or, for a server
+// that has no configuration yet, that of the nodes in the list.
 func (s *Store) addresses() map[string]string {
-	addresses := make(map[string]string)
+	addresses := maps.Clone(*s.learned.Load())
 	for _, m := range s.members() {
 		addresses[nodeOf(m.Server)] = m.Address
 	}
-	for _, p := range s.cfg.Peers {
+	for _, p := range s.list.get() {
 		addresses[p.ID] = p.Addr
+	}
+	if addresses[s.cfg.NodeID] == "" { // it is not in the list
+		addresses[s.cfg.NodeID] = s.cfg.RaftAdvertise
 	}
 	return addresses
 }
@@ -129,8 +144,8 @@ func (s *Store) drift() bool {
 	for _, m := range members {
 		voters[nodeOf(m.Server)] = voters[nodeOf(m.Server)] || m.Voter
 	}
-	return len(members) > 0 && (len(voters) != len(s.cfg.Peers) ||
-		slices.ContainsFunc(s.cfg.Peers, func(p Peer) bool { return !voters[p.ID] }))
+	return len(members) > 0 && (len(voters) != len(s.list.get()) ||
+		slices.ContainsFunc(s.list.get(), func(p Peer) bool { return !voters[p.ID] }))
 }
 
 // export makes metrics of what this node knows of itself and the cluster.
@@ -144,6 +159,7 @@ func (s *Store) export() {
 		"1 on a leader that has not got a log entry to a majority for 10 s, though heartbeats pass.", s.stuck.Load)
 	m.flag("has_leader", "1 when this node knows a leader.", func() bool { return s.Leader() != "" })
 	m.flag("peers_drift", "1 when ids or voters of the membership are not what PEERS says.", s.drift)
+	m.flag("peers_file_bad", "1 while PEERS_FILE cannot be used, and an older list is in use.", s.list.bad.Load)
 	m.gauge("voters", "Members of the cluster that vote.", func() float64 { return float64(s.voters()) })
 	ofRaft := func(f func(*raft.Raft) uint64) func() float64 {
 		return func() float64 {

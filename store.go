@@ -73,6 +73,9 @@ type Store struct {
 	started  time.Time
 	onChange func(RaftState) // set before Open; may be nil
 
+	list       *peerList
+	learned    atomic.Pointer[map[string]string] // addresses that other nodes have told; not changed once stored
+	versions   voterVersions
 	membership *membership
 	replica    *replica
 	leadership *leadership
@@ -105,12 +108,14 @@ type Store struct {
 func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *Store {
 	s := &Store{
 		cfg: cfg, log: log, metrics: m, started: time.Now(),
+		list:         newPeerList(cfg, log.Named("membership")),
 		membership:   newMembership(cfg, log.Named("membership")),
 		rounds:       newReadRounds(m),
 		observations: make(chan raft.Observation, 16),
 		caughtUp:     make(chan struct{}),
 		failed:       make(chan error, 1),
 	}
+	s.learned.Store(&map[string]string{})
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	s.leadership = newLeadership(s.ctx)
 	s.replica = &replica{machine: machine, metrics: m, fail: s.fail, released: make(chan struct{}, 1)}
@@ -172,6 +177,7 @@ func (s *Store) start(p port, st *storage, certs *reloaded[*certificates]) error
 	s.wg.Go(func() { s.writes.run(s.ctx) })
 	s.wg.Go(func() { s.rounds.run(s.ctx, s.findReadIndex) })
 	s.wg.Go(s.watch)
+	go s.list.follow(s.ctx)
 	s.wg.Go(func() {
 		if err := s.join(); err != nil && s.ctx.Err() == nil {
 			s.stopProcess(err)
@@ -190,8 +196,7 @@ func (s *Store) join() error {
 	}
 	s.wg.Go(s.manageMembers)
 	if s.drift() {
-		s.log.Warn("PEERS names other nodes than the stored membership, which stays as it is", "peers", s.cfg.Peers,
-			"membership", s.members())
+		s.log.Warn("PEERS names other nodes than the stored membership", "peers", peerIDs(s.list.get()), "membership", s.members())
 	}
 	for s.membership.at() < stageCaughtUp && s.ctx.Err() == nil {
 		if s.Read(s.ctx, Linearizable, func() {}) == nil {
@@ -278,6 +283,12 @@ func (s *Store) Apply(ctx context.Context, command []byte) (Result, error) {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, requestTimeout)
 		defer cancel()
+	}
+	if err := s.checkVersion(ctx, command); err != nil {
+		return Result{}, err
+	}
+	if err := s.checkVersion(ctx, command); err != nil {
+		return Result{}, err
 	}
 	var o outcome
 	err := s.leadership.retry(ctx, func() error {

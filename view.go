@@ -13,8 +13,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-
-	"github.com/hashicorp/raft"
 )
 
 const (
@@ -37,7 +35,12 @@ type nodeInfo struct {
 	Leader  string   `json:"leader"`  // the server that it takes for the leader, "" for none
 	Members []member `json:"members"` // of its newest configuration
 
+	Commands byte   `json:"commands"` // newest version of commands that it knows
+	Lowest   byte   `json:"lowest"`   // as the leader: the newest version that all voters know; 0 while it has not heard from one
+	Behind   string `json:"behind"`   // as the leader: a node that knows no more than that
+
 	WaitsFor string `json:"waits_for"` // for people
+	Resize   string `json:"resize"`    // for people, from the leader: what keeps the membership from being what the list says
 }
 
 // view is what a node sees when it has asked the others, and itself.
@@ -79,10 +82,13 @@ func (v view) allEmpty() bool {
 func (v view) bootstrapper() string { return peerIDs(v.peers)[0] }
 
 // toJoin returns the cluster that a server of none is to join, "" while there is none. If every node of PEERS answers
-// and holds nothing, it is that of the node that bootstraps; else that of a leader in whose configuration this node is.
+// and holds nothing, it is that of the node that bootstraps. Else it is that of a leader in whose configuration this node
+// is, or which has the same list of nodes and so is about to add this one.
 func (v view) toJoin() string {
 	for _, info := range v.answers {
-		if info.Ready && slices.ContainsFunc(info.Members, func(m member) bool { return nodeOf(m.Server) == v.self }) {
+		isMember := slices.ContainsFunc(info.Members, func(m member) bool { return nodeOf(m.Server) == v.self })
+		willBe := v.named(v.self) && slices.Equal(info.Peers, v.mine().Peers)
+		if info.Ready && (isMember || willBe) {
 			return info.Cluster
 		}
 	}
@@ -130,66 +136,6 @@ func (v view) hasBegun() bool {
 func (v view) neverBegan() bool {
 	bootstrapper, answers := v.answers[nodeOf(v.mine().Cluster)]
 	return answers && bootstrapper.Server != v.mine().Cluster && v.allEmpty()
-}
-
-// change is one change of the configuration.
-type change struct {
-	command raft.ConfigurationChangeCommand
-	member
-}
-
-// nextChange returns the next step by which this leader replaces servers that have lost their state, false if none is
-// due. caughtUp says whether a server, by what it has applied, has executed all that was committed when this leader
-// first saw it in the configuration.
-//
-// Example: node2 comes back as node2#B, without the state of node2#A. The steps are: add node2#B as a non-voter; when
-// it has caught up remove node2#A; make node2#B a voter. In this order no step needs more live servers for a majority
-// than the one before. What is nearest to its end is finished first, so the leader goes on with what another leader has
-// left half done.
-func (v view) nextChange(caughtUp func(server string, applied uint64) bool) (change, bool) {
-	byNode := make(map[string][]member)
-	for _, m := range v.mine().Members {
-		byNode[nodeOf(m.Server)] = append(byNode[nodeOf(m.Server)], m)
-	}
-	var due []change // at most one a node
-	for _, node := range slices.Sorted(maps.Keys(byNode)) {
-		info, answers := v.answers[node]
-		if !answers || info.Cluster != v.mine().Cluster {
-			continue
-		}
-		if c, ok := changeOfNode(byNode[node], info, v.addresses[node], caughtUp); ok {
-			due = append(due, c)
-		}
-	}
-	for _, command := range []raft.ConfigurationChangeCommand{raft.AddVoter, raft.RemoveServer, raft.AddNonvoter} {
-		for _, c := range due {
-			if c.command == command {
-				return c, true
-			}
-		}
-	}
-	return change{}, false
-}
-
-// changeOfNode returns the next change for a node that answers, at address, with info. members are its servers in the
-// configuration.
-func changeOfNode(members []member, info nodeInfo, address string, caughtUp func(string, uint64) bool) (change, bool) {
-	isPresent := func(m member) bool { return m.Server == info.Server }
-	i := slices.IndexFunc(members, isPresent)
-	if i < 0 {
-		return change{raft.AddNonvoter, member{Server: info.Server, Address: address}}, true
-	}
-	present, gone := members[i], slices.DeleteFunc(slices.Clone(members), isPresent)
-	mayVote := present.Voter || caughtUp(info.Server, info.Applied)
-	if mayVote && !present.Voter && !slices.ContainsFunc(gone, isVoter) {
-		return change{raft.AddVoter, present}, true
-	}
-	for _, old := range gone {
-		if !old.Voter || mayVote {
-			return change{raft.RemoveServer, old}, true
-		}
-	}
-	return change{}, false
 }
 
 func isVoter(m member) bool { return m.Voter }
@@ -254,6 +200,10 @@ func (v view) whyNotFollowing(node string) string {
 	slices.Sort(nodes)
 	nodes = slices.Compact(nodes)
 	switch {
+	case !slices.Contains(nodes, v.self) && slices.Contains(leader.Peers, v.self):
+		if !slices.Equal(leader.Peers, v.mine().Peers) {
+			return fmt.Sprintf("%s, which leads, names other nodes than this one: %s", node, strings.Join(leader.Peers, ", "))
+		}
 	case !slices.Contains(nodes, v.self):
 		noun := "members"
 		if len(nodes) == 1 {
@@ -334,8 +284,9 @@ func causeOf(err error) error {
 func (s *Store) info() (nodeInfo, error) {
 	id := s.membership.identity()
 	info := nodeInfo{
-		Server: id.Server, Cluster: id.Cluster, Peers: peerIDs(s.cfg.Peers),
+		Server: id.Server, Cluster: id.Cluster, Peers: peerIDs(s.list.get()),
 		Applied: s.replica.applied.load(), WaitsFor: s.membership.reason(),
+		Commands: s.replica.knownVersion(),
 	}
 	var err error
 	if info.LastIndex, info.LastTerm, err = s.storage.lastEntry(); err != nil {
@@ -343,6 +294,8 @@ func (s *Store) info() (nodeInfo, error) {
 	}
 	if r := s.raft.Load(); r != nil {
 		_, leader := r.LeaderWithID()
+		info.Lowest, info.Behind = s.versions.get()
+		info.Resize = s.membership.waitsToResize()
 		info.Running, info.Ready, info.Leader, info.Members = true, s.leadsReady(), string(leader), s.members()
 	}
 	return info, nil
@@ -369,7 +322,7 @@ func (s *Store) handleWho(context.Context, string, []byte) ([]byte, error) {
 // most.
 func (s *Store) askAll(ctx context.Context) view {
 	v := view{
-		self: s.cfg.NodeID, peers: s.cfg.Peers, addresses: s.addresses(), listens: s.cfg.RaftAddr,
+		self: s.cfg.NodeID, peers: s.list.get(), addresses: s.addresses(), listens: s.cfg.RaftAddr,
 		answers: make(map[string]nodeInfo), silent: make(map[string]error),
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
@@ -391,7 +344,22 @@ func (s *Store) askAll(ctx context.Context) view {
 		})
 	}
 	wg.Wait()
+	s.learn(v)
 	return v
+}
+
+// learn takes note, while this server has no configuration, of where the members of the others' listen: the leader of a
+// cluster that is to have this node may be about to leave it, and then it is in no list.
+func (s *Store) learn(v view) {
+	learned := make(map[string]string)
+	if s.raft.Load() == nil {
+		for _, info := range v.answers {
+			for _, m := range info.Members {
+				learned[nodeOf(m.Server)] = m.Address
+			}
+		}
+	}
+	s.learned.Store(&learned)
 }
 
 // askWho asks a node who it is.

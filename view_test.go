@@ -314,12 +314,12 @@ func TestNextChange(t *testing.T) {
 	} {
 		v := newView("node1", 3, append(tt.answers, leading("node1#1", c, tt.members...))...)
 		v.addresses["node9"] = "host9:12000"
-		step, there := v.nextChange(func(server string, applied uint64) bool {
+		step, there := v.plan(false, func(server string, applied uint64) bool {
 			if applied != v.answers[nodeOf(server)].Applied {
 				t.Errorf("%s: got %d for what %s has applied; want what it says itself", tt.name, applied, server)
 			}
 			return slices.Contains(tt.caughtUp, server)
-		})
+		}).next()
 		got := ""
 		if there {
 			got = fmt.Sprintf("%v %s", step.command, step.Server)

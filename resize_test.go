@@ -1,0 +1,205 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// What the leader node1 does for a list of nodes. Servers are <node>#<number of its state>; those with "-" have no vote.
+func TestNextChangeForAList(t *testing.T) {
+	const c = testCluster1
+	one, three := []string{"node1#1"}, []string{"node1#1", "node2#1", "node3#1"}
+	five := append(slices.Clone(three), "node4#1", "node5#1")
+	for _, tt := range []struct {
+		name     string
+		members  []string
+		list     string   // of node1 and, unless said, of all who answer
+		answers  []string // servers of this cluster; "node4#1 blank", "node2#1 of x#1", "node2#1 names node1,node2"
+		caughtUp []string
+		keeps    bool // the list is from PEERS
+		want     string
+	}{
+		{"one more, which has joined", one, "node1,node2", []string{"node2#1"}, nil, true, "AddNonvoter node2#1"},
+		{"one more, blank yet", one, "node1,node2", []string{"node2#1 blank"}, nil, true, ""},
+		{"one more, silent", one, "node1,node2", nil, nil, true, ""},
+		{"one more, of another cluster", one, "node1,node2,node3", []string{"node2#1 of x#1", "node3#1 blank"}, nil, true, ""},
+		{"only this leader names more", three, "node1,node2,node3,node4", []string{"node2#1 names node1,node2,node3", "node3#1 names node1,node2,node3", "node4#1"}, nil, true, ""},
+		{"two of three voters name more, and three of four named", three, "node1,node2,node3,node4", []string{"node2#1", "node3#1 names node1,node2,node3", "node4#1"}, nil, true, "AddNonvoter node4#1"},
+		{"the new ones alone name more", three, "node1,node2,node3,node4,node5", []string{"node2#1 names node1,node2,node3", "node3#1 names node1,node2,node3", "node4#1", "node5#1"}, nil, true, ""},
+		{"a voter that has lost its state does not count", three, "node1,node2,node3,node4", []string{"node2#2", "node4#1"}, nil, true, "AddNonvoter node2#2"},
+		{"one after the other", append(slices.Clone(three), "node4#1-"), "node1,node2,node3,node4,node5", []string{"node2#1", "node3#1", "node4#1", "node5#1"}, nil, true, ""},
+		{"the first has caught up", append(slices.Clone(three), "node4#1-"), "node1,node2,node3,node4,node5", []string{"node2#1", "node3#1", "node4#1", "node5#1"}, []string{"node4#1"}, true, "AddVoter node4#1"},
+		{"the second", append(slices.Clone(three), "node4#1"), "node1,node2,node3,node4,node5", []string{"node2#1", "node3#1", "node4#1", "node5#1"}, nil, true, "AddNonvoter node5#1"},
+
+		{"PEERS removes nobody", five, "node1,node2,node3", five, nil, true, ""},
+		{"fewer", five, "node1,node2,node3", five, nil, false, "RemoveServer node4#1"},
+		{"fewer, and the leaver is silent", five, "node1,node2,node3", []string{"node2#1", "node3#1"}, nil, false, "RemoveServer node4#1"},
+		{"fewer, and one of those that stay has lost its state", five, "node1,node2,node3", []string{"node2#2", "node3#1", "node4#1", "node5#1"}, nil, false, "AddNonvoter node2#2"},
+		{"likewise, and it is not back yet", append(slices.Clone(five), "node2#2-"), "node1,node2,node3", []string{"node2#2", "node3#1", "node4#1", "node5#1"}, nil, false, ""},
+		{"the leavers do not agree", five, "node1,node2,node3", []string{"node4#1 names node1,node2,node3,node4,node5", "node5#1 names node1,node2,node3,node4,node5", "node2#1", "node3#1"}, nil, false, "RemoveServer node4#1"},
+		{"no majority agrees", five, "node1,node2,node3", []string{"node2#1", "node3#1 names node1,node2", "node4#1 names node1,node2,node3,node4,node5", "node5#1 names node1"}, nil, false, ""},
+		{"most of those that stay are silent", five, "node1,node2,node3", []string{"node4#1", "node5#1"}, nil, false, ""},
+		{"the leader leaves last", three, "node2,node3", three, nil, false, "hand over"},
+		{"the leader leaves after another", five, "node3,node4,node5", five, nil, false, "RemoveServer node2#1"},
+		{"replaced by a node of another name", three, "node1,node2,node4", []string{"node2#1", "node3#1", "node4#1"}, nil, false, "AddNonvoter node4#1"},
+		{"likewise, and the old one is gone for good", three, "node1,node2,node4", []string{"node2#1", "node4#1"}, nil, false, "AddNonvoter node4#1"},
+		{"the new one is in", append(slices.Clone(three), "node4#1"), "node1,node2,node4", []string{"node2#1", "node4#1"}, nil, false, "RemoveServer node3#1"},
+		{"a non-voter that is not wanted any more", append(slices.Clone(three), "node4#1-"), "node1,node2,node3", []string{"node2#1", "node3#1", "node4#1"}, []string{"node4#1"}, false, "RemoveServer node4#1"},
+		{"a leaver that has lost its state is not replaced", five, "node1,node2,node3", []string{"node2#1", "node3#1", "node4#2", "node5#1"}, nil, false, "RemoveServer node4#1"},
+	} {
+		v := view{self: "node1", answers: make(map[string]nodeInfo), silent: make(map[string]error), addresses: make(map[string]string)}
+		for _, node := range []string{"node1", "node2", "node3", "node4", "node5"} {
+			v.addresses[node], v.silent[node] = node+":12000", context.DeadlineExceeded
+		}
+		list := strings.Split(tt.list, ",")
+		for _, answer := range append(tt.answers, "node1#1") {
+			f := append(strings.Fields(answer), "", "")
+			info := naming(holds(f[0], c, 2, 5), list...)
+			switch f[1] {
+			case "blank":
+				info = naming(blank(f[0]), list...)
+			case "of":
+				info.Cluster = f[2]
+			case "names":
+				info.Peers = strings.Split(f[2], ",")
+			}
+			v.answers[nodeOf(f[0])] = info
+		}
+		mine := v.answers["node1"]
+		mine.Ready, mine.Members = true, configured(tt.members...)
+		v.answers["node1"] = mine
+		p := v.plan(!tt.keeps, func(server string, _ uint64) bool { return slices.Contains(tt.caughtUp, server) })
+		got := ""
+		if step, there := p.next(); there {
+			got = fmt.Sprintf("%v %s", step.command, step.Server)
+		} else if p.handsOver() {
+			got = "hand over"
+		}
+		if got != tt.want {
+			t.Errorf("%s: got %q; want %q (%s)", tt.name, got, tt.want, p.waitsFor())
+		}
+		if moved := len(tt.members) != len(list); moved && p.waitsFor() == "" {
+			t.Errorf("%s: no word on why the membership is not what the list says", tt.name)
+		}
+	}
+}
+
+// rename gives nodes of a cluster a list, as a change of PEERS_FILE does.
+func (c *testCluster) rename(list []int, nodes ...int) {
+	c.t.Helper()
+	for _, n := range nodes {
+		var peers []Peer
+		for _, i := range list {
+			id, addr := fmt.Sprintf("node%d", i+1), c.nodes[i].cfg.RaftAddr
+			if l := c.links[[2]int{n, i}]; l != nil {
+				addr = l.addr
+			}
+			peers = append(peers, Peer{id, addr})
+		}
+		c.nodes[n].cfg.Peers, c.nodes[n].cfg.PeersFile = peers, "some-file"
+		if c.nodes[n].running {
+			c.nodes[n].list.now.Store(&peers)
+		}
+	}
+}
+
+func votersOf(n *testNode) (nodes []string) {
+	for _, m := range n.members() {
+		if m.Voter {
+			nodes = append(nodes, nodeOf(m.Server))
+		}
+	}
+	slices.Sort(nodes)
+	return nodes
+}
+
+// The cluster grows from one node to three and five and shrinks again, to other nodes than it began with, while clients
+// write. The two nodes that lead on the way leave it.
+func TestClusterIsResized(t *testing.T) {
+	t.Parallel()
+	c := unstartedCluster(t, 5, storeBolt)
+	c.rename([]int{0}, 0)
+	c.start(0)
+	waitFor(t, "the first node", func() bool { return c.nodes[0].Ready() == nil })
+	var acknowledged atomic.Int64
+	stop := make(chan struct{})
+	var serving atomic.Int64 // the node that clients use
+	done := make(chan error, 1)
+	go func() {
+		for n := 1; ; n++ {
+			select {
+			case <-stop:
+				done <- nil
+				return
+			default:
+			}
+			node := c.nodes[serving.Load()]
+			if _, err := node.client.set(t.Context(), fmt.Sprint("k", n), "1"); err != nil {
+				done <- fmt.Errorf("write %d through %s: %w", n, node.cfg.NodeID, err)
+				return
+			}
+			acknowledged.Store(int64(n))
+		}
+	}()
+	for _, step := range []struct {
+		list  []int
+		start []int
+		use   int64
+	}{
+		{[]int{0, 1, 2}, []int{1, 2}, 1},
+		{[]int{0, 1, 2, 3, 4}, []int{3, 4}, 4},
+		{[]int{2, 3, 4}, nil, 4},
+		{[]int{4}, nil, 4},
+	} {
+		for _, i := range step.start {
+			c.rename(step.list, i)
+			c.start(i)
+		}
+		c.rename(step.list, []int{4, 3, 2, 1, 0}...) // the one that leads hears last
+		var want []string
+		for _, i := range step.list {
+			want = append(want, fmt.Sprintf("node%d", i+1))
+		}
+		serving.Store(step.use)
+		waitFor(t, fmt.Sprint("the voters ", want), func() bool {
+			node := c.nodes[step.list[0]]
+			return slices.Equal(votersOf(node), want) && node.Ready() == nil
+		})
+	}
+	close(stop)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	last := c.nodes[4]
+	for n := int64(1); n <= acknowledged.Load(); n++ {
+		if item, err := last.client.get(t.Context(), fmt.Sprint("k", n), Linearizable); err != nil || item.Version == 0 {
+			t.Fatalf("key %d of %d: got %+v, %v; want what was acknowledged", n, acknowledged.Load(), item, err)
+		}
+	}
+	t.Logf("%d writes", acknowledged.Load())
+	if err := c.nodes[0].Ready(); err == nil || !strings.Contains(err.Error(), "not in PEERS_FILE") {
+		t.Errorf("got %v from a node that has left; want that it is not in PEERS_FILE", err)
+	}
+	if got := last.Status().Membership; !slices.Equal(got.Wanted, []string{"node5"}) || !slices.Equal(got.Actual, got.Wanted) || got.WaitsFor != "" {
+		t.Errorf("got %+v in /status; want node5 alone", got)
+	}
+}
+
+func TestListOnAMinorityChangesNothing(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	leader := c.leader()
+	c.rename([]int{leader, c.followers(leader)[0]}, leader)
+	waitFor(t, "the leader to say why it does not remove a node", func() bool {
+		return strings.Contains(c.nodes[leader].Status().Membership.WaitsFor, "no majority")
+	})
+	time.Sleep(2 * time.Second)
+	if got := votersOf(c.nodes[leader]); len(got) != 3 {
+		t.Errorf("got voters %v; want all three", got)
+	}
+}

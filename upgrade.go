@@ -1,0 +1,93 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+)
+
+// A rolling upgrade runs nodes of two versions side by side. What an older one cannot execute must not get into the log
+// before all voters can: else the older ones would stop. So a command begins with a byte, the version of commands that
+// it needs; each node says which is the newest that it knows; and the first command of a newer version is taken only
+// when the leader has heard from every voter that it knows it. Once such a command has been executed, all voters knew
+// it, and nobody has to ask any more. Until then all nodes can go back to the older version.
+
+// firstCommandVersion is known to all nodes.
+const firstCommandVersion = 1
+
+// ErrNotUpgraded says that a voter does not know this command yet, and that it was not executed.
+var ErrNotUpgraded = errors.New("a node of the cluster does not know this kind of command yet")
+
+// versionedMachine is a StateMachine with commands of several versions. The first byte of each command is its version.
+type versionedMachine interface {
+	// CommandVersion returns the newest version that this binary knows.
+	CommandVersion() byte
+}
+
+// commandVersion returns the version that a command needs.
+func (r *replica) commandVersion(command []byte) byte {
+	if _, versioned := r.machine.(versionedMachine); !versioned || len(command) == 0 {
+		return firstCommandVersion
+	}
+	return command[0]
+}
+
+// knownVersion returns the newest version of commands that this node knows.
+func (r *replica) knownVersion() byte {
+	if m, versioned := r.machine.(versionedMachine); versioned {
+		return m.CommandVersion()
+	}
+	return firstCommandVersion
+}
+
+// voterVersions is what a leader has heard of the versions that the voters know.
+type voterVersions struct {
+	mu     sync.Mutex // guards what follows
+	term   uint64
+	known  map[string]byte // by server, in this term
+	lowest byte            // of all voters; 0 while one has not answered
+	behind string          // the node of one that knows no more than that
+}
+
+// note takes note of what a look at the others has shown, in a term in which this node leads.
+func (w *voterVersions) note(v view, term uint64, members []member) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.term != term || w.known == nil {
+		w.term, w.known = term, make(map[string]byte)
+	}
+	for _, info := range v.answers {
+		w.known[info.Server] = info.Commands
+	}
+	w.lowest, w.behind = 255, ""
+	for _, m := range members {
+		if m.Voter && w.known[m.Server] < w.lowest {
+			w.lowest, w.behind = w.known[m.Server], nodeOf(m.Server)
+		}
+	}
+}
+
+func (w *voterVersions) get() (lowest byte, behind string) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.lowest, w.behind
+}
+
+// checkVersion returns an error that wraps ErrNotUpgraded, and names a node, if a voter may not know the command.
+func (s *Store) checkVersion(ctx context.Context, command []byte) error {
+	version := s.replica.commandVersion(command)
+	if version <= max(firstCommandVersion, byte(s.replica.executed.Load())) {
+		return nil
+	}
+	return s.leadership.retry(ctx, func() error {
+		leader, err := s.askWho(ctx, s.Leader())
+		switch {
+		case err != nil || !leader.Ready:
+			return ErrNotLeader
+		case leader.Lowest < version:
+			return fmt.Errorf("%w: start %s with a newer version, or wait for its answer", ErrNotUpgraded, leader.Behind)
+		}
+		return nil
+	})
+}
