@@ -1,7 +1,25 @@
-.PHONY: run test race lint bench cluster
-run: ; go run .
-test: ; go test ./...
-race: ; go test -race ./...
-lint: ; golangci-lint run ./...
-bench: ; go test -run '^$$' -bench . -benchmem ./...
-cluster: ; go build -o ./tmp/app && go tool goreman start
+.PHONY: help run cluster test race lint bench ci
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+
+run: ## run one node, at localhost:11000
+	go run .
+
+cluster: ## run a cluster of three nodes on this machine
+	go build -o ./tmp/app && go tool goreman start
+
+test: ## run all tests
+	go test ./...
+
+race: ## run all tests with the race detector
+	go test -race ./...
+
+lint: ## run the linters
+	golangci-lint run ./...
+
+bench: ## run the benchmarks
+	go test -run '^$$' -bench . -benchmem .
+
+ci: ## run all checks; .ci/run --list names them
+	.ci/run

@@ -8,8 +8,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
-	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -88,27 +86,13 @@ func TestProcessSilentConnections(t *testing.T) {
 				p.put("served", `"`+strings.Repeat("x", 20000)+fmt.Sprint(i)+`"`)
 				slowest = max(slowest, time.Since(asked))
 			}
-			mb := residentMB(t, p.cmd.Process.Pid)
+			mb := p.peakMemory() >> 20
 			if mb > 250 || slowest > 5*time.Second {
 				t.Errorf("got %d MB resident at most and %v for the slowest write; want 250 and 5s", mb, slowest)
 			}
 			t.Logf("%d MB resident at most, slowest write %v", mb, slowest)
 		})
 	}
-}
-
-// residentMB returns a process's resident memory, in megabytes.
-func residentMB(t *testing.T, pid int) int {
-	t.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
-	if err != nil {
-		t.Fatal(err)
-	}
-	var kb int
-	if _, err := fmt.Sscan(string(regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(status)[1]), &kb); err != nil {
-		t.Fatal(err)
-	}
-	return kb >> 10
 }
 
 // Floods on both ports neither end the process nor stop the cluster, and its memory stays bounded.
@@ -194,7 +178,7 @@ func TestProcessUnderAttack(t *testing.T) {
 						}
 						slowest = max(slowest, time.Since(asked))
 					}
-					if mb := residentMB(t, victim.cmd.Process.Pid); mb > 200 {
+					if mb := victim.peakMemory() >> 20; mb > 200 {
 						t.Errorf("got %d MB resident; want 200 at most", mb)
 					} else {
 						t.Logf("slowest write %v, %d MB resident at most so far", slowest, mb)
@@ -242,7 +226,7 @@ func TestProcessLargestBodies(t *testing.T) {
 	}
 	p.expect(http.StatusBadRequest, http.MethodPost, "/key", strings.Repeat(`{"a":`, maxBodyBytes/5))
 	p.expect(http.StatusRequestEntityTooLarge, http.MethodPut, "/key/large", strings.Repeat("1", maxBodyBytes+1))
-	mb := residentMB(t, p.cmd.Process.Pid)
+	mb := p.peakMemory() >> 20
 	t.Logf("%d MB resident at most, of which the keys take about 30", mb)
 	if mb > 900 {
 		t.Errorf("got %d MB resident; want 900 at most", mb)
@@ -329,7 +313,7 @@ func TestProcessManyListings(t *testing.T) {
 	listings.Wait()
 	close(done)
 	reads.Wait()
-	mb := residentMB(t, p.cmd.Process.Pid)
+	mb := p.peakMemory() >> 20
 	t.Logf("%d listings answered, %d refused; at most %d MB resident", answered.Load(), refused.Load(), mb)
 	if mb > 450 || failed.Load() > 0 || answered.Load() < 100 {
 		t.Errorf("got %d MB, %d answered, %d failed; want at most 450 MB, hundreds answered and none failed", mb, answered.Load(), failed.Load())

@@ -5,8 +5,6 @@ import (
 	"io/fs"
 	"net/http"
 	"path/filepath"
-	"regexp"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -51,17 +49,6 @@ func TestProcessIsBoundedByItsState(t *testing.T) {
 			t.Logf("up to %d MiB resident, %d MiB on disk", p.peakMemory()>>20, p.diskUsed()>>20)
 		})
 	}
-}
-
-// peakMemory returns the most that the process ever had in memory, in bytes.
-func (p *proc) peakMemory() int {
-	p.t.Helper()
-	found := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindStringSubmatch(p.read(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)))
-	if found == nil {
-		p.t.Fatal("its peak is not known")
-	}
-	kib, _ := strconv.Atoi(found[1])
-	return kib << 10
 }
 
 // diskUsed returns the size of all files in STATE_DIR.

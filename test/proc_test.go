@@ -16,6 +16,7 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -174,6 +175,17 @@ func (p *proc) read(path string) string {
 		p.t.Fatal(err)
 	}
 	return string(content)
+}
+
+// peakMemory returns the most that the process ever had in memory, in bytes. Only Linux tells it.
+func (p *proc) peakMemory() int {
+	p.t.Helper()
+	found := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindStringSubmatch(p.read(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)))
+	if found == nil {
+		p.t.Fatal("its peak is not known")
+	}
+	kib, _ := strconv.Atoi(found[1])
+	return kib << 10
 }
 
 // logs checks what the process has written to stderr so far.
