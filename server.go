@@ -62,6 +62,7 @@ type server struct {
 	metrics  *metrics
 	log      hclog.Logger
 	routes   []route
+	page     *route
 	tokens   *reloaded[tokens] // nil for none; set before the first request
 	origins  *http.CrossOriginProtection
 	servedBy []string
@@ -78,6 +79,7 @@ func newServer(cfg *Config, store *Store, m *metrics, log hclog.Logger, routes [
 	for i := range s.routes {
 		s.routes[i].register(m)
 	}
+	s.page = newPage(m)
 	return s
 }
 
@@ -146,6 +148,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	c.applied.Store(false)
 	a := &answer{ResponseWriter: w, server: s, client: c}
 	rt := s.find(rawPath(r))
+	if rt.allow == "" && asksForPage(r) {
+		rt = s.page
+	}
 	e, ok := rt.methods[r.Method]
 	if !ok {
 		e.series = s.metrics.series(rt.path, methodLabel(r.Method))
@@ -281,6 +286,9 @@ func (s *server) serve(a *answer, r *http.Request, rt *route, handle handlerFunc
 	h["X-Content-Type-Options"] = noSniff
 	h["Cache-Control"] = noCache
 	h["Raft-Served-By"] = s.servedBy
+	if r.URL.Path == "/" {
+		h["Vary"] = []string{"Accept"} // which decides between the page and 404
+	}
 	if err := s.admit(h, r, rt); err != nil {
 		return err
 	}

@@ -123,7 +123,7 @@ func buildWalk(t *testing.T, walk string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, name := range append(files, "go.mod", "go.sum", "help.txt") {
+	for _, name := range append(files, "go.mod", "go.sum", "help.txt", "page.html") {
 		if strings.HasSuffix(name, "_test.go") || name == "fsm.go" || name == "http.go" {
 			continue
 		}
