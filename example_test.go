@@ -94,7 +94,7 @@ func buildExample(t *testing.T) (binary string) {
 		t.Fatalf("got %d files of the example, error %v", len(example), err)
 	}
 	engine = slices.DeleteFunc(engine, func(name string) bool { return slices.Contains(kvFiles, name) })
-	for _, path := range slices.Concat(engine, history, example, []string{"help.txt", "go.mod", "go.sum"}) {
+	for _, path := range slices.Concat(engine, history, example, []string{"help.txt", "page.html", "go.mod", "go.sum"}) {
 		content, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)

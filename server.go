@@ -39,6 +39,7 @@ type server struct {
 	metrics  *metrics
 	log      hclog.Logger
 	routes   []route
+	page     *route
 	origins  *http.CrossOriginProtection
 	servedBy []string    // of every answer
 	stopping atomic.Bool // the node shuts down, and says so to load balancers
@@ -59,6 +60,7 @@ func newServer(
 	for i := range s.routes {
 		s.routes[i].register(m)
 	}
+	s.page = newPage(m)
 	return s
 }
 
@@ -116,6 +118,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	c.applied.Store(false)
 	a := &response{ResponseWriter: w, server: s, client: c}
 	rt := s.find(rawPath(r))
+	if rt.allow == "" && asksForPage(r) {
+		rt = s.page
+	}
 	e, ok := rt.methods[r.Method]
 	if !ok {
 		e.series = s.metrics.series(rt.path, methodLabel(r.Method))
@@ -150,6 +155,9 @@ func (s *server) handle(a *response, r *http.Request, rt *route, handler handler
 	h["X-Content-Type-Options"] = noSniff
 	h["Cache-Control"] = noCache
 	h["Raft-Served-By"] = s.servedBy
+	if r.URL.Path == "/" {
+		h["Vary"] = []string{"Accept"} // which decides between the page and 404
+	}
 	if err := s.authorize(h, r, rt); err != nil {
 		return err
 	}
