@@ -252,9 +252,9 @@ func (m *membership) setResizing(reason string) {
 	before := m.resizing
 	m.resizing = reason
 	m.mu.Unlock()
-	switch {
-	case reason == before:
-	case reason == "":
+	switch reason {
+	case before:
+	case "":
 		m.log.Info("the membership is what the list of nodes says")
 	default:
 		m.log.Info("the membership is not what the list of nodes says", "waits-for", reason)

@@ -38,10 +38,7 @@ func (m *kindsMachine) Restore(r io.Reader) (func(), error) {
 func (m *kindsMachine) Len() int             { return len(m.state) }
 func (m *kindsMachine) CommandVersion() byte { return m.version }
 
-type kindsService struct {
-	tinyService
-	version byte
-}
+type kindsService struct{ version byte }
 
 func (s kindsService) newMachine() StateMachine { return &kindsMachine{version: s.version} }
 
