@@ -70,8 +70,6 @@ type Config struct {
 	TLSKeyFile        string
 	TLSCAFile         string
 	Warnings          []string // what the operator should know, though the node can run; the caller logs them
-
-	peersText string // what PeersFile held
 }
 
 // helpText is what --help prints. README.md has the same as a table; a test holds both and loadConfig together.
@@ -295,7 +293,6 @@ func (e *env) readPeers(c *Config) (name string) {
 			e.invalid("PEERS_FILE", "will not do: "+err.Error(), "a file that names the nodes, one a line, as id@host:port")
 			return "PEERS_FILE"
 		}
-		c.peersText = content
 		c.Peers, problems = parsePeersFile(content)
 	case text != "":
 		c.Peers, problems = parsePeers("PEERS", text)

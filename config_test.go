@@ -483,8 +483,8 @@ func TestLogPairs(t *testing.T) {
 			t.Errorf("%s: got %v; want %v", key, got[key], want)
 		}
 	}
-	if len(got) != 19 {
-		t.Errorf("got %d keys; want 19: every field but the warnings", len(got))
+	if len(got) != 20 {
+		t.Errorf("got %d keys; want 20: every field but the warnings", len(got))
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -34,7 +35,7 @@ type peerList struct {
 
 // newPeerList returns the list that cfg was loaded with.
 func newPeerList(cfg *Config, log hclog.Logger) *peerList {
-	l := &peerList{path: cfg.PeersFile, log: log, handled: cfg.peersText}
+	l := &peerList{path: cfg.PeersFile, log: log}
 	l.now.Store(&cfg.Peers)
 	return l
 }
@@ -87,7 +88,9 @@ func (l *peerList) look(now time.Time) {
 		l.log.Warn("PEERS_FILE cannot be used as it is now; the list that was read before stays in use", "error", err)
 		return
 	}
-	l.bad.Store(false)
+	if !l.bad.Swap(false) && slices.Equal(peers, l.get()) {
+		return
+	}
 	l.now.Store(&peers)
 	l.log.Info("PEERS_FILE read again", "peers", peerIDs(peers))
 }
