@@ -238,7 +238,8 @@ func (s *Store) lead(r *raft.Raft, term uint64) {
 	}
 }
 
-// handOver makes the most advanced of the other voters the leader, if this node leads and another answers.
+// handOver makes the most advanced of the other voters the leader, if this node leads and another one answers that is
+// not to leave the cluster.
 func (s *Store) handOver(ctx context.Context, r *raft.Raft) {
 	if r.State() != raft.Leader || len(s.members()) < 2 {
 		return
@@ -262,8 +263,9 @@ func (s *Store) handOver(ctx context.Context, r *raft.Raft) {
 func (s *Store) mostAdvanced(ctx context.Context) (best string) {
 	v, longest := s.askAll(ctx), uint64(0)
 	for _, m := range s.members() {
-		info := v.answers[nodeOf(m.Server)]
-		if m.Voter && m.Server != s.membership.server() && info.Server == m.Server && info.LastIndex > longest {
+		node := nodeOf(m.Server)
+		info, stays := v.answers[node], v.named(node) || !s.list.removes()
+		if m.Voter && stays && m.Server != s.membership.server() && info.Server == m.Server && info.LastIndex > longest {
 			best, longest = m.Server, info.LastIndex
 		}
 	}

@@ -68,7 +68,17 @@ func (s *Store) Status() Status {
 	} else if !contact.IsZero() {
 		status.LastContactMS = time.Since(contact).Milliseconds()
 	}
-	status.Peers = s.recentView().status(s.members())
+	v, members := s.recentView(), s.members()
+	status.Peers = v.status(members)
+	for _, m := range members {
+		if node := nodeOf(m.Server); m.Voter && !slices.Contains(status.Membership.Actual, node) {
+			status.Membership.Actual = append(status.Membership.Actual, node)
+		}
+	}
+	slices.Sort(status.Membership.Actual)
+	if status.PeersDrift {
+		status.Membership.WaitsFor = v.answers[state.Leader].Resize
+	}
 	return status
 }
 
@@ -80,6 +90,8 @@ func (s *Store) CaughtUp() bool { return s.membership.at() == stageCaughtUp }
 // The error says, to people, what is missing.
 func (s *Store) Ready() error {
 	switch {
+	case !slices.Contains(peerIDs(s.list.get()), s.cfg.NodeID):
+		return errors.New("this node is not in PEERS_FILE: it is to leave the cluster, or has left it")
 	case s.raft.Load() == nil || s.Leader() == "":
 		return errors.New(s.membership.reason())
 	case !s.CaughtUp():

@@ -199,22 +199,19 @@ func (v view) whyNotFollowing(node string) string {
 	}
 	slices.Sort(nodes)
 	nodes = slices.Compact(nodes)
+	isMember, willBe := slices.Contains(nodes, v.self), slices.Contains(leader.Peers, v.self)
 	switch {
-	case !slices.Contains(nodes, v.self) && slices.Contains(leader.Peers, v.self):
-		if !slices.Equal(leader.Peers, v.mine().Peers) {
-			return fmt.Sprintf("%s, which leads, names other nodes than this one: %s", node, strings.Join(leader.Peers, ", "))
-		}
-	case !slices.Contains(nodes, v.self):
-		noun := "members"
-		if len(nodes) == 1 {
-			noun = "member"
-		}
-		return fmt.Sprintf("the cluster that %s leads has only the %s %s", node, noun, strings.Join(nodes, ", "))
-	case v.mine().Cluster != "" && v.mine().Cluster != leader.Cluster:
+	case v.mine().Cluster != "" && v.mine().Cluster != leader.Cluster && (isMember || willBe):
 		return fmt.Sprintf("%s is of another cluster, which it leads (%s; this node is of %s): to have this node join "+
 			"it, stop this node, move its STATE_DIR away and start it", node, leader.Cluster, v.mine().Cluster)
 	case here != "":
 		return fmt.Sprintf("the leader %s does not reach this node at %s", node, here)
+	case !isMember && !willBe && len(nodes) == 1:
+		return fmt.Sprintf("the cluster that %s leads has only the member %s", node, nodes[0])
+	case !isMember && !willBe:
+		return fmt.Sprintf("the cluster that %s leads has only the members %s", node, strings.Join(nodes, ", "))
+	case !isMember && !slices.Equal(leader.Peers, v.mine().Peers):
+		return fmt.Sprintf("%s, which leads, names other nodes than this one: %s", node, strings.Join(leader.Peers, ", "))
 	}
 	return node + ", which leads, is about to add this node"
 }

@@ -104,8 +104,13 @@ func TestWhichClusterIsJoined(t *testing.T) {
 			c,
 		},
 		{
-			"a ready leader has not the node", "node3",
+			"a ready leader has not the node, and the same list", "node3",
 			[]nodeInfo{node1, node3, leading("node2#1", c, "node1#1", "node2#1")},
+			c,
+		},
+		{
+			"a ready leader has not the node, and another list", "node3",
+			[]nodeInfo{node1, node3, naming(leading("node2#1", c, "node1#1", "node2#1"), "node1", "node2")},
 			"",
 		},
 		{
@@ -417,15 +422,30 @@ func TestReasonsForPeople(t *testing.T) {
 		},
 		{
 			"one leads itself alone",
-			[]nodeInfo{blank("node1#1"), leading("node2#1", "x#1", "node2#1"), blank("node3#1")},
+			[]nodeInfo{blank("node1#1"), naming(leading("node2#1", "x#1", "node2#1"), "node2"), blank("node3#1")},
 			nil,
 			"the cluster that node2 leads has only the member node2",
 		},
 		{
 			"two are a cluster without this node",
-			[]nodeInfo{blank("node1#1"), leading("node2#1", "x#1", "node3#1", "node2#1", "node3#2-")},
+			[]nodeInfo{
+				blank("node1#1"),
+				naming(leading("node2#1", "x#1", "node3#1", "node2#1", "node3#2-"), "node2", "node3"),
+			},
 			nil,
 			"the cluster that node2 leads has only the members node2, node3",
+		},
+		{
+			"a leader is about to add this node",
+			[]nodeInfo{blank("node1#1"), leading("node2#1", "x#1", "node3#1", "node2#1")},
+			nil,
+			"node2, which leads, is about to add this node",
+		},
+		{
+			"a leader names this node and others",
+			[]nodeInfo{blank("node1#1"), naming(leading("node2#1", "x#1", "node2#1"), "node1", "node2")},
+			nil,
+			"node2, which leads, names other nodes than this one: node1, node2",
 		},
 		{
 			"a leader is of another cluster",
