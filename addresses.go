@@ -24,8 +24,8 @@ const (
 	portRule = "a number from 1 to 65535"
 )
 
-// parsePeers reads PEERS or PEERS_FILE, whichever name says, and returns the peers in the order of their ids, and all problems. A peer with a bad address
-// has the address "".
+// parsePeers reads PEERS or PEERS_FILE, whichever name says, and returns the peers in the order of their ids, and all
+// problems. A peer with a bad address has the address "".
 func parsePeers(name, text string) (peers []Peer, problems []error) {
 	for i, entry := range strings.Split(text, ",") {
 		if entry = strings.TrimSpace(entry); entry == "" {

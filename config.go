@@ -277,7 +277,8 @@ func (e *env) identify(c *Config, sys system) {
 	if len(c.Peers) == 0 {
 		c.Peers = []Peer{{ID: c.NodeID, Addr: c.RaftAdvertise}}
 	} else {
-		c.Warnings = append(c.Warnings, named+" is not in PEERS_FILE: this node is to leave the cluster")
+		c.Warnings = append(c.Warnings,
+			named+" is not in PEERS_FILE: this node is to leave the cluster")
 	}
 }
 
@@ -290,7 +291,8 @@ func (e *env) readPeers(c *Config) (name string) {
 	case c.PeersFile != "":
 		content, err := readPeersFile(c.PeersFile)
 		if err != nil {
-			e.invalid("PEERS_FILE", "will not do: "+err.Error(), "a file that names the nodes, one a line, as id@host:port")
+			e.invalid("PEERS_FILE", "will not do: "+err.Error(),
+				"a file that names the nodes, one a line, as id@host:port")
 			return "PEERS_FILE"
 		}
 		c.Peers, problems = parsePeersFile(content)

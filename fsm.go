@@ -136,7 +136,7 @@ func (m *kvMachine) Restore(source io.Reader) (install func(), err error) {
 	for i := uint64(0); i < count && d.err == nil; i++ {
 		key, value = d.bytes(key), d.bytes(value)
 		p := newPair(key, value)
-		items.Load(p.Key, Item{Value: p.Value, Tag: Tag(d.uvarint())}) // faster than Set, because the keys come in order
+		items.Load(p.Key, Item{Value: p.Value, Tag: Tag(d.uvarint())}) // faster than Set: the keys are in order
 	}
 	if err := d.end(); err != nil {
 		return nil, err

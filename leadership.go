@@ -265,7 +265,8 @@ func (s *Store) mostAdvanced(ctx context.Context) (best string) {
 	for _, m := range s.members() {
 		node := nodeOf(m.Server)
 		info, stays := v.answers[node], v.named(node) || !s.list.removes()
-		if m.Voter && stays && m.Server != s.membership.server() && info.Server == m.Server && info.LastIndex > longest {
+		can := m.Voter && stays && m.Server != s.membership.server() && info.Server == m.Server
+		if can && info.LastIndex > longest {
 			best, longest = m.Server, info.LastIndex
 		}
 	}

@@ -116,7 +116,9 @@ func (r *replica) StoreConfiguration(index uint64, _ raft.Configuration) {
 func (r *replica) Snapshot() (raft.FSMSnapshot, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return &snapshot{index: r.applied.load(), executed: byte(r.executed.Load()), write: r.machine.Snapshot(), released: r.released}, nil
+	return &snapshot{
+		index: r.applied.load(), executed: byte(r.executed.Load()), write: r.machine.Snapshot(), released: r.released,
+	}, nil
 }
 
 // Restore replaces the state by that of a snapshot. If it cannot be read the process stops: Raft would go on with an
@@ -138,7 +140,7 @@ func (r *replica) restore(source io.Reader) error {
 		return fmt.Errorf("snapshot header: %w", err)
 	}
 	if known := r.knownVersion(); executed > known {
-		return fmt.Errorf("snapshot: it has the effects of commands of version %d, and this binary knows no more than %d: "+
+		return fmt.Errorf("snapshot: it has the effects of commands of version %d, and this binary knows %d at most: "+
 			"start this node with the newer binary", executed, known)
 	}
 	install, err := r.machine.Restore(reader)
@@ -303,9 +305,9 @@ func decodeCommands(b []byte) (commands [][]byte, err error) {
 }
 
 // The format of a snapshot, on disk and between nodes: snapshotMagic or snapshotMagic3, whose last byte is the version;
-// the applied index in 8 bytes; in version 3 a byte, the newest version of commands executed; what the state machine has
-// written; and the CRC-32C of all that. Version 3 is written when a command of another version than the first has been
-// executed: until then older binaries can read the snapshot.
+// the applied index in 8 bytes; in version 3 a byte, the newest version of commands executed; what the state machine
+// has written; and the CRC-32C of all that. Version 3 is written when a command of another version than the first has
+// been executed: until then older binaries can read the snapshot.
 const (
 	snapshotMagic  = "RSTSNAP\x02"
 	snapshotMagic3 = "RSTSNAP\x03"

@@ -46,7 +46,7 @@ func (l *peerList) get() []Peer { return *l.now.Load() }
 // removes says whether a node that is not in the list is to leave the cluster.
 func (l *peerList) removes() bool { return l.path != "" }
 
-// follow reads PEERS_FILE again and again until ctx ends. It may hang in a look, if the file is on a mount that is dead.
+// follow reads PEERS_FILE again and again until ctx ends. It may hang in a look if the file is on a dead mount.
 // It returns at once where the list comes from PEERS.
 func (l *peerList) follow(ctx context.Context) {
 	if l.path == "" {
@@ -116,8 +116,8 @@ func readPeersFile(path string) (string, error) {
 	return string(content), err
 }
 
-// parsePeersFile reads what PEERS_FILE holds: what PEERS would, one entry a line or separated by commas. Blank lines are
-// skipped, as is what follows a #.
+// parsePeersFile reads what PEERS_FILE holds: what PEERS would, one entry a line or separated by commas. Blank lines
+// are skipped, as is what follows a #.
 func parsePeersFile(text string) ([]Peer, []error) {
 	var entries []string
 	for line := range strings.Lines(text) {

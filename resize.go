@@ -37,8 +37,8 @@ func (v view) plan(removes bool, caughtUp func(server string, applied uint64) bo
 // named says whether a node is in PEERS or PEERS_FILE, as this node has it.
 func (v view) named(node string) bool { return slices.Contains(v.mine().Peers, node) }
 
-// agreed says whether a majority of the voters, each asked as the server that votes, and a majority of the nodes in this
-// node's list name the same nodes as this one. So a slip in the list of a minority changes nothing.
+// agreed says whether a majority of the voters, each asked as the server that votes, and a majority of the nodes in
+// this node's list name the same nodes as this one. So a slip in the list of a minority changes nothing.
 func (v view) agreed() bool {
 	same := func(info nodeInfo) bool { return slices.Equal(info.Peers, v.mine().Peers) }
 	voters, agree := 0, 0
@@ -182,7 +182,7 @@ func (p plan) removeNode() (change, bool) {
 	return change{}, false
 }
 
-// handsOver says whether this leader is all that is left to leave. A voter of the list, which leads after it, removes it.
+// handsOver says whether this leader is all that is left to leave. A voter of the list, which leads next, removes it.
 func (p plan) handsOver() bool { return p.complete() && p.leaves(p.self) }
 
 // waitsFor says, to people, what keeps the configuration from being what the list says; "" if it is.

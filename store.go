@@ -196,7 +196,8 @@ func (s *Store) join() error {
 	}
 	s.wg.Go(s.manageMembers)
 	if s.drift() {
-		s.log.Warn("PEERS names other nodes than the stored membership", "peers", peerIDs(s.list.get()), "membership", s.members())
+		s.log.Warn("PEERS names other nodes than the stored membership", "peers", peerIDs(s.list.get()),
+			"membership", s.members())
 	}
 	for s.membership.at() < stageCaughtUp && s.ctx.Err() == nil {
 		if s.Read(s.ctx, Linearizable, func() {}) == nil {

@@ -86,7 +86,8 @@ func (s *Store) checkVersion(ctx context.Context, command []byte) error {
 		case err != nil || !leader.Ready:
 			return ErrNotLeader
 		case leader.Lowest < version:
-			return fmt.Errorf("%w: start %s with a newer version, or wait for its answer", ErrNotUpgraded, leader.Behind)
+			return fmt.Errorf("%w: start %s with a newer version, or wait for its answer", ErrNotUpgraded,
+				leader.Behind)
 		}
 		return nil
 	})

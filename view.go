@@ -36,11 +36,11 @@ type nodeInfo struct {
 	Members []member `json:"members"` // of its newest configuration
 
 	Commands byte   `json:"commands"` // newest version of commands that it knows
-	Lowest   byte   `json:"lowest"`   // as the leader: the newest version that all voters know; 0 while it has not heard from one
-	Behind   string `json:"behind"`   // as the leader: a node that knows no more than that
+	Lowest   byte   `json:"lowest"`   // from the leader: the newest version that all voters know; 0: it is not known
+	Behind   string `json:"behind"`   // from the leader: a node that knows no more than that
 
 	WaitsFor string `json:"waits_for"` // for people
-	Resize   string `json:"resize"`    // for people, from the leader: what keeps the membership from being what the list says
+	Resize   string `json:"resize"`    // likewise, from the leader: why the membership is not what its list says
 }
 
 // view is what a node sees when it has asked the others, and itself.
@@ -82,8 +82,8 @@ func (v view) allEmpty() bool {
 func (v view) bootstrapper() string { return peerIDs(v.peers)[0] }
 
 // toJoin returns the cluster that a server of none is to join, "" while there is none. If every node of PEERS answers
-// and holds nothing, it is that of the node that bootstraps. Else it is that of a leader in whose configuration this node
-// is, or which has the same list of nodes and so is about to add this one.
+// and holds nothing, it is that of the node that bootstraps. Else it is that of a leader in whose configuration this
+// node is, or which has the same list of nodes and so is about to add this one.
 func (v view) toJoin() string {
 	for _, info := range v.answers {
 		isMember := slices.ContainsFunc(info.Members, func(m member) bool { return nodeOf(m.Server) == v.self })
@@ -211,7 +211,8 @@ func (v view) whyNotFollowing(node string) string {
 	case !isMember && !willBe:
 		return fmt.Sprintf("the cluster that %s leads has only the members %s", node, strings.Join(nodes, ", "))
 	case !isMember && !slices.Equal(leader.Peers, v.mine().Peers):
-		return fmt.Sprintf("%s, which leads, names other nodes than this one: %s", node, strings.Join(leader.Peers, ", "))
+		return fmt.Sprintf("%s, which leads, names other nodes than this one: %s", node,
+			strings.Join(leader.Peers, ", "))
 	}
 	return node + ", which leads, is about to add this node"
 }
