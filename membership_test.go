@@ -562,7 +562,7 @@ func TestServerOfAnotherClusterStaysOut(t *testing.T) {
 		c.start(i)
 	}
 	for _, i := range []int{0, 1} {
-		awaitReason(t, c.nodes[i], "the cluster that node3 leads has only the member node3")
+		awaitReason(t, c.nodes[i], fmt.Sprintf("%q is neither in the PEERS of node %q", c.nodes[i].cfg.NodeID, "node3"))
 	}
 	if s := node.Status(); s.PeersDrift || s.Cluster != foreign || len(s.Peers) != 1 {
 		t.Errorf("got %+v of the node that was alone; want its own cluster", s)
