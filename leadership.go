@@ -20,6 +20,7 @@ type RaftState struct {
 	Term   uint64
 
 	server string // the leader
+	left   bool   // it is to leave the cluster or has left it, and knows no leader
 }
 
 // leadership is the newest RaftState, for all who wait for another one.
@@ -54,6 +55,9 @@ func (l *leadership) try(ctx context.Context, f func() error) error {
 	for {
 		m := l.now.Load()
 		err := ErrNoLeader
+		if m.left {
+			return ErrLeft
+		}
 		if m.Leader != "" {
 			if err = f(); !errors.Is(err, ErrNotLeader) && !errors.Is(err, ErrNoLeader) {
 				return err

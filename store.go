@@ -358,8 +358,8 @@ func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) err
 	if err != nil {
 		return err
 	}
-	if s.replica.applied.wait(ctx, index) != nil {
-		return ErrNotConfirmed
+	if err := s.executed(ctx, index); err != nil {
+		return err
 	}
 	s.replica.read(f)
 	return nil
@@ -547,6 +547,7 @@ func (s *Store) look(r *raft.Raft) {
 	if r != nil {
 		_, leader := r.LeaderWithID()
 		now = RaftState{State: stateNames[r.State()], Leader: nodeOf(string(leader)), Term: r.CurrentTerm(), server: string(leader)}
+		now.left = now.Leader == "" && s.hasLeft()
 		s.noticeStuck(now.State == "leader", now.Term, r.CommitIndex(), r.LastIndex())
 	} else if s.membership.at() == stageBlank {
 		now.State = "forming"
@@ -607,7 +608,7 @@ func (s *Store) leadsReady() bool { return s.ready.Load() > 0 && s.leadsIn(s.rea
 // Ready returns nil when this node can do its part: it knows the leader, has caught up since it started, and votes.
 func (s *Store) Ready() error {
 	switch {
-	case !slices.ContainsFunc(s.list.get(), func(p Peer) bool { return p.ID == s.cfg.NodeID }):
+	case !s.isListed():
 		return errors.New("this node is not in PEERS_FILE: it leaves the cluster, or has left it")
 	case s.raft.Load() == nil || s.Leader() == "":
 		return errors.New(s.membership.reason())
