@@ -280,7 +280,7 @@ func (e *env) identify(c *Config, sys system) {
 		c.RaftAdvertise = c.Peers[i].Addr
 		c.warnOfPeers(host, port, sys)
 		return
-	case len(c.Peers) > 0 && !(c.PeersFile != "" && c.hasState()):
+	case len(c.Peers) > 0 && (c.PeersFile == "" || !c.hasState()):
 		e.fail("%s is not in %s, which has %q: set NODE_ID to one of these, or add this node to %[2]s on every node",
 			named, from, peerIDs(c.Peers))
 		return
