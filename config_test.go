@@ -126,7 +126,7 @@ func TestLoadConfig(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			want := defaultConfig()
 			tt.want(want)
-			if diff := cmp.Diff(want, mustLoadConfig(t, tt.env)); diff != "" {
+			if diff := cmp.Diff(want, mustLoadConfig(t, tt.env), cmp.AllowUnexported(Config{})); diff != "" {
 				t.Errorf("config differs (-want +got):\n%s", diff)
 			}
 		})
@@ -516,7 +516,7 @@ func TestVariables(t *testing.T) {
 		name, def, meaning := row[1], row[2], row[3]
 		fmt.Fprintf(&table, "%s %s default: %s ", name, meaning, def)
 		if value := strings.Trim(def, "`"); def == "`"+value+"`" && !strings.ContainsAny(value, "`<") {
-			if diff := cmp.Diff(plain, mustLoadConfig(t, testEnv{name: value})); diff != "" {
+			if diff := cmp.Diff(plain, mustLoadConfig(t, testEnv{name: value}), cmp.AllowUnexported(Config{})); diff != "" {
 				t.Errorf("%s=%s is not the default (-unset +set):\n%s", name, value, diff)
 			}
 		}

@@ -20,5 +20,6 @@ var (
 	ErrNotInTime      = errors.New("the command did not get its turn in time")
 	ErrUnknownOutcome = errors.New("the command may or may not have been executed")
 	ErrNotConfirmed   = errors.New("no majority confirmed the leader in time")
+	ErrLeft           = errors.New("this node has left the cluster: ask another one")
 	ErrStarting       = errors.New("this node has not caught up with a leader since it started")
 )

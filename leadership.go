@@ -34,6 +34,7 @@ type RaftState struct {
 	Term   uint64
 
 	server string // the leader
+	left   bool   // it is to leave the cluster or has left it, and knows no leader
 }
 
 // leadership is the newest RaftState, for all who wait for a change of it.
@@ -79,6 +80,9 @@ func (l *leadership) retry(ctx context.Context, f func() error) error {
 	deadline := time.Now().Add(leaderWait)
 	for {
 		state := l.now.Load()
+		if state.left {
+			return ErrLeft
+		}
 		err := ErrNoLeader
 		if state.Leader != "" {
 			if err = f(); !errors.Is(err, ErrNotLeader) && !errors.Is(err, ErrNoLeader) {
@@ -212,7 +216,8 @@ func (s *Store) publishState(r *raft.Raft) RaftState {
 	now := RaftState{State: "starting"}
 	if r != nil {
 		_, leader := r.LeaderWithID()
-		now = RaftState{stateNames[r.State()], nodeOf(string(leader)), r.CurrentTerm(), string(leader)}
+		now = RaftState{stateNames[r.State()], nodeOf(string(leader)), r.CurrentTerm(), string(leader), false}
+		now.left = now.Leader == "" && s.hasLeft()
 	} else if s.membership.at() == stageForming {
 		now.State = "forming"
 	}

@@ -1,8 +1,11 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"slices"
 	"strings"
 
@@ -193,6 +196,8 @@ func (p plan) waitsFor() string {
 		info, answers := p.answers[node]
 		switch {
 		case slices.ContainsFunc(p.byNode[node], isVoter):
+		case !answers && errors.As(p.silent[node], new(*net.DNSError)):
+			add("%s (%s): no such host", node, p.addresses[node])
 		case !answers:
 			add("%s at %s: %v", node, p.addresses[node], causeOf(p.silent[node]))
 		case info.Cluster != "" && info.Cluster != p.mine().Cluster:
@@ -221,4 +226,37 @@ func (p plan) waitsFor() string {
 		}
 	}
 	return "no majority of the voters and of the list answers and names the same nodes: " + strings.Join(parts, "; ")
+}
+
+// isListed says whether this node is in its own PEERS or PEERS_FILE.
+func (s *Store) isListed() bool {
+	return slices.ContainsFunc(s.list.get(), func(p Peer) bool { return p.ID == s.cfg.NodeID })
+}
+
+// hasLeft says whether this node's list, or the newest configuration that it has got, names it no more. The leader that
+// removes a server need not have told it.
+func (s *Store) hasLeft() bool {
+	member, _ := s.isMember(s.membership.server())
+	return !s.isListed() || !member && len(s.members()) > 0
+}
+
+// Leaving says whether this node is to leave the cluster or has left it. Its clients should connect to another one.
+func (s *Store) Leaving() bool { return !s.isListed() || s.State().left }
+
+// executed waits until this node has executed the log up to index. A node that leaves the cluster meanwhile never will.
+func (s *Store) executed(ctx context.Context, index uint64) error {
+	for s.replica.applied.load() < index {
+		step, cancel := context.WithTimeout(ctx, leaderGrace)
+		err := s.replica.applied.wait(step, index)
+		cancel()
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return ErrNotConfirmed
+		case s.State().left:
+			return ErrLeft
+		}
+	}
+	return nil
 }

@@ -2,7 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -185,8 +188,31 @@ func TestClusterIsResized(t *testing.T) {
 	if err := c.nodes[0].Ready(); err == nil || !strings.Contains(err.Error(), "not in PEERS_FILE") {
 		t.Errorf("got %v from a node that has left; want that it is not in PEERS_FILE", err)
 	}
+	wantLeft(t, c.nodes[0])
 	if got := last.Status().Membership; !slices.Equal(got.Wanted, []string{"node5"}) || !slices.Equal(got.Actual, got.Wanted) || got.WaitsFor != "" {
 		t.Errorf("got %+v in /status; want node5 alone", got)
+	}
+}
+
+// wantLeft checks that a node which has left the cluster keeps no client waiting, and that clients connect anew.
+func wantLeft(t *testing.T, n *testNode) {
+	t.Helper()
+	waitFor(t, "the node to know that it has left", func() bool { return n.State().left })
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+	defer cancel()
+	if _, err := n.client.get(ctx, "k1", Linearizable); !errors.Is(err, ErrLeft) {
+		t.Errorf("got %v from a read; want ErrLeft", err)
+	}
+	if _, err := n.client.set(ctx, "k1", "2"); !errors.Is(err, ErrLeft) {
+		t.Errorf("got %v from a write; want ErrLeft", err)
+	}
+	if err := n.executed(ctx, n.replica.applied.load()+1); !errors.Is(err, ErrLeft) {
+		t.Errorf("got %v from a read that waits for an entry; want ErrLeft", err)
+	}
+	response := httptest.NewRecorder()
+	n.server.ServeHTTP(response, httptest.NewRequestWithContext(ctx, http.MethodGet, "/value/k1", http.NoBody))
+	if response.Code != http.StatusServiceUnavailable || response.Header().Get("Connection") != "close" {
+		t.Errorf("got %d, %v; want 503 and that the connection closes", response.Code, response.Header())
 	}
 }
 

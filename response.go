@@ -43,7 +43,7 @@ func (a *response) begin(status int) {
 	if leader := a.server.store.Leader(); leader != "" {
 		h["Raft-Leader"] = []string{leader}
 	}
-	if a.server.stopping.Load() {
+	if a.server.stopping.Load() || a.server.store.Leaving() {
 		h["Connection"] = []string{"close"}
 	}
 }
@@ -158,6 +158,7 @@ var statusOf = []struct {
 	{ErrNotInTime, http.StatusServiceUnavailable},
 	{ErrNotConfirmed, http.StatusServiceUnavailable},
 	{ErrStarting, http.StatusServiceUnavailable},
+	{ErrLeft, http.StatusServiceUnavailable},
 }
 
 // problem is an error's body: application/problem+json (RFC 9457).

@@ -253,7 +253,7 @@ func (s *sim) leaderOfACandidate() (came bool) {
 	s.soon(100*time.Millisecond, func() bool { return x.state().State == "candidate" })
 	s.standBy(y, z)
 	if !s.soon(time.Second, func() bool {
-		return x.state() == RaftState{"candidate", y.id, y.state().Term, y.disk.Load().identity().Server}
+		return x.state() == RaftState{"candidate", y.id, y.state().Term, y.disk.Load().identity().Server, false}
 	}) {
 		return false
 	}

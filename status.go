@@ -90,7 +90,7 @@ func (s *Store) CaughtUp() bool { return s.membership.at() == stageCaughtUp }
 // The error says, to people, what is missing.
 func (s *Store) Ready() error {
 	switch {
-	case !slices.Contains(peerIDs(s.list.get()), s.cfg.NodeID):
+	case !s.isListed():
 		return errors.New("this node is not in PEERS_FILE: it is to leave the cluster, or has left it")
 	case s.raft.Load() == nil || s.Leader() == "":
 		return errors.New(s.membership.reason())

@@ -9,7 +9,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 label=app.kubernetes.io/name=raftstarter
-names=(raftstarter-0 raftstarter-1 raftstarter-2)
+names=(raftstarter-0 raftstarter-1 raftstarter-2) # of the pods that are to have all data
 namespace=raftstarter-test-$RANDOM
 tmp=$(mktemp -d)
 background=()
@@ -90,6 +90,41 @@ check_load() { # looks for what was written, through every pod
   say "every pod has every write that was acknowledged"
 }
 
+# list_pods N writes the first N pods into the list of peers.yaml, and applies it.
+list_pods() {
+  local i
+  sed -i '/^    raftstarter-/d' k8s/peers.yaml
+  for ((i = 0; i < $1; i++)); do
+    echo "    raftstarter-$i@raftstarter-$i.raftstarter-headless:12000" >>k8s/peers.yaml
+  done
+  kubectl apply -f k8s/ | grep -v unchanged
+}
+
+run_pods() { # N: as many replicas
+  sed -i "s/^  replicas: [0-9]*/  replicas: $1/" k8s/statefulset.yaml
+  kubectl apply -f k8s/ | grep -v unchanged
+}
+
+# members PODS tells whether exactly these are the members that vote, as raftstarter-0 sees it, and nothing is left to do.
+members() {
+  local list
+  list=$(printf ',"%s"' "$@")
+  curl -fsS -m 5 "$(pod_url raftstarter-0)/status" >"$tmp/status" && grep -qF "\"actual\":[${list#,}],\"waits_for\":\"\"" "$tmp/status"
+}
+
+waits_for() { sed -n 's/.*"waits_for":"\(.*\)"}.*/\1/p' "$tmp/status"; }
+
+# backup URL DIR saves all keys, a file for each page; DIR is made.
+backup() {
+  local n=10000 next='?prefix=&limit=1000&consistency=stale'
+  mkdir "$2"
+  while [[ -n $next ]]; do
+    n=$((n + 1))
+    http -D "$2.headers" -o "$2/$n.json" "$1/key$next"
+    next=$(sed -n 's/^Link: <\(?[^>]*\)>.*/\1/Ip' "$2.headers")
+  done
+}
+
 evict() { # as kubectl drain does; the answer is in $tmp/out
   kubectl create --raw "/api/v1/namespaces/$namespace/pods/$1/eviction" -f - >"$tmp/out" 2>&1 \
     <<<"{\"apiVersion\":\"policy/v1\",\"kind\":\"Eviction\",\"metadata\":{\"name\":\"$1\"}}"
@@ -100,6 +135,8 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 go -C _scripts/k8s build -o "$tmp/load" .
 mkfifo "$tmp/lines"
+cp -r k8s _scripts "$tmp" # to edit the manifests as a user does
+cd "$tmp"
 
 # A kubeconfig of our own, whose namespace is ours; everything below uses kubectl as its user would.
 kubectl config view --raw --minify --flatten >"$tmp/kubeconfig"
@@ -212,6 +249,99 @@ case $answer in
   *"deadline exceeded"* | *timeout*) say "HTTP answers, Raft does not: $answer" ;;
   *) say "NOT ENFORCED: the network of this cluster takes no notice of NetworkPolicies: $answer" ;;
 esac
+
+say "== from three pods to five, under load"
+start_load
+start=$(now)
+list_pods 5
+told() { members 0; [[ $(waits_for) == *"raftstarter-4"* ]]; } # not yet: the pods are not there
+until_true 180 "the leader waits for raftstarter-4" told
+took 180 "$start" "the list is with the pods, and the leader waits: $(waits_for)"
+start=$(now)
+run_pods 5
+kubectl rollout status statefulset/raftstarter --timeout=3m >"$tmp/out" || die "$(<"$tmp/out")"
+took 120 "$start" "five pods are ready"
+names+=(raftstarter-3 raftstarter-4)
+until_true 10 "all five vote" members "${names[@]}"
+sleep 5
+stop_load
+check_load
+
+say "== from five pods to three, under load, and the leader is one of those that leave"
+# A leader that stops prefers the first of equals. So the first two stay away, by a quota, until one of the last leads.
+last_leads() { [[ $(curl -fsS -m 5 "$(pod_url raftstarter-4)/status") == *'"leader":"raftstarter-'[34]* ]]; }
+read -ra gone <<<"$(uids)"
+kubectl create quota no-more --hard=pods=3
+kubectl delete pod raftstarter-0 raftstarter-1
+last_leads || kubectl delete pod raftstarter-2 --wait=false
+until_true 30 "raftstarter-3 or raftstarter-4 leads" last_leads
+kubectl delete quota no-more
+for i in 0 1; do
+  until_true 120 "raftstarter-$i is ready again" renewed "raftstarter-$i" "${gone[i]}"
+done
+kubectl rollout status statefulset/raftstarter --timeout=1m >"$tmp/out" || die "$(<"$tmp/out")"
+names=(raftstarter-0 raftstarter-1 raftstarter-2)
+say "$(leader) leads"
+[[ $(leader) == raftstarter-[34] ]] || say "NOT TRIED: the leader is none of those that leave"
+start_load
+start=$(now)
+list_pods 3
+until_true 180 "three pods vote" members "${names[@]}"
+took 180 "$start" "three pods vote, and $(leader) leads"
+start=$(now)
+run_pods 3
+ended() { [[ -z $(kubectl get pod raftstarter-3 raftstarter-4 --ignore-not-found -o name) ]]; }
+until_true 60 "the other two have ended" ended
+took 60 "$start" "the other two have ended"
+sleep 5
+stop_load
+check_load
+
+say "== and to five again, with the volumes that were kept; list and replicas at once"
+start_load
+start=$(now)
+list_pods 5
+run_pods 5
+names+=(raftstarter-3 raftstarter-4)
+until_true 180 "all five vote" members "${names[@]}"
+took 180 "$start" "all five vote"
+kubectl rollout status statefulset/raftstarter --timeout=1m >"$tmp/out" || die "$(<"$tmp/out")"
+stop_load
+check_load
+
+say "== back to three; the volumes that nobody uses are deleted"
+names=(raftstarter-0 raftstarter-1 raftstarter-2)
+list_pods 3
+until_true 180 "three pods vote" members "${names[@]}"
+run_pods 3
+until_true 60 "the other two have ended" ended
+kubectl delete pvc state-raftstarter-3 state-raftstarter-4
+
+say "== a majority of the volumes is lost"
+before=$(backup "$(pod_url raftstarter-0)" "$tmp/before" && cat "$tmp"/before/*.json | sha256sum)
+start=$(now)
+kubectl delete pvc state-raftstarter-1 state-raftstarter-2 --wait=false
+kubectl delete pod raftstarter-1 raftstarter-2 --grace-period=0 --force 2>/dev/null
+advice() { curl -sS -m 5 "$(pod_url "$1")/readyz" >"$tmp/advice" && grep -q "save its backup" "$tmp/advice"; }
+until_true 120 "raftstarter-1 says what to do" advice raftstarter-1
+until_true 30 "raftstarter-0 says what to do" advice raftstarter-0
+took 120 "$start" "the advice is there: $(<"$tmp/advice")"
+best=$(sed -n 's/.*Node \([^ ]*\) has the most complete log.*/\1/p' "$tmp/advice")
+if answer=$(curl -fsS -m 20 -X PUT -d 1 "$(pod_url raftstarter-0)/key/late" 2>&1); then die "a write is taken: $answer"; fi
+backup "$(pod_url "$best")" "$tmp/backup"
+_scripts/uninstall.sh
+kubectl delete pvc -l "$label"
+_scripts/install.sh
+if [[ $via == direct ]]; then service=http://$(kubectl get service raftstarter -o 'jsonpath={.spec.clusterIP}'):11000; fi
+for page in "$tmp"/backup/*.json; do
+  http --data-binary "@$page" "$service/key"
+done
+for pod in "${names[@]}"; do
+  http "$(pod_url "$pod")/key/first" >"$tmp/out" # linearizable: from here on the pod has all
+  backup "$(pod_url "$pod")" "$tmp/$pod"
+  [[ $(cat "$tmp/$pod"/*.json | sha256sum) == "$before" ]] || die "$pod has other data than there was before"
+done
+took 240 "$start" "all $(cat "$tmp"/backup/*.json | grep -o '":' | wc -l) keys are restored, and every pod has them,"
 
 say "== uninstall keeps the data, and install finds it again"
 _scripts/uninstall.sh

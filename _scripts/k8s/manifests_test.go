@@ -40,7 +40,8 @@ const root = "../.."
 // manifests is what k8s/ or a variant of it gives to Kubernetes.
 type manifests struct {
 	objects  []metav1.Object
-	config   *corev1.ConfigMap
+	config   *corev1.ConfigMap // the environment
+	peers    *corev1.ConfigMap // the list of nodes
 	account  *corev1.ServiceAccount
 	services map[string]*corev1.Service
 	set      *appsv1.StatefulSet
@@ -72,7 +73,11 @@ func decode(t *testing.T, docs []byte) *manifests {
 		}
 		switch o := object.(type) {
 		case *corev1.ConfigMap:
-			m.config = o
+			if strings.HasSuffix(o.Name, "-peers") {
+				m.peers = o
+			} else {
+				m.config = o
+			}
 		case *corev1.ServiceAccount:
 			m.account = o
 		case *corev1.Service:
@@ -88,8 +93,8 @@ func decode(t *testing.T, docs []byte) *manifests {
 		}
 		m.objects = append(m.objects, object.(metav1.Object))
 	}
-	if len(m.objects) != 7 || len(m.services) != 2 {
-		t.Fatalf("got %d objects, %d of them Services; want 7 and 2, which the checks know", len(m.objects), len(m.services))
+	if len(m.objects) != 8 || len(m.services) != 2 || m.config == nil || m.peers == nil {
+		t.Fatalf("got %d objects, %d of them Services; want 8, which the checks know, with 2 Services and 2 ConfigMaps", len(m.objects), len(m.services))
 	}
 	if n := len(m.set.Spec.Template.Spec.Containers); n != 1 {
 		t.Fatalf("got %d containers; want 1", n)
@@ -154,10 +159,40 @@ func (m *manifests) env(t *testing.T, pod string) map[string]string {
 	return env
 }
 
-// mountSecrets makes the Secrets that the pods mount as docs/kubernetes.md has them made, and lets env point to their files.
-func (m *manifests) mountSecrets(t *testing.T, env map[string]string) {
+// mountVolumes makes what the pods mount, Secrets as docs/kubernetes.md has them made, and lets env point to the files.
+func (m *manifests) mountVolumes(t *testing.T, env map[string]string) {
 	t.Helper()
 	dir := t.TempDir()
+	for _, volume := range m.pod().Volumes {
+		made := filepath.Join(dir, volume.Name)
+		if err := os.Mkdir(made, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		switch {
+		case volume.Secret != nil:
+			makeSecret(t, made, volume.Secret.SecretName)
+		case volume.ConfigMap != nil && volume.ConfigMap.Name == m.peers.Name:
+			for name, text := range m.peers.Data {
+				if err := os.WriteFile(filepath.Join(made, name), []byte(text), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			}
+		default:
+			t.Fatalf("the volume %s is of a kind that no check knows", volume.Name)
+		}
+		for _, mount := range m.container().VolumeMounts {
+			for name, value := range env {
+				if file, ok := strings.CutPrefix(value, mount.MountPath+"/"); ok && mount.Name == volume.Name {
+					env[name] = filepath.Join(made, file)
+				}
+			}
+		}
+	}
+}
+
+// makeSecret makes the files of a Secret in dir.
+func makeSecret(t *testing.T, dir, name string) {
+	t.Helper()
 	certs, err := filepath.Abs(root + "/_scripts/certs.sh")
 	if err != nil {
 		t.Fatal(err)
@@ -167,19 +202,10 @@ func (m *manifests) mountSecrets(t *testing.T, env map[string]string) {
 			"mv raftstarter.pem tls.crt && mv raftstarter-key.pem tls.key && mv ca.pem ca.crt",
 		"raftstarter-tokens": "openssl rand -hex 32 >tokens",
 	}
-	for _, volume := range m.pod().Volumes {
-		made := filepath.Join(dir, volume.Name)
-		recipe := exec.CommandContext(t.Context(), "bash", "-c", "umask 077; mkdir "+made+" && cd "+made+" && "+recipes[volume.Secret.SecretName])
-		if out, err := recipe.CombinedOutput(); err != nil {
-			t.Fatalf("%v: %s", err, out)
-		}
-		for _, mount := range m.container().VolumeMounts {
-			for name, value := range env {
-				if file, ok := strings.CutPrefix(value, mount.MountPath+"/"); ok && mount.Name == volume.Name {
-					env[name] = filepath.Join(made, file)
-				}
-			}
-		}
+	recipe := exec.CommandContext(t.Context(), "bash", "-c", "umask 077; "+recipes[name])
+	recipe.Dir = dir
+	if out, err := recipe.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
 	}
 }
 
@@ -257,13 +283,28 @@ func TestPeersAreThePods(t *testing.T) {
 					t.Errorf("%s has the NODE_ID %q", pod, got)
 				}
 			}
-			peers := strings.Split(m.config.Data["PEERS"], ",")
-			for i := range peers {
-				peers[i] = strings.TrimSpace(peers[i])
+			if got := strings.Fields(m.peers.Data["peers"]); !slices.Equal(got, want) {
+				t.Errorf("got the list %q; want %q", got, want)
 			}
-			if !slices.Equal(peers, want) {
-				t.Errorf("got PEERS %q; want %q", peers, want)
+		})
+	}
+}
+
+// A change of the list reaches the pods as a file that changes, so it must be mounted as kubelet keeps it up to date.
+func TestPeersReachRunningPods(t *testing.T) {
+	for variant, m := range allManifests(t) {
+		t.Run(variant, func(t *testing.T) {
+			env := m.env(t, "raftstarter-0") // refuses an environment that comes from the list
+			i := slices.IndexFunc(m.pod().Volumes, func(v corev1.Volume) bool { return v.ConfigMap != nil && v.ConfigMap.Name == m.peers.Name })
+			if i < 0 || len(m.pod().Volumes[i].ConfigMap.Items) > 0 || m.peers.Immutable != nil {
+				t.Fatalf("the ConfigMap %s is no volume, only a part of it is, or it cannot change", m.peers.Name)
 			}
+			for _, mount := range m.container().VolumeMounts {
+				if mount.Name == m.pod().Volumes[i].Name && mount.SubPath == "" && env["PEERS_FILE"] == mount.MountPath+"/peers" {
+					return
+				}
+			}
+			t.Errorf("PEERS_FILE %q is no file of the ConfigMap %s, or is mounted by a subPath", env["PEERS_FILE"], m.peers.Name)
 		})
 	}
 }
@@ -435,7 +476,7 @@ func TestService(t *testing.T) {
 			}
 			for _, pod := range m.podNames() {
 				env := m.env(t, pod)
-				m.mountSecrets(t, env)
+				m.mountVolumes(t, env)
 				command := exec.CommandContext(t.Context(), binary, "--healthcheck") // it exits 2 when the configuration will not do
 				command.Env = environ(env)
 				if out, err := command.CombinedOutput(); command.ProcessState.ExitCode() == 2 {
@@ -444,7 +485,7 @@ func TestService(t *testing.T) {
 			}
 
 			env := m.env(t, "raftstarter-0")
-			m.mountSecrets(t, env)
+			m.mountVolumes(t, env)
 			env["HTTP_ADDR"], env["HTTP_PORT"], env["RAFT_ADDR"], env["RAFT_PORT"] = "127.0.0.1", freePort(t), "127.0.0.1", freePort(t)
 			env["STATE_DIR"] = t.TempDir()
 			node := exec.CommandContext(t.Context(), binary)
