@@ -638,7 +638,7 @@ func TestWithoutLeader(t *testing.T) {
 func TestErrorsHaveTheirStatus(t *testing.T) {
 	statuses := map[error]int{
 		ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503, ErrNotConfirmed: 503,
-		ErrStarting: 503, badRequest("what?"): 400, errNotFound: 404, errors.New("node7 is broken"): 500,
+		ErrStarting: 503, ErrLeft: 503, badRequest("what?"): 400, errNotFound: 404, errors.New("node7 is broken"): 500,
 	}
 	for _, row := range statusOf {
 		if _, tested := statuses[row.err]; !tested {

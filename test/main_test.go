@@ -62,6 +62,22 @@ func buildAndRun(m *testing.M) int {
 	return m.Run()
 }
 
+// The go command keeps the result of a test until a file changes that the test has read. It does not know what go build has
+// read for these tests, so this one reads that.
+func TestSourcesAreRead(t *testing.T) {
+	for _, pattern := range []string{"../*.go", "../*.txt", "../*.html", "../go.*", "../Procfile", "../.env"} {
+		paths, err := filepath.Glob(pattern)
+		if err != nil || len(paths) == 0 {
+			t.Errorf("%s: got %v, %v; want files", pattern, paths, err)
+		}
+		for _, path := range paths {
+			if _, err := os.ReadFile(path); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
 // waitFor waits until condition holds, and fails the test if it does not within 15 s.
 func waitFor(t testing.TB, what string, condition func() bool) {
 	t.Helper()
