@@ -16,7 +16,8 @@ const (
 	maxBatchBytes = 512 << 10             // of commands in one log entry, but for a single larger one
 	maxWaiting    = 32 << 20              // bytes of commands that may wait; beyond it the node is overloaded
 	maxLinger     = 10 * time.Millisecond // that a batch waits for the commands that are expected
-	maxBackoff    = 64                    // batches in a row that do not do so, after others have waited in vain
+	maxCredit     = 16                    // batches that may do so in vain, after as many that did not
+	lingerPause   = 64                    // batches that do not do so, after that
 )
 
 // Result is what a command came to: the index of the log entry that holds it, and what StateMachine.Apply returned.
@@ -79,9 +80,7 @@ type writes struct {
 	expected int
 	took     time.Duration
 
-	// For run alone.
-	backoff int // batches that do not wait after one that has waited in vain
-	skip    int // of them are left
+	credit int // batches that may yet linger in vain; below 0, batches that will not linger. For run alone
 }
 
 func newWrites(node proposer, m *metrics, log hclog.Logger) *writes {
@@ -151,15 +150,15 @@ func (b *writes) commitNext(ctx context.Context) bool {
 
 // linger waits for the commands that are expected, for as long as the last batch took at most: clients who were just
 // answered often send the next command at once, and one batch of all costs less than two that take turns. (PostgreSQL's
-// commit_delay waits like this, for a fixed time.) Where commands come at random times fewer than expected come; then,
-// with exponential backoff, the next batches do not wait.
+// commit_delay waits like this, for a fixed time.) Where commands come at random times fewer than expected come most
+// times. Then the next batches do not wait.
 func (b *writes) linger(ctx context.Context) {
 	count, expected, limit := b.outlook()
 	if count == 0 || count >= expected {
 		return
 	}
-	if b.skip > 0 {
-		b.skip--
+	if b.credit < 0 {
+		b.credit++
 		return
 	}
 	for timeout := time.After(limit); count < expected; count, expected, _ = b.outlook() {
@@ -172,12 +171,10 @@ func (b *writes) linger(ctx context.Context) {
 		break
 	}
 	if count >= expected {
-		b.backoff /= 2
-		return
+		b.credit = min(b.credit+1, maxCredit)
+	} else if b.credit--; b.credit < 0 {
+		b.credit = -lingerPause
 	}
-	// At least 2: the first after one that did not wait finds all there too easily to say anything.
-	b.backoff = min(2*b.backoff+2, maxBackoff)
-	b.skip = b.backoff
 }
 
 // outlook returns how many commands wait, how many are expected, and how long at most it is worth to wait for them.

@@ -241,7 +241,7 @@ func TestPassedOnHoldsUpNoEntry(t *testing.T) {
 
 // Clients that come back at once are all in one entry, and not in two that take turns. Commands that come at any time do not
 // wait for others, but once in a while.
-func TestGatherWaitsForThoseWhoComeBack(t *testing.T) {
+func TestLingerWaitsForThoseWhoComeBack(t *testing.T) {
 	const (
 		clients = 5
 		commit  = 4 * time.Millisecond
@@ -321,21 +321,21 @@ func TestGatherWaitsForThoseWhoComeBack(t *testing.T) {
 }
 
 // Only a batch that would have waited counts for how long none does.
-func TestBackoffIsForBatchesThatWouldWait(t *testing.T) {
+func TestPauseIsForBatchesThatWouldWait(t *testing.T) {
 	b := newWrites(&testProposer{}, newMetrics(), hclog.NewNullLogger())
-	b.expected, b.skip = 1, 7
+	b.expected, b.credit = 1, -7
 	b.linger(t.Context()) // nothing to take
 	if err := b.add(newWrite([]byte("as many as expected"))); err != nil {
 		t.Fatal(err)
 	}
 	b.linger(t.Context())
-	if b.skip != 7 {
-		t.Errorf("got %d batches to skip; want it unchanged at 7", b.skip)
+	if b.credit != -7 {
+		t.Errorf("got credit %d; want it unchanged at -7", b.credit)
 	}
 	b.expected = 2
 	b.linger(t.Context())
-	if b.skip != 6 {
-		t.Errorf("got %d batches to skip after one that would have waited; want 6", b.skip)
+	if b.credit != -6 {
+		t.Errorf("got credit %d after a batch that would have waited; want -6", b.credit)
 	}
 }
 
