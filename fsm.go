@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"slices"
 	"strings"
 	"time"
@@ -107,31 +108,58 @@ func (kv *KV) apply(ctx context.Context, c command) (Written, error) {
 
 // Get returns the item of a key, with Tag 0 when it is not there.
 func (kv *KV) Get(ctx context.Context, key string, consistency Consistency) (item Item, err error) {
-	err = kv.store.Read(ctx, consistency, func() { item, _ = kv.machine.items.Get(key) })
+	item, _, err = kv.getAt(ctx, key, consistency)
 	return item, err
 }
 
+// getAt is Get, and returns the last tag that had been given when the key was read.
+func (kv *KV) getAt(ctx context.Context, key string, consistency Consistency) (item Item, at Tag, err error) {
+	err = kv.store.Read(ctx, consistency, func() {
+		item, _ = kv.machine.items.Get(key)
+		at = kv.machine.lastTag
+	})
+	return item, at, err
+}
+
 // List calls f with the keys that begin with prefix and come after the key after, in byte order, until f returns false.
-// They are of one moment of what this node has; f holds nobody up. For a linearizable listing call Store.Read before.
-func (kv *KV) List(prefix, after string, f func(key string, item Item) bool) {
-	var items *btree.Map[string, Item] // shares all that is not written to later, as a snapshot does
-	kv.store.Capture(func() { items = kv.machine.items.Copy() })
+// They are of one moment of what this node has, when the last tag given was at; f holds nobody up. For a linearizable listing call
+// Store.Read before.
+func (kv *KV) List(prefix, after string, f func(key string, item Item) bool) (at Tag) {
+	items, at := kv.capture()
 	items.Ascend(max(prefix, after), func(key string, item Item) bool {
 		if key == after {
 			return true
 		}
 		return strings.HasPrefix(key, prefix) && f(key, item)
 	})
+	return at
+}
+
+// pairs returns the keys that begin with prefix and their values, as List does.
+func (kv *KV) pairs(prefix string) (pairs iter.Seq2[string, string], at uint64) {
+	items, tag := kv.capture()
+	return func(yield func(key, value string) bool) {
+		items.Ascend(prefix, func(key string, item Item) bool {
+			return strings.HasPrefix(key, prefix) && yield(key, item.Value)
+		})
+	}, uint64(tag)
+}
+
+// capture returns a copy of all that this node has, which shares what is not written to later, and the last tag given.
+func (kv *KV) capture() (items *btree.Map[string, Item], at Tag) {
+	kv.store.Capture(func() { items, at = kv.machine.items.Copy(), kv.machine.lastTag })
+	return items, at
 }
 
 // kvMachine is the state: an ordered map that is copied in no time for a snapshot. It is a StateMachine.
 type kvMachine struct {
 	items   *btree.Map[string, Item]
 	lastTag Tag
+	feed    *feed // of its changes
 }
 
 func newMachine() *kvMachine {
-	return &kvMachine{items: new(btree.Map[string, Item])}
+	return &kvMachine{items: new(btree.Map[string, Item]), feed: newFeed()}
 }
 
 // Len returns the number of keys.
@@ -139,6 +167,9 @@ func (m *kvMachine) Len() int { return m.items.Len() }
 
 // Apply executes a command. The result is the command's tag, or 0 when its condition did not hold.
 func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
+	if len(encoded) > 0 && encoded[0] == txnVersion {
+		return m.applyTxn(encoded, at)
+	}
 	c, err := decodeCommand(encoded)
 	if err != nil {
 		return nil, err
@@ -148,20 +179,32 @@ func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
 			return make([]byte, 8), nil
 		}
 	}
+	if c.op == opDelete {
+		return m.write(nil, c.pairs, at), nil
+	}
+	return m.write(c.pairs, nil, at), nil
+}
+
+// write sets and deletes keys under one new tag, which is its result, and adds the changes to the feed.
+func (m *kvMachine) write(set, remove []Pair, at time.Time) []byte {
 	if m.lastTag == 0 {
 		// A cluster that lost everything and forms anew begins above all tags it has ever given out, since no cluster
 		// executes a command in each microsecond.
 		m.lastTag = Tag(at.UnixMicro())
 	}
 	m.lastTag++
-	for _, p := range c.pairs {
-		if c.op == opDelete {
-			m.items.Delete(p.Key)
-		} else {
-			m.items.Set(p.Key, Item{Value: p.Value, Tag: m.lastTag})
+	changes := make([]keyChange, 0, len(set)+len(remove))
+	for _, p := range set {
+		m.items.Set(p.Key, Item{Value: p.Value, Tag: m.lastTag})
+		changes = append(changes, keyChange{key: p.Key, value: p.Value})
+	}
+	for _, p := range remove {
+		if _, was := m.items.Delete(p.Key); was {
+			changes = append(changes, keyChange{key: p.Key, deleted: true})
 		}
 	}
-	return binary.BigEndian.AppendUint64(nil, uint64(m.lastTag)), nil
+	m.feed.add(uint64(m.lastTag), changes)
+	return binary.BigEndian.AppendUint64(nil, uint64(m.lastTag))
 }
 
 // The format of a snapshot: the last tag given out and the number of keys, as 8 bytes each; then for every key, in byte
@@ -209,7 +252,10 @@ func (m *kvMachine) Restore(source io.Reader) (install func(), err error) {
 	if _, err := r.ReadByte(); !errors.Is(err, io.EOF) {
 		return nil, errors.Join(errors.New("bytes follow the last key"), err)
 	}
-	return func() { m.items, m.lastTag = items, lastTag }, nil
+	return func() {
+		m.items, m.lastTag = items, lastTag
+		m.feed.reset(uint64(lastTag))
+	}, nil
 }
 
 // readBytes reads a length and so many bytes, into buf if they fit.

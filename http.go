@@ -43,8 +43,11 @@ type api struct {
 func routes(cfg *Config, store *Store, machine *kvMachine) []route {
 	a := &api{cfg, &KV{store, machine}, make(chan struct{}, maxListings)}
 	return []route{
-		{path: "/key", get: a.listKeys, post: a.postKeys},
+		{path: "/key", get: a.listKeys, post: a.postKeys, slack: backupSlack},
 		{path: keyPrefix, get: a.getKey, put: a.putKey, delete: a.deleteKey},
+		{path: "/txn", post: a.postTxn},
+		{path: "/changes", get: newStreams(store, machine.feed).get},
+		{path: "/backup", get: newBackups(cfg, store, a.kv.pairs).get},
 	}
 }
 
@@ -70,10 +73,11 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	markStale(w, a.kv.store, consistency)
-	item, err := a.kv.Get(r.Context(), key, consistency)
+	item, at, err := a.kv.getAt(r.Context(), key, consistency)
 	if err != nil {
 		return err
 	}
+	setRaftTag(w, uint64(at))
 	value := item.Value
 	if item.Tag == 0 {
 		value = "null"
@@ -137,7 +141,7 @@ func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
 		"If-Match", "If-None-Match", "If-Unmodified-Since", "If-Modified-Since"); err != nil {
 		return err
 	}
-	pairs, err := readObject(r)
+	pairs, err := readObject(r, a.cfg.MaxBodyBytes)
 	if err != nil {
 		return err
 	}
@@ -186,7 +190,7 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 		return &httpError{http.StatusServiceUnavailable, "too many listings are under way"}
 	}
 	body, last, more := []byte{'{'}, "", false
-	a.kv.List(query.Get("prefix"), query.Get("after"), func(key string, item Item) bool {
+	at := a.kv.List(query.Get("prefix"), query.Get("after"), func(key string, item Item) bool {
 		if more = limit == 0 || len(body) > maxPageBytes; more {
 			return false
 		}
@@ -199,6 +203,7 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 		limit--
 		return true
 	})
+	setRaftTag(w, uint64(at))
 	if more {
 		query.Set("after", last)
 		w.Header().Set("Link", "<?"+query.Encode()+`>; rel="next"`)
@@ -291,16 +296,6 @@ func conditionFailed(r *http.Request, c Condition, err error) error {
 	return &httpError{http.StatusPreconditionFailed, detail}
 }
 
-// refuse says why headers cannot be used here, if one of them is.
-func refuse(r *http.Request, why string, headers ...string) error {
-	for _, header := range headers {
-		if _, present := r.Header[header]; present {
-			return badRequest("%s cannot be used here: %s", header, why)
-		}
-	}
-	return nil
-}
-
 // tags reads a header that lists entity tags (RFC 9110, 13.1), nil when there is none. A weak tag stands for the same
 // as a strong one where weak says so, and otherwise for nothing, like any tag that this service never gave out.
 func tags(r *http.Request, header string, weak bool) (*Tags, error) {
@@ -357,17 +352,23 @@ func wrote(w http.ResponseWriter, written Written) error {
 	return nil
 }
 
-// readObject returns the members of the body, a JSON object in which each is named once.
-func readObject(r *http.Request) ([]Pair, error) {
+// readObject returns the members of the body, a JSON object in which each is named once. The body may be larger than limit, as far as
+// the server lets it, if it has one member alone, whose value is not.
+func readObject(r *http.Request, limit int64) ([]Pair, error) {
 	body, err := readBody(r)
 	if err != nil {
 		return nil, err
 	}
+	size := int64(len(body))
 	object, err := compactJSON(body, maxDepth+1) // the object itself is no level of its values
 	if err != nil {
 		return nil, err
 	}
-	return members(object)
+	pairs, err := members(object)
+	if err == nil && size > limit && (len(pairs) != 1 || int64(len(pairs[0].Value)) > limit) {
+		return nil, errTooLarge(limit)
+	}
+	return pairs, err
 }
 
 // members returns the members of an object, given as one JSON value.

@@ -237,6 +237,7 @@ func shutdown(s *server, web *http.Server, timeout time.Duration, sig signals) e
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
 	s.stopping.Store(true)
+	s.stop()
 	done := make(chan error, 1)
 	go func() {
 		// Answers close their connections from now on. A connection that is kept alive is given the time for one more: if it

@@ -32,3 +32,13 @@ func readQuery(r *http.Request, names ...string) (url.Values, error) {
 	}
 	return query, nil
 }
+
+// refuse says why headers cannot be used here, if one of them is.
+func refuse(r *http.Request, why string, headers ...string) error {
+	for _, header := range headers {
+		if _, present := r.Header[header]; present {
+			return badRequest("%s cannot be used here: %s", header, why)
+		}
+	}
+	return nil
+}

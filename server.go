@@ -43,6 +43,7 @@ type route struct {
 	path                   string
 	get, post, put, delete handlerFunc // nil for not allowed
 	open                   bool        // to those without a token, too
+	slack                  int64       // bytes by which a body may exceed MAX_BODY_BYTES; the handler says of what kind
 
 	// Made by register:
 	methods map[string]endpoint
@@ -66,6 +67,9 @@ type server struct {
 	origins  *http.CrossOriginProtection
 	servedBy []string
 	stopping atomic.Bool // the node is about to stop, and says so to load balancers
+
+	running context.Context // ends then, too
+	stop    context.CancelFunc
 }
 
 func newServer(cfg *Config, store *Store, m *metrics, log hclog.Logger, routes []route) *server {
@@ -78,6 +82,7 @@ func newServer(cfg *Config, store *Store, m *metrics, log hclog.Logger, routes [
 	for i := range s.routes {
 		s.routes[i].register(m)
 	}
+	s.running, s.stop = context.WithCancel(context.Background())
 	return s
 }
 
@@ -107,7 +112,7 @@ func (s *server) listener() *http.Server {
 				conn = t.NetConn()
 			}
 			if l, ok := conn.(*limited); ok {
-				ctx = withClient(ctx, &client{limited: l})
+				ctx = withClient(ctx, &client{limited: l, running: s.running})
 			}
 			return ctx
 		},
@@ -126,7 +131,16 @@ func (s *server) door(l net.Listener, certs *reloaded[*certificates]) net.Listen
 // client is a connection to the HTTP port, in the context of its requests, which come one after the other.
 type client struct {
 	*limited
-	applied atomic.Bool // a command of the request under way may have been executed
+	applied atomic.Bool     // a command of the request under way may have been executed
+	running context.Context // ends when the node is about to stop
+}
+
+// stopping returns a context that ends when the node is about to stop: an answer without an end of its own then comes to one.
+func stopping(r *http.Request) context.Context {
+	if c, ok := r.Context().Value(clientKey{}).(*client); ok {
+		return c.running
+	}
+	return context.Background()
 }
 
 type clientKey struct{} // of a *client in a context
@@ -140,7 +154,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	began := time.Now()
 	c, ok := r.Context().Value(clientKey{}).(*client)
 	if !ok { // it came by another listener
-		c = &client{limited: &limited{limiter: new(limiter)}}
+		c = &client{limited: &limited{limiter: new(limiter)}, running: s.running}
 		r = r.WithContext(withClient(r.Context(), c))
 	}
 	c.applied.Store(false)
@@ -247,7 +261,7 @@ func (b body) Read(p []byte) (int, error) {
 	case errors.Is(err, io.EOF):
 		b.answer.client.served()
 	case errors.As(err, &tooLarge):
-		err = errTooLarge(tooLarge.Limit)
+		err = errTooLarge(b.answer.server.cfg.MaxBodyBytes)
 	case errors.Is(err, errCrowded):
 		b.answer.linger()
 		err = &httpError{http.StatusServiceUnavailable, errCrowded.Error()}
@@ -290,7 +304,7 @@ func (s *server) serve(a *answer, r *http.Request, rt *route, handle handlerFunc
 	case handle == nil:
 		h.Set("Allow", rt.allow)
 		return &httpError{http.StatusMethodNotAllowed, r.Method + " is not allowed here; allowed are " + rt.allow}
-	case r.ContentLength > s.cfg.MaxBodyBytes:
+	case r.ContentLength > s.cfg.MaxBodyBytes+rt.slack:
 		a.linger() // without a look at the body, so that it is not asked for
 		return errTooLarge(s.cfg.MaxBodyBytes)
 	case r.ContentLength == 0:
@@ -301,7 +315,7 @@ func (s *server) serve(a *answer, r *http.Request, rt *route, handle handlerFunc
 	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout) // a body may take its time, of which the Store knows nothing
 	defer cancel()
 	r = r.WithContext(ctx)
-	r.Body = body{http.MaxBytesReader(a.ResponseWriter, r.Body, s.cfg.MaxBodyBytes), a}
+	r.Body = body{http.MaxBytesReader(a.ResponseWriter, r.Body, s.cfg.MaxBodyBytes+rt.slack), a}
 	return handle(a, r)
 }
 
@@ -451,6 +465,8 @@ type problem struct {
 	Status  int    `json:"status"`
 	Detail  string `json:"detail"`
 	Outcome string `json:"outcome,omitempty"` // of a write
+
+	Failed []string `json:"failed,omitempty"` // keys of which a transaction expected something else
 }
 
 // writeError is the one place where an error becomes an answer. Where one has begun it is cut short.
@@ -463,6 +479,10 @@ func (s *server) writeError(w *answer, r *http.Request, err error) {
 	known := new(httpError)
 	if errors.As(err, &known) {
 		p.Status, p.Detail = known.status, known.detail
+	}
+	var unmet interface{ failedKeys() []string }
+	if errors.As(err, &unmet) {
+		p.Failed = unmet.failedKeys()
 	}
 	for _, row := range statusOf {
 		if errors.Is(err, row.err) {

@@ -172,7 +172,7 @@ func TestTooLargeBodiesAreNotAskedFor(t *testing.T) {
 		_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
 		target := map[string]string{http.MethodPut: "/key/a", http.MethodPost: "/key"}[method]
 		_, _ = fmt.Fprintf(conn, "%s %s HTTP/1.1\r\nHost: test\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n",
-			method, target, n.cfg.MaxBodyBytes+1)
+			method, target, n.cfg.MaxBodyBytes+backupSlack+1)
 		response, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: method})
 		if err != nil {
 			t.Fatal(err)
