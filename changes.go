@@ -64,7 +64,7 @@ func (s *streams) get(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	defer s.feed.close()
+	defer s.feed.close(c)
 	h := w.Header()
 	h.Set("Content-Type", ndjsonType)
 	h.Set("X-Accel-Buffering", "no") // nginx would hold lines back
@@ -141,7 +141,6 @@ type stream struct {
 
 // run writes lines until the time is over, all are written that the client wants, it falls behind, or the node stops.
 func (s *stream) run(ctx context.Context, wait time.Duration) error {
-	_ = s.control.SetReadDeadline(time.Time{}) // net/http's for a request would end ctx
 	defer context.AfterFunc(s.stopping, s.hurry)()
 	there := s.feed.newest()
 	over, beat := time.NewTimer(wait), time.NewTicker(s.beat)
@@ -198,7 +197,10 @@ func (s *stream) advance() (wake <-chan struct{}, err error) {
 	return wake, err
 }
 
-func (s *stream) writeTag() error { return s.write(tagLine(s.cursor.seen)) }
+func (s *stream) writeTag() error {
+	s.feed.skip(s.cursor)
+	return s.write(tagLine(s.cursor.seen))
+}
 
 func (s *stream) write(b []byte) error {
 	_ = s.control.SetWriteDeadline(time.Now().Add(s.patience))

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"maps"
 	"math"
 	"slices"
 	"strconv"
@@ -16,9 +17,10 @@ import (
 // pace. The state machine adds to the feed and never waits for a reader; a reader that falls too far behind is told so.
 
 const (
-	feedBytes  = 16 << 20              // of history, unless one write alone is larger
-	pulseEvery = 50 * time.Millisecond // readers that wait are woken that often at most
-	maxSkipped = 1000                  // records that a reader looks at before it lets others have the feed
+	feedBytes  = 16 << 20               // of history, unless one write alone is larger
+	pulseEvery = 50 * time.Millisecond  // readers that wait are woken that often at most,
+	pulseShare = 500 * time.Microsecond // and less often where many are: so much time for each of them, most of it for others
+	maxSkipped = 1000                   // records that a reader looks at before it lets others have the feed
 )
 
 var (
@@ -80,20 +82,34 @@ func (r *record) render() {
 
 // feed is the history: every write with a tag above base, up to last, that changed something.
 type feed struct {
-	mu      sync.RWMutex // guards what follows. It is held for moments only: the state machine takes it with each command
-	records []*record    // in the order of their tags
-	start   uint64       // position of the first of them; positions only grow
-	bytes   int          // the sum of their costs
-	base    uint64       // 0 while no write has left the history
-	first   uint64       // that was ever given, while base is 0: tags below it are of another life of the cluster
-	last    uint64       // that was given
-	readers int
-	wake    chan struct{} // closed with the next pulse
-	pulsing bool          // a pulse is under way
-	pulsed  time.Time     // when the last one was
+	mu      sync.RWMutex      // guards what follows. It is held for moments only: the state machine takes it with each command
+	records []*record         // in the order of their tags
+	start   uint64            // position of the first of them; positions only grow
+	bytes   int               // the sum of their costs
+	base    uint64            // 0 while no write has left the history
+	first   uint64            // that was ever given, while base is 0: tags below it are of another life of the cluster
+	last    uint64            // that was given
+	groups  map[string]*group // readers, by prefix
+	pulsing bool              // a pulse is under way
+	pulsed  time.Time         // when the last one was,
+	pause   time.Duration     // and how long there is none after it
+	told    uint64            // position up to which pulses have looked
 }
 
-func newFeed() *feed { return &feed{wake: make(chan struct{})} }
+// group is all readers of one prefix: one look at a record serves them all, and those whom it does not concern are not woken.
+type group struct {
+	readers int
+	turn    *turn // what readers of all that there is wait for
+}
+
+// turn is the time until something that concerns a group happens.
+type turn struct {
+	over chan struct{} // closed when it does
+	pos  uint64        // position up to which nothing does
+	seen uint64        // tag up to which nothing does
+}
+
+func newFeed() *feed { return &feed{groups: make(map[string]*group)} }
 
 // add takes note of a write. It is called in the order of tags.
 func (f *feed) add(tag uint64, changes []keyChange) {
@@ -115,19 +131,52 @@ func (f *feed) add(tag uint64, changes []keyChange) {
 		f.records[0] = nil
 		f.records, f.start = f.records[1:], f.start+1
 	}
-	if f.readers > 0 && !f.pulsing {
+	f.plan()
+}
+
+// plan has a pulse come as soon as may be, if anybody can be waiting for it. It is called with mu held.
+func (f *feed) plan() {
+	if len(f.groups) > 0 && !f.pulsing {
 		f.pulsing = true
-		time.AfterFunc(max(0, pulseEvery-time.Since(f.pulsed)), f.pulse)
+		time.AfterFunc(max(0, f.pause-time.Since(f.pulsed)), f.pulse)
 	}
 }
 
-// pulse wakes all readers that wait.
+// pulse wakes the readers whom what has happened since the last pulse concerns.
 func (f *feed) pulse() {
 	f.mu.Lock()
+	lost := f.told < f.start && f.base > 0 // what nobody has looked at may have left
+	fresh := slices.Clone(f.records[max(f.told, f.start)-f.start:])
+	f.told = f.start + uint64(len(f.records))
+	told, seen, groups := f.told, f.last, maps.Clone(f.groups)
+	f.mu.Unlock()
+	maps.DeleteFunc(groups, func(prefix string, _ *group) bool { // while Apply goes on
+		return !lost && !slices.ContainsFunc(fresh, func(r *record) bool { return r.concerns(prefix) })
+	})
+	f.mu.Lock()
 	defer f.mu.Unlock()
-	close(f.wake)
-	f.wake, f.pulsing, f.pulsed = make(chan struct{}), false, time.Now()
+	woken := 0
+	for prefix, g := range f.groups {
+		if groups[prefix] == g {
+			g.wake()
+			woken += g.readers
+		} else { // whoever waits had read all when this pulse or one before it began to look
+			g.turn.pos, g.turn.seen = told, seen
+		}
+	}
+	f.pulsing, f.pulsed, f.pause = false, time.Now(), max(pulseEvery, time.Duration(woken)*pulseShare)
+	if f.told < f.start+uint64(len(f.records)) {
+		f.plan()
+	}
 }
+
+// wake ends the group's turn.
+func (g *group) wake() {
+	close(g.turn.over)
+	g.turn = newTurn()
+}
+
+func newTurn() *turn { return &turn{over: make(chan struct{})} }
 
 // reset empties the history, as another state has taken the place of the one that it led to: readers are told that they fell behind.
 func (f *feed) reset(last uint64) {
@@ -135,9 +184,8 @@ func (f *feed) reset(last uint64) {
 	defer f.mu.Unlock()
 	f.start += uint64(len(f.records)) + 1
 	f.records, f.bytes, f.base, f.first, f.last = nil, 0, last, 0, last
-	if !f.pulsing {
-		f.pulsing = true
-		time.AfterFunc(0, f.pulse)
+	for _, g := range f.groups {
+		g.wake()
 	}
 }
 
@@ -150,6 +198,7 @@ type cursor struct {
 	part   int    // of that record's text: 0 for its head, n for its nth change
 	off    int    // of that part's bytes
 	none   bool   // no change of that record was copied yet
+	turn   *turn  // that it waits for; nil while it does not
 }
 
 // open returns the cursor of a new reader that has seen all up to tag since, or else all that there is. The error is errAhead for a
@@ -174,14 +223,37 @@ func (f *feed) open(prefix string, since *uint64) (*cursor, error) {
 		return 1
 	})
 	c.pos = f.start + uint64(i)
-	f.readers++
+	g := f.groups[prefix]
+	if g == nil {
+		g = &group{turn: newTurn()}
+		f.groups[prefix] = g
+	}
+	g.readers++
 	return c, nil
 }
 
-func (f *feed) close() {
+func (f *feed) close(c *cursor) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.readers--
+	if g := f.groups[c.prefix]; g.readers > 1 {
+		g.readers--
+	} else {
+		delete(f.groups, c.prefix)
+	}
+}
+
+// skip moves a reader that waits past all that does not concern it.
+func (f *feed) skip(c *cursor) {
+	f.mu.RLock()
+	defer f.mu.RUnlock()
+	c.skip()
+}
+
+// skip is called with mu held.
+func (c *cursor) skip() {
+	if c.turn != nil && c.turn.pos > c.pos {
+		c.pos, c.seen = c.turn.pos, c.turn.seen
+	}
 }
 
 // newest returns the last tag that was given.
@@ -213,6 +285,8 @@ func (f *feed) read(c *cursor, buf []byte) (n int, wake <-chan struct{}, err err
 func (f *feed) next(c *cursor) (*record, <-chan struct{}, error) {
 	for {
 		f.mu.RLock()
+		c.skip()
+		c.turn = nil
 		if c.pos < f.start {
 			f.mu.RUnlock()
 			return nil, nil, errLeft
@@ -226,10 +300,9 @@ func (f *feed) next(c *cursor) (*record, <-chan struct{}, error) {
 			c.pos, c.seen = c.pos+1, r.tag
 		}
 		if len(some) <= maxSkipped {
-			wake := f.wake
-			c.seen = f.last
+			c.seen, c.turn = f.last, f.groups[c.prefix].turn
 			f.mu.RUnlock()
-			return nil, wake, nil
+			return nil, c.turn.over, nil
 		}
 		f.mu.RUnlock()
 	}

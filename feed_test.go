@@ -232,7 +232,7 @@ func TestFeedIsBounded(t *testing.T) {
 func TestFeedPulse(t *testing.T) {
 	f := newFeed()
 	c, _ := f.open("", nil)
-	defer f.close()
+	defer f.close(c)
 	buf, woken := make([]byte, 1<<20), 0
 	began := time.Now()
 	done := make(chan struct{})
@@ -262,5 +262,33 @@ func TestFeedPulse(t *testing.T) {
 	<-done
 	if woken > 22 || woken < 5 || c.seen != f.newest() {
 		t.Errorf("got woken %d times in a second, seen %d of %d; want at most 20 or so", woken, c.seen, f.newest())
+	}
+}
+
+// A reader of a prefix under which nothing happens is not woken, and does not fall behind, however much happens elsewhere.
+func TestFeedLeavesOthersAlone(t *testing.T) {
+	f := newFeed()
+	c, _ := f.open("mine", nil)
+	defer f.close(c)
+	buf := make([]byte, 100)
+	_, wake, err := f.read(c, buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tag uint64
+	for range 30 { // five times the history
+		tag++
+		f.add(tag, []keyChange{{key: "other", value: strings.Repeat("1", feedBytes/6)}})
+		waitFor(t, "a pulse", func() bool { f.skip(c); return c.seen == tag })
+	}
+	select {
+	case <-wake:
+		t.Error("it was woken by what does not concern it")
+	default:
+	}
+	f.add(tag+1, []keyChange{{key: "mine", value: "1"}})
+	<-wake
+	if n, _, err := f.read(c, buf); err != nil || parseLines(t, string(buf[:n]))[0].Tag != tag+1 {
+		t.Errorf("got %q, %v; want the change that concerns it", buf[:n], err)
 	}
 }
