@@ -612,6 +612,13 @@ func BenchmarkWritesWithStreams(b *testing.B) {
 					}
 				})
 				b.ReportMetric(float64(b.N)/time.Since(began).Seconds(), "writes/s")
+				f, open := n.kv.machine.feed, 0
+				f.mu.RLock()
+				for _, g := range f.groups {
+					open += g.readers
+				}
+				f.mu.RUnlock()
+				b.ReportMetric(float64(open), "streams") // those that could not keep up have ended
 			})
 		}
 	}
