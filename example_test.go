@@ -24,7 +24,7 @@ const exampleDir = "_examples/counters"
 // kvFiles are about the key-value service, and left out where another service takes its place. _scripts/new.sh has them, too.
 var kvFiles = []string{
 	"fsm.go", "http.go", "fsm_test.go", "http_test.go", "list_test.go", "json_test.go", "fuzz_http_test.go", "kv_test.go",
-	"example_test.go",
+	"example_test.go", "txn.go", "txn_test.go", "backup.go", "backup_test.go", "follow_test.go", "lock_test.go",
 }
 
 // exampleNode is a process of the example.

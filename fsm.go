@@ -62,17 +62,22 @@ func (c Condition) met(tag Tag) bool {
 type kvMachine struct {
 	items   *btree.Map[string, Item] // copied in constant time, for a snapshot or a listing
 	lastTag Tag                      // the last one given out
+	feed    *feed                    // of its changes; no part of the state
 }
 
 func newMachine() *kvMachine {
-	return &kvMachine{items: new(btree.Map[string, Item])}
+	return &kvMachine{items: new(btree.Map[string, Item]), feed: newFeed()}
 }
 
 // Len returns the number of keys.
 func (m *kvMachine) Len() int { return m.items.Len() }
 
 // Apply executes a command. The result is the tag of the write as 8 bytes, or 0 if the condition was not met.
+// That of a transaction is described in txn.go.
 func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
+	if len(encoded) > 0 && encoded[0] == txnVersion {
+		return m.applyTxn(encoded, at)
+	}
 	c, err := decodeCommand(encoded)
 	if err != nil {
 		return nil, err
@@ -82,20 +87,32 @@ func (m *kvMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
 			return make([]byte, 8), nil
 		}
 	}
+	if c.op == opDelete {
+		return m.write(nil, c.pairs, at), nil
+	}
+	return m.write(c.pairs, nil, at), nil
+}
+
+// write sets and deletes keys with one new tag, adds the changes to the feed, and returns the tag as a result.
+func (m *kvMachine) write(set, remove []Pair, at time.Time) []byte {
 	if m.lastTag == 0 {
 		// The counter begins at the clock, in microseconds. A cluster that begins anew after a loss of all state thus
 		// begins above every tag given out before, because no cluster executes a command in each microsecond.
 		m.lastTag = Tag(at.UnixMicro())
 	}
 	m.lastTag++
-	for _, p := range c.pairs {
-		if c.op == opDelete {
-			m.items.Delete(p.Key)
-		} else {
-			m.items.Set(p.Key, Item{Value: p.Value, Tag: m.lastTag})
+	changes := make([]keyChange, 0, len(set)+len(remove))
+	for _, p := range set {
+		m.items.Set(p.Key, Item{Value: p.Value, Tag: m.lastTag})
+		changes = append(changes, keyChange{key: p.Key, value: p.Value})
+	}
+	for _, p := range remove {
+		if _, existed := m.items.Delete(p.Key); existed {
+			changes = append(changes, keyChange{key: p.Key, deleted: true})
 		}
 	}
-	return binary.BigEndian.AppendUint64(nil, uint64(m.lastTag)), nil
+	m.feed.add(uint64(m.lastTag), changes)
+	return binary.BigEndian.AppendUint64(nil, uint64(m.lastTag))
 }
 
 // decodeResult reads what Apply returned.
@@ -141,13 +158,16 @@ func (m *kvMachine) Restore(source io.Reader) (install func(), err error) {
 	if err := d.end(); err != nil {
 		return nil, err
 	}
-	return func() { m.items, m.lastTag = items, lastTag }, nil
+	return func() {
+		m.items, m.lastTag = items, lastTag
+		m.feed.reset(uint64(lastTag))
+	}, nil
 }
 
-// The format of a command, in the log and between nodes: a version byte, a byte for the operation, the condition, the
-// number of pairs, and for each pair the length of the key, the key, and (to set it) the length of the value and the
-// value. A condition is a byte of the bits below, then for each set that exists the number of its tags, and the tags.
-// Numbers are uvarints.
+// The format of a command, in the log and between nodes (see txn.go for transactions): a version byte, a byte for
+// the operation, the condition, the number of pairs, and for each pair the length of the key, the key, and (to set
+// it) the length of the value and the value. A condition is a byte of the bits below, then for each set that exists
+// the number of its tags, and the tags. Numbers are uvarints.
 const commandVersion = 1
 
 type operation byte

@@ -18,6 +18,7 @@ type route struct {
 	path                   string
 	get, post, put, delete handlerFunc // nil for a method that is not allowed
 	noToken                bool        // HTTP_TOKEN_FILE does not apply
+	slack                  int64       // bytes by which a body may exceed MAX_BODY_BYTES, if the handler agrees
 
 	// Set by newServer:
 	methods map[string]endpoint

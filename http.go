@@ -38,14 +38,18 @@ type api struct {
 	store    *Store
 	machine  *kvMachine
 	listings chan struct{} // a semaphore: one element for each listing under way
+	backups  chan struct{} // likewise
 }
 
 // routes returns what this service answers. The server adds the paths for probes and operators.
 func routes(store *Store, machine *kvMachine) []route {
-	a := &api{store, machine, make(chan struct{}, maxListings)}
+	a := &api{store, machine, make(chan struct{}, maxListings), make(chan struct{}, maxBackups)}
 	return []route{
-		{path: "/key", get: a.listKeys, post: a.postKeys},
+		{path: "/key", get: a.listKeys, post: a.postKeys, slack: backupSlack},
 		{path: keyPrefix, get: a.getKey, put: a.putKey, delete: a.deleteKey},
+		{path: "/txn", post: a.postTxn},
+		{path: "/changes", get: newStreams(store, machine.feed).get},
+		{path: "/backup", get: a.getBackup},
 	}
 }
 
@@ -63,11 +67,16 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	var item Item
-	err = readState(w, r, a.store, query, func() { item, _ = a.machine.items.Get(key) })
-	switch {
-	case err != nil:
+	var last Tag
+	err = readState(w, r, a.store, query, func() {
+		item, _ = a.machine.items.Get(key)
+		last = a.machine.lastTag
+	})
+	if err != nil {
 		return err
-	case item.Tag == 0:
+	}
+	setRaftTag(w, last)
+	if item.Tag == 0 {
 		return writePair(w, key, "null")
 	}
 	setTag(w, item.Tag)
@@ -115,7 +124,7 @@ func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
 		"If-Match", "If-None-Match", "If-Unmodified-Since", "If-Modified-Since"); err != nil {
 		return err
 	}
-	pairs, err := readObject(r)
+	pairs, err := readObject(r, a.store.cfg.MaxBodyBytes)
 	if err != nil || len(pairs) == 0 { // {} changes nothing, and needs no log entry
 		return err
 	}
@@ -166,13 +175,20 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 	case <-ctx.Done():
 		return statusError(http.StatusServiceUnavailable, "too many listings are under way")
 	}
-	var items *btree.Map[string, Item]
-	a.store.Capture(func() { items = a.machine.items.Copy() })
+	items := a.capture(w)
 	page, next := l.page(items)
 	if next != "" {
 		w.Header().Set("Link", next)
 	}
 	return writeLarge(w, jsonType, len(page), bytes.NewReader(page))
+}
+
+// capture returns a copy of the map, which shares memory with it. The answer gets the header Raft-Tag.
+func (a *api) capture(w http.ResponseWriter) (items *btree.Map[string, Item]) {
+	var last Tag
+	a.store.Capture(func() { items, last = a.machine.items.Copy(), a.machine.lastTag })
+	setRaftTag(w, last)
+	return items
 }
 
 func readListing(r *http.Request) (l listing, err error) {
@@ -335,17 +351,28 @@ func setTag(w http.ResponseWriter, tag Tag) {
 	w.Header()["Etag"] = []string{`"` + strconv.FormatUint(uint64(tag), 10) + `"`}
 }
 
-// readObject returns the members of the body, which must be a JSON object with no member twice.
-func readObject(r *http.Request) ([]Pair, error) {
+// setRaftTag says which was the last tag in the state that the answer is from. Clients follow the changes from there.
+func setRaftTag(w http.ResponseWriter, last Tag) {
+	w.Header()["Raft-Tag"] = []string{strconv.FormatUint(uint64(last), 10)}
+}
+
+// readObject returns the members of the body, which must be a JSON object with no member twice. The body may have more
+// than limit bytes, up to the route's slack, if it is a single member whose value has no more than that.
+func readObject(r *http.Request, limit int64) ([]Pair, error) {
 	body, err := readBody(r)
 	if err != nil {
 		return nil, err
 	}
+	size := int64(len(body))
 	object, err := compactJSON(body, maxDepth+1) // the object itself is no level of its values
 	if err != nil {
 		return nil, err
 	}
-	return members(object)
+	pairs, err := members(object)
+	if err == nil && size > limit && (len(pairs) != 1 || int64(len(pairs[0].Value)) > limit) {
+		return nil, errTooLarge(limit)
+	}
+	return pairs, err
 }
 
 // members returns the members of an object, given as one valid JSON value.

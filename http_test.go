@@ -209,7 +209,7 @@ func TestBadBodies(t *testing.T) {
 	}
 	t.Run("too large", func(t *testing.T) {
 		limit := strconv.FormatInt(n.cfg.MaxBodyBytes, 10)
-		body := fmt.Sprintf(`{"l":"%s"}`, strings.Repeat("x", int(n.cfg.MaxBodyBytes)-7))
+		body := fmt.Sprintf(`{"l":"%s"}`, strings.Repeat("x", int(n.cfg.MaxBodyBytes)+backupSlack))
 		chunked := fmt.Sprintf("%x\r\n%s\r\n0\r\n\r\n", len(body), body)
 		for method, target := range map[string]string{http.MethodPost: "/key", http.MethodPut: "/key/l"} {
 			a := want(t, n, 413, method, target, body)
@@ -330,7 +330,8 @@ func TestRoutes(t *testing.T) {
 	for target, allow := range map[string]string{
 		"/key": "GET, HEAD, POST", "/key?x=1": "GET, HEAD, POST",
 		"/key/routes": "GET, HEAD, PUT, DELETE", "/key/a/b": "GET, HEAD, PUT, DELETE",
-		"/livez": "GET, HEAD", "/readyz": "GET, HEAD", "/status": "GET, HEAD",
+		"/livez": "GET, HEAD", "/readyz": "GET, HEAD", "/status": "GET, HEAD", "/txn": "POST",
+		"/changes?wait=0": "GET, HEAD", "/backup": "GET, HEAD",
 	} {
 		t.Run("methods of "+target, func(t *testing.T) {
 			for _, method := range methods {
@@ -563,6 +564,9 @@ func TestUnknownParameters(t *testing.T) {
 		{http.MethodGet, "/key?prefix=k&limt=1", "", []string{"limt", "prefix", "after", "limit", "consistency"}},
 		{http.MethodGet, "/key?limt=1", "", []string{"limt", "limit"}},
 		{http.MethodHead, "/key?prefix=&=", "", nil},
+		{http.MethodGet, "/backup?limit=1", "", []string{"limit", "knows prefix, consistency"}},
+		{http.MethodGet, "/changes?from=1", "", []string{"from", "knows since, prefix, wait, limit"}},
+		{http.MethodPost, "/txn?consistency=stale", "{}", []string{"consistency", "knows none"}},
 		{http.MethodGet, "/key?prefix=&" + strings.Repeat("x", 10_000), "", []string{"limit"}},
 	}
 	for _, tt := range tests {
@@ -708,7 +712,7 @@ func TestStatusAndHealth(t *testing.T) {
 		t.Errorf("status, -want +got:\n%s", diff)
 	}
 
-	n.server.stopping.Store(true)
+	n.server.stop()
 	a = want(t, n, 503, http.MethodGet, "/readyz", "")
 	if a.header.Get("Retry-After") == "" || !strings.Contains(a.body, "shutting down") {
 		t.Errorf("readyz while stopping: got %v; want Retry-After and the reason", a)

@@ -54,9 +54,38 @@ func (kv *kvClient) set(ctx context.Context, pairs ...Pair) error {
 	return err
 }
 
-func (kv *kvClient) get(ctx context.Context, key string, consistency Consistency) (item Item, err error) {
-	err = kv.store.Read(ctx, consistency, func() { item, _ = kv.machine.items.Get(key) })
+func (kv *kvClient) get(ctx context.Context, key string) (item Item, err error) {
+	err = kv.store.Read(ctx, Linearizable, func() { item, _ = kv.machine.items.Get(key) })
 	return item, err
+}
+
+// write has a command executed and returns its tag, 0 if its condition was not met.
+func (kv *kvClient) write(ctx context.Context, c command) (uint64, error) {
+	result, err := kv.store.Apply(ctx, c.encode())
+	if err != nil {
+		return 0, err
+	}
+	tag, err := decodeResult(result.Data)
+	return uint64(tag), err
+}
+
+// txn has a transaction executed and returns its tag, 0 if its comparisons do not hold.
+func (kv *kvClient) txn(ctx context.Context, t txn) (uint64, error) {
+	result, err := kv.store.Apply(ctx, t.encode())
+	if err != nil {
+		return 0, err
+	}
+	tag, _, err := t.decodeResult(result.Data)
+	return uint64(tag), err
+}
+
+// valuesOf returns the keys and values that a node has.
+func valuesOf(n *testNode) map[string]string {
+	values := make(map[string]string)
+	var items *btree.Map[string, Item]
+	n.Capture(func() { items = n.machine.(*kvMachine).items.Copy() })
+	items.Scan(func(key string, item Item) bool { values[key] = item.Value; return true })
+	return values
 }
 
 // kvState is all that a kvMachine holds.

@@ -48,7 +48,7 @@ func TestListing(t *testing.T) {
 		},
 	}
 	for _, node := range c.nodes {
-		if _, err := kvOf(node).get(t.Context(), "a", Linearizable); err != nil { // so that stale reads see all, too
+		if _, err := kvOf(node).get(t.Context(), "a"); err != nil { // so that stale reads see all, too
 			t.Fatal(err)
 		}
 		for _, tt := range tests {
@@ -148,7 +148,7 @@ func TestListingOfAStateThatChanges(t *testing.T) {
 	if diff := cmp.Diff([]string{"a1", "b1", "c11"}, got); diff != "" {
 		t.Errorf("(-want +got)\n%s", diff)
 	}
-	if item, err := kv.get(ctx, "a", Linearizable); err != nil || item.Value != "2" {
+	if item, err := kv.get(ctx, "a"); err != nil || item.Value != "2" {
 		t.Errorf("got %v, %v; want what was written meanwhile", item, err)
 	}
 }
@@ -176,7 +176,7 @@ func TestListingsShareTheState(t *testing.T) {
 func TestListingWithoutATurn(t *testing.T) {
 	t.Parallel()
 	node := newKVNode(t)
-	a := &api{node.Store, node.machine.(*kvMachine), make(chan struct{})} // which nobody takes a turn from
+	a := &api{node.Store, node.machine.(*kvMachine), make(chan struct{}), nil} // which nobody takes a turn from
 	for _, patience := range []time.Duration{100 * time.Millisecond, time.Minute} {
 		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		began, w := time.Now(), httptest.NewRecorder()
@@ -198,7 +198,7 @@ func TestReadersThatDoNotRead(t *testing.T) {
 	for i := range 10 {
 		put(t, node, fmt.Sprint("k", i), value)
 	}
-	a := &api{node.Store, node.machine.(*kvMachine), make(chan struct{}, maxListings)}
+	a := &api{node.Store, node.machine.(*kvMachine), make(chan struct{}, maxListings), nil}
 	routes := []route{{path: "/key", get: a.listKeys}, {path: keyPrefix, get: a.getKey}}
 	server := newServer(node.cfg, node.Store, nil, node.metrics, testLogger(t, "http"), routes)
 	web := httptest.NewUnstartedServer(nil)

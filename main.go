@@ -208,7 +208,7 @@ func (n *node) shutdown() error {
 	timeout := n.cfg.ShutdownTimeout
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	n.handler.stopping.Store(true)
+	n.handler.stop()
 	done := make(chan error, 1)
 	go func() {
 		// Answers close their connections from now on. An idle connection stays open for a moment, because a request

@@ -108,7 +108,7 @@ func (b requestBody) Read(p []byte) (int, error) {
 	case errors.Is(err, io.EOF):
 		b.response.client.endWait()
 	case errors.As(err, &tooLarge):
-		err = errTooLarge(tooLarge.Limit)
+		err = errTooLarge(b.response.server.cfg.MaxBodyBytes)
 	case errors.Is(err, errMemoryLimit):
 		b.response.delayClose()
 		err = statusError(http.StatusServiceUnavailable, "%v", errMemoryLimit)

@@ -43,7 +43,7 @@ func (a *response) begin(status int) {
 	if leader := a.server.store.Leader(); leader != "" {
 		h["Raft-Leader"] = []string{leader}
 	}
-	if a.server.stopping.Load() || a.server.store.Leaving() {
+	if a.server.stopping.Err() != nil || a.server.store.Leaving() {
 		h["Connection"] = []string{"close"}
 	}
 }
@@ -123,17 +123,18 @@ func setContent(w http.ResponseWriter, contentType string, size int) {
 	h["Content-Length"] = []string{strconv.Itoa(size)}
 }
 
-// httpError is an error with a status. Its detail is for the client.
+// httpError is an error with a status. The rest is for the client.
 type httpError struct {
 	status int
 	detail string
+	failed []string // see problem
 }
 
 func (e *httpError) Error() string { return e.detail }
 
 // statusError returns an error that a handler returns to be answered with that status and detail.
 func statusError(status int, format string, args ...any) error {
-	return &httpError{status, fmt.Sprintf(format, args...)}
+	return &httpError{status: status, detail: fmt.Sprintf(format, args...)}
 }
 
 func badRequest(format string, args ...any) error {
@@ -168,6 +169,8 @@ type problem struct {
 	Status  int    `json:"status"`
 	Detail  string `json:"detail"`
 	Outcome string `json:"outcome,omitempty"` // of a write: not-applied or unknown
+
+	Failed []string `json:"failed,omitempty"` // keys for which the condition of a transaction does not hold
 }
 
 // problemOf returns how err is answered. applied says that a command of the request may have been executed.
@@ -175,7 +178,7 @@ func problemOf(err error, method string, applied bool) problem {
 	p := problem{Type: "about:blank", Status: http.StatusInternalServerError, Detail: "internal error"}
 	known := new(httpError)
 	if errors.As(err, &known) {
-		p.Status, p.Detail = known.status, known.detail
+		p.Status, p.Detail, p.Failed = known.status, known.detail, known.failed
 	}
 	for _, row := range statusOf {
 		if errors.Is(err, row.err) {

@@ -41,8 +41,9 @@ type server struct {
 	routes   []route
 	page     *route
 	origins  *http.CrossOriginProtection
-	servedBy []string    // of every answer
-	stopping atomic.Bool // the node shuts down, and says so to load balancers
+	servedBy []string        // of every answer
+	stopping context.Context // done when the node begins to shut down: load balancers are told, and streams end
+	stop     context.CancelFunc
 }
 
 func newServer(
@@ -61,6 +62,7 @@ func newServer(
 		s.routes[i].register(m)
 	}
 	s.page = newPage(m)
+	s.stopping, s.stop = context.WithCancel(context.Background())
 	return s
 }
 
@@ -79,7 +81,7 @@ func (s *server) httpServer() *http.Server {
 				conn = t.NetConn()
 			}
 			if l, ok := conn.(*limitedConn); ok {
-				ctx = withClient(ctx, &client{limitedConn: l})
+				ctx = withClient(ctx, &client{limitedConn: l, stopping: s.stopping})
 			}
 			return ctx
 		},
@@ -98,7 +100,13 @@ func (s *server) limitListener(l net.Listener, certs *reloaded[*certificates]) n
 // client is a connection to the HTTP port. It is in the context of its requests, which come one after the other.
 type client struct {
 	*limitedConn
-	applied atomic.Bool // a command of the request under way may have been executed; set by Store.Apply
+	applied  atomic.Bool     // a command of the request under way may have been executed; set by Store.Apply
+	stopping context.Context // of the server
+}
+
+// stopping returns a context that is done when the node begins to shut down. An answer without an end ends then.
+func stopping(r *http.Request) context.Context {
+	return r.Context().Value(clientKey{}).(*client).stopping
 }
 
 type clientKey struct{} // of a *client in a context
@@ -112,7 +120,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	began := time.Now()
 	c, ok := r.Context().Value(clientKey{}).(*client)
 	if !ok { // only in tests: it came by another listener
-		c = &client{limitedConn: &limitedConn{limiter: new(connLimiter)}}
+		c = &client{limitedConn: &limitedConn{limiter: new(connLimiter)}, stopping: s.stopping}
 		r = r.WithContext(withClient(r.Context(), c))
 	}
 	c.applied.Store(false)
@@ -161,13 +169,14 @@ func (s *server) handle(a *response, r *http.Request, rt *route, handler handler
 	if err := s.authorize(h, r, rt); err != nil {
 		return err
 	}
+	limit := s.cfg.MaxBodyBytes + rt.slack
 	switch {
 	case rt.allow == "":
 		return errNotFound
 	case handler == nil:
 		h.Set("Allow", rt.allow)
 		return statusError(http.StatusMethodNotAllowed, "%s is not allowed here; allowed are %s", r.Method, rt.allow)
-	case r.ContentLength > s.cfg.MaxBodyBytes:
+	case r.ContentLength > limit:
 		a.delayClose() // the body is not read, so that a client that asks first (Expect: 100-continue) does not send it
 		return errTooLarge(s.cfg.MaxBodyBytes)
 	}
@@ -189,7 +198,7 @@ func (s *server) handle(a *response, r *http.Request, rt *route, handler handler
 	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
 	defer cancel()
 	r = r.WithContext(ctx)
-	r.Body = requestBody{http.MaxBytesReader(a.ResponseWriter, r.Body, s.cfg.MaxBodyBytes), a}
+	r.Body = requestBody{http.MaxBytesReader(a.ResponseWriter, r.Body, limit), a}
 	return handler(a, r)
 }
 
@@ -213,7 +222,7 @@ func (s *server) livez(w http.ResponseWriter, _ *http.Request) error {
 
 func (s *server) readyz(w http.ResponseWriter, _ *http.Request) error {
 	err := s.store.Ready()
-	if s.stopping.Load() {
+	if s.stopping.Err() != nil {
 		err = errors.New("this node is shutting down")
 	}
 	if err != nil {

@@ -109,7 +109,7 @@ func TestNeverNotAppliedAfterApply(t *testing.T) {
 		"another write that had no chance": func(*http.Request) error { return ErrNoLeader },
 		"a read that is not confirmed":     func(*http.Request) error { return fmt.Errorf("read back: %w", ErrNotConfirmed) },
 		"an error of its own":              func(*http.Request) error { return errors.New("own") },
-		"a status of its own":              func(*http.Request) error { return &httpError{http.StatusServiceUnavailable, "full"} },
+		"a status of its own":              func(*http.Request) error { return statusError(http.StatusServiceUnavailable, "full") },
 		"a panic":                          func(*http.Request) error { panic("own") },
 		"a body that is too large": func(r *http.Request) error {
 			_, err := readBody(r)

@@ -83,7 +83,7 @@ func (s *Store) checkVersion(ctx context.Context, command []byte) error {
 	return s.leadership.retry(ctx, func() error {
 		leader, err := s.askWho(ctx, s.Leader())
 		switch {
-		case err != nil || !leader.Ready:
+		case err != nil || !leader.Ready || leader.Behind == "": // it has not asked the voters yet
 			return ErrNotLeader
 		case leader.Lowest < version:
 			return fmt.Errorf("%w: start %s with a newer version, or wait for its answer", ErrNotUpgraded,

@@ -28,9 +28,9 @@ target=$(cd "$(dirname -- "$target")" && pwd)/$(basename -- "$target")
 cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 # What is left out: the key-value service with its tests and documents, and how this project itself is tested and measured.
-left_out='^(fsm|http|list|kv|json|fuzz_http|example)_test\.go$|^(fsm|http)\.go$|^test/[^/]*$'
-left_out+='|^\.ci/|^_examples/|^_scripts/(mutants|k8s/|new\.sh|mutants\.sh|faults\.sh|bench\.sh|plot\.sh|image-test\.sh|k8s-test\.sh)'
-left_out+='|^(README|CHANGELOG|CONTRIBUTING|PERFORMANCE|RELIABILITY)\.md$|^docs/(api\.md|performance\.)'
+left_out='^(fsm|http|list|kv|json|fuzz_http|example|txn|backup|follow|lock)_test\.go$|^(fsm|http|txn|backup)\.go$|^test/[^/]*$'
+left_out+='|^\.ci/|^_examples/|^_scripts/(mutants|k8s/|new\.sh|lock\.sh|mutants\.sh|faults\.sh|bench\.sh|plot\.sh|image-test\.sh|k8s-test\.sh)'
+left_out+='|^(README|CHANGELOG|CONTRIBUTING|PERFORMANCE|RELIABILITY)\.md$|^docs/(api\.md|locks\.md|performance\.)'
 
 mkdir -- "$target"
 git ls-files -z | grep -zvE "$left_out" | while IFS= read -r -d '' file; do

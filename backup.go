@@ -1,0 +1,104 @@
+package main
+
+import (
+	"net/http"
+	"strings"
+	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
+	"github.com/tidwall/btree"
+)
+
+// This file is GET /backup: the keys at one instant, as bodies of POST /key.
+
+const (
+	maxBackups  = 2                // under way at once
+	backupLine  = 256 << 10        // bytes of a line, unless a single member is larger
+	backupRate  = 1 << 20          // bytes a second: a client that reads more slowly
+	backupGrace = 10 * time.Second // for longer than this is cut off
+)
+
+// backupSlack is by how many bytes a POST of a single member may exceed MAX_BODY_BYTES. So a value that only just fits
+// a PUT fits a line of a backup, even if each byte of its key becomes six in JSON.
+const backupSlack = 8 << 10
+
+func (a *api) getBackup(w http.ResponseWriter, r *http.Request) error {
+	query, err := readQuery(r, "prefix", "consistency")
+	if err != nil {
+		return err
+	}
+	if err := rejectHeaders(r, "a backup has no tag", "If-Match", "If-None-Match", "If-Unmodified-Since"); err != nil {
+		return err
+	}
+	if err := readState(w, r, a.store, query, func() {}); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", ndjsonType)
+	if r.Method == http.MethodHead {
+		return nil
+	}
+	select {
+	case a.backups <- struct{}{}:
+		defer func() { <-a.backups }()
+	default:
+		return statusError(http.StatusServiceUnavailable, "%d backups are under way: try again later", maxBackups)
+	}
+	return a.writeBackup(w, a.capture(w), query.Get("prefix"))
+}
+
+// writeBackup writes the lines. An error after the first of them ends the connection, so that the client sees that
+// lines are missing.
+func (a *api) writeBackup(w http.ResponseWriter, items *btree.Map[string, Item], prefix string) (err error) {
+	out := &pacedWriter{w: w, control: http.NewResponseController(w), began: time.Now()}
+	limit := min(backupLine, int(a.store.cfg.MaxBodyBytes)-1) // some tools send a line with its newline
+	var line []byte                                           // without its last brace
+	items.Ascend(prefix, func(key string, item Item) bool {
+		if !strings.HasPrefix(key, prefix) {
+			return false
+		}
+		end := len(line)
+		line, _ = jsontext.AppendQuote(append(line, ','), key) // keys are valid UTF-8
+		line = append(append(line, ':'), item.Value...)
+		if end > 0 && len(line) >= limit { // with the brace it is too long
+			err = out.writeLine(line[:end])
+			line = append(line[:0], line[end:]...)
+		}
+		line[0] = '{'
+		return err == nil
+	})
+	if err == nil && len(line) > 0 {
+		err = out.writeLine(line)
+	}
+	if err != nil {
+		return err
+	}
+	return out.writeLine([]byte{'{'}) // {} says that this was all
+}
+
+// pacedWriter writes to a client that has to read at backupRate at least.
+type pacedWriter struct {
+	w       http.ResponseWriter
+	control *http.ResponseController
+	began   time.Time
+	written int64
+}
+
+// writeLine writes a line, to which it adds the last brace and the newline.
+func (p *pacedWriter) writeLine(line []byte) error {
+	for len(line) > 0 {
+		piece := line[:min(len(line), pieceBytes)]
+		if err := p.write(piece); err != nil {
+			return err
+		}
+		line = line[len(piece):]
+	}
+	return p.write([]byte("}\n"))
+}
+
+func (p *pacedWriter) write(piece []byte) error {
+	allowed := backupGrace + time.Duration(p.written)*time.Second/backupRate
+	_ = p.control.SetWriteDeadline(p.began.Add(allowed)) // fails only in tests, which have no connection
+	n, err := p.w.Write(piece)
+	p.written += int64(n)
+	return err
+}

@@ -1,0 +1,212 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"math"
+	"net/http"
+	"strconv"
+	"time"
+)
+
+// This file is GET /changes: a feed as a stream of lines.
+
+const (
+	maxStreams  = 1000                   // at once
+	maxWait     = 10 * time.Minute       // that a client may ask for
+	defaultWait = 10 * time.Second       // unless it does
+	aheadWait   = 5 * time.Second        // for this node to execute what a client has seen elsewhere
+	tagEvery    = 30 * time.Second       // a stream says how far it has seen
+	streamWait  = 10 * time.Second       // for a client to read a piece,
+	stopWait    = 300 * time.Millisecond // or when the node shuts down
+	ndjsonType  = "application/x-ndjson"
+)
+
+// streams answers GET /changes.
+type streams struct {
+	store   *Store
+	feed    *feed
+	running chan struct{} // a semaphore: one element for each stream
+
+	tagEvery, streamWait time.Duration // see the constants; tests change them
+}
+
+func newStreams(store *Store, f *feed) *streams {
+	return &streams{store, f, make(chan struct{}, maxStreams), tagEvery, streamWait}
+}
+
+// streamQuery is what a client asks for.
+type streamQuery struct {
+	since  *uint64 // nil for what is new from now on
+	prefix string
+	wait   time.Duration
+	limit  int // lines of changes
+}
+
+func (s *streams) get(w http.ResponseWriter, r *http.Request) error {
+	q, err := readStreamQuery(r)
+	if err != nil {
+		return err
+	}
+	select {
+	case s.running <- struct{}{}:
+		defer func() { <-s.running }()
+	default:
+		return statusError(http.StatusServiceUnavailable, "%d streams are open on this node: ask another",
+			cap(s.running))
+	}
+	c, err := s.find(r.Context(), q)
+	if err != nil {
+		return err
+	}
+	defer s.feed.close(c)
+	w.Header().Set("Content-Type", ndjsonType)
+	w.Header().Set("X-Accel-Buffering", "no") // nginx would hold lines back
+	if r.Method == http.MethodHead {
+		return nil
+	}
+	st := &stream{streams: s, cursor: c, w: w, control: http.NewResponseController(w), stopping: stopping(r)}
+	return st.run(r.Context(), q.wait)
+}
+
+func readStreamQuery(r *http.Request) (q streamQuery, err error) {
+	query, err := readQuery(r, "since", "prefix", "wait", "limit")
+	if err != nil {
+		return q, err
+	}
+	if err := rejectHeaders(r, "a stream has no tag", "If-Match", "If-None-Match", "If-Unmodified-Since"); err != nil {
+		return q, err
+	}
+	q = streamQuery{prefix: query.Get("prefix"), wait: defaultWait, limit: math.MaxInt}
+	if asked := query.Get("since"); query.Has("since") {
+		since, err := strconv.ParseUint(asked, 10, 64)
+		if err != nil {
+			return q, badRequest("since: %.40q is not the number of a tag, without quotes", asked)
+		}
+		q.since = &since
+	}
+	if asked := query.Get("wait"); query.Has("wait") {
+		if q.wait, err = time.ParseDuration(asked); err != nil || q.wait < 0 || q.wait > maxWait {
+			return q, badRequest("wait: %.40q is not a duration from 0 to 10m, such as 90s", asked)
+		}
+	}
+	if asked := query.Get("limit"); query.Has("limit") {
+		if q.limit, err = strconv.Atoi(asked); err != nil || q.limit < 1 {
+			return q, badRequest("limit: %.40q is not a number from 1 on", asked)
+		}
+	}
+	return q, nil
+}
+
+// find finds a client's place in the history. If the client has seen more than this node has executed, it has asked
+// another node before, or another cluster that was here earlier: the leader's state decides.
+func (s *streams) find(ctx context.Context, q streamQuery) (*cursor, error) {
+	if q.since == nil { // what a node that has just started has is old: that is not "now"
+		if err := s.store.Read(ctx, Stale, func() {}); err != nil {
+			return nil, err
+		}
+	}
+	c, err := s.feed.open(q.prefix, q.since)
+	if errors.Is(err, errAhead) {
+		ctx, cancel := context.WithTimeout(ctx, aheadWait)
+		defer cancel()
+		if err := s.store.Read(ctx, Linearizable, func() {}); err != nil {
+			return nil, err
+		}
+		c, err = s.feed.open(q.prefix, q.since)
+	}
+	if err != nil {
+		return nil, statusError(http.StatusGone,
+			"%v: list the keys again, and follow from the Raft-Tag of that answer", err)
+	}
+	c.left = q.limit
+	return c, nil
+}
+
+// stream is one answer.
+type stream struct {
+	*streams
+	cursor   *cursor
+	w        http.ResponseWriter
+	control  *http.ResponseController
+	stopping context.Context // done when the node begins to shut down
+	buf      []byte          // nil until there is something to write
+}
+
+// run writes lines until the time is over, the client has all that it wants, it falls behind, or the node shuts down.
+func (s *stream) run(ctx context.Context, wait time.Duration) error {
+	defer context.AfterFunc(s.stopping, s.shortenDeadline)()
+	newest := s.feed.newest()
+	over, tick := time.NewTimer(wait), time.NewTicker(s.tagEvery)
+	defer over.Stop()
+	defer tick.Stop()
+	if err := s.writeTag(); err != nil {
+		return err
+	}
+	for {
+		wake, err := s.advance()
+		atLineStart := s.cursor.atLineStart()
+		switch {
+		case err != nil && (!errors.Is(err, errTooOld) || !atLineStart):
+			return err
+		case err != nil, s.cursor.left == 0, wait == 0 && atLineStart && s.cursor.seen >= newest:
+			return s.writeTag()
+		case !atLineStart: // a line is not left half written
+			continue
+		case wake == nil:
+			wake = closed
+		}
+		select {
+		case <-wake:
+		case <-tick.C:
+			err = s.writeTag()
+		case <-over.C:
+			if wait > 0 {
+				return s.writeTag()
+			}
+		case <-s.stopping.Done():
+			return s.writeTag()
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// closed stands for a wake-up that has happened.
+var closed = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
+
+// advance writes what is there, up to a piece of an answer, and flushes it. wake is not nil if that was all.
+func (s *stream) advance() (wake <-chan struct{}, err error) {
+	if s.buf == nil {
+		s.buf = make([]byte, pieceBytes)
+	}
+	n, wake, err := s.feed.read(s.cursor, s.buf)
+	if n > 0 {
+		if err := s.write(s.buf[:n]); err != nil {
+			return nil, err
+		}
+	}
+	return wake, err
+}
+
+func (s *stream) writeTag() error {
+	s.feed.skip(s.cursor)
+	return s.write(tagLine(s.cursor.seen))
+}
+
+func (s *stream) write(line []byte) error {
+	_ = s.control.SetWriteDeadline(time.Now().Add(s.streamWait)) // fails only in tests, which have no connection
+	if s.stopping.Err() != nil {                                 // perhaps shortenDeadline has just been called
+		s.shortenDeadline()
+	}
+	if _, err := s.w.Write(line); err != nil {
+		return err
+	}
+	return s.control.Flush()
+}
+
+// shortenDeadline keeps a client that does not read from holding up the shutdown.
+func (s *stream) shortenDeadline() { _ = s.control.SetWriteDeadline(time.Now().Add(stopWait)) }
