@@ -56,6 +56,11 @@ look() {
   [[ $status == 200 && $value == *":$me}" ]]
 }
 
+# release releases the lock. It looks first: a signal can come between an answer and its reading, and $held is old then.
+release() {
+  look && ask DELETE -H "If-Match: $tag"
+}
+
 # end ends the command and all of its process group.
 end() {
   local i
@@ -69,7 +74,7 @@ end() {
 }
 
 child='' held='' sent=0 seen='' since=0
-trap '[[ -z $child ]] || end; [[ -z $held ]] || ask DELETE -H "If-Match: $held"; exit 143' TERM INT
+trap '[[ -z $child ]] || end; release; exit 143' TERM INT
 
 while [[ -z $held ]]; do
   now
@@ -119,5 +124,5 @@ while kill -0 "$child" 2>/dev/null; do
 done
 wait "$child"
 code=$?
-ask DELETE -H "If-Match: $held"
+release
 exit "$code"
