@@ -44,7 +44,7 @@ func nextLine(t testing.TB, r *bufio.Reader) string {
 	select {
 	case r := <-got:
 		if r.err != nil {
-			t.Fatalf("got %q, %v; want a line", r.line, r.err)
+			t.Fatalf("got %.100q, %v; want a line", r.line, r.err)
 		}
 		return r.line
 	case <-time.After(5 * time.Second):
@@ -140,7 +140,7 @@ func TestStreamsThatAreNotRead(t *testing.T) {
 	n := newTestNode(t, storeMemory)
 	running := make(chan struct{}, 100)
 	f, _, web := streamNode(t, n, func(s *streams, server *server, web *httptest.Server) {
-		s.streamWait, s.running = 700*time.Millisecond, running
+		s.streamWait, s.running = 2*time.Second, running
 		web.Listener = server.limitListener(web.Listener, nil)
 	})
 	for range 50 {

@@ -291,3 +291,46 @@ func TestFeedLeavesOthersAlone(t *testing.T) {
 		t.Errorf("got %q, %v; want the change that concerns it", buf[:n], err)
 	}
 }
+
+// Where many readers are woken, the next wake-up is long after. It comes early if they would fall behind.
+func TestFeedWakesReadersBeforeTheyFallBehind(t *testing.T) {
+	f := newFeed()
+	var tag uint64
+	write := func(size int) {
+		tag++
+		f.add(tag, []keyChange{{key: "k", value: strings.Repeat("1", size)}})
+	}
+	for range 1000 {
+		c, _ := f.open("", nil)
+		defer f.close(c)
+	}
+	c, _ := f.open("", nil)
+	defer f.close(c)
+	buf := make([]byte, 1<<20)
+	done := make(chan error, 1)
+	go func() { // until it has seen the last write, or fell behind
+		for {
+			_, wake, err := f.read(c, buf)
+			if err != nil || c.seen == 25 {
+				done <- err
+				return
+			}
+			if wake != nil {
+				<-wake
+			}
+		}
+	}()
+	write(1)
+	waitFor(t, "all to be woken", func() bool {
+		f.mu.RLock()
+		defer f.mu.RUnlock()
+		return f.pause > 400*time.Millisecond
+	})
+	for range 24 { // three times the history, in a second
+		write(feedBytes / 16)
+		time.Sleep(40 * time.Millisecond)
+	}
+	if err := <-done; err != nil {
+		t.Errorf("got %v; want the reader woken in time", err)
+	}
+}

@@ -3,10 +3,14 @@
 #
 #   _scripts/lock.sh NAME LEASE_SECONDS COMMAND...
 #
-# The lock is the key locks/NAME of the service at URL (default http://localhost:11000). It is taken with If-None-Match: *,
-# renewed three times a lease with If-Match, and released with If-Match. Whoever waits takes it over after seeing one ETag for
-# a whole lease of their own clock. A holder that cannot renew ends its command before that. A holder that is paused cannot:
-# so what the command writes to must refuse old tokens. LOCK_TOKEN in the command's environment is the ETag with which the lock
+# The lock is the key locks/NAME of the service at URL (default http://localhost:11000). It is taken with
+# If-None-Match: *,
+# renewed three times a lease with If-Match, and released with If-Match. Whoever waits takes it over after seeing one
+# ETag for
+# a whole lease of their own clock. A holder that cannot renew ends its command before that. A holder that is paused
+# cannot:
+# so what the command writes to must refuse old tokens. LOCK_TOKEN in the command's environment is the ETag with
+# which the lock
 # was taken, a number that is larger with each holder. docs/locks.md has an example.
 #
 # Exits with the command's status, or with 75 when the lock was lost and the command was ended.
@@ -36,7 +40,8 @@ ask() {
   read -r status tag <<<"${answer##*$'\n'}"
 }
 
-# take CONDITION takes or renews the lock. On success it sets $held, the ETag, and $sent, when our lease began at the latest.
+# take CONDITION takes or renews the lock. On success it sets $held, the ETag, and $sent, when our lease began at the
+# latest.
 take() {
   local began
   now
@@ -49,6 +54,11 @@ take() {
 look() {
   ask GET
   [[ $status == 200 && $value == *":$me}" ]]
+}
+
+# release releases the lock. It looks first: a signal can come between an answer and its reading, and $held is old then.
+release() {
+  look && ask DELETE -H "If-Match: $tag"
 }
 
 # end ends the command and all of its process group.
@@ -64,7 +74,7 @@ end() {
 }
 
 child='' held='' sent=0 seen='' since=0
-trap '[[ -z $child ]] || end; [[ -z $held ]] || ask DELETE -H "If-Match: $held"; exit 143' TERM INT
+trap '[[ -z $child ]] || end; release; exit 143' TERM INT
 
 while [[ -z $held ]]; do
   now
@@ -114,5 +124,5 @@ while kill -0 "$child" 2>/dev/null; do
 done
 wait "$child"
 code=$?
-ask DELETE -H "If-Match: $held"
+release
 exit "$code"
