@@ -256,7 +256,7 @@ func readComparisons(part Pair) (list []comparison, err error) {
 		c := comparison{key: p.Key}
 		if p.Value != "null" {
 			if c.kind, c.tag, err = readExpected(p.Value); err != nil {
-				return nil, badRequest(`if: %.40q has the value %.40s; use "*", null, or an ETag with its quotes, like `+
+				return nil, badRequest(`if: %.40q has the value %.40s; use "*", null, or an ETag with its quotes: `+
 					`"\"17\""`, p.Key, p.Value)
 			}
 		}
