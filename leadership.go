@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -18,8 +17,8 @@ const (
 	leaderGrace   = 500 * time.Millisecond // for a leader that was replaced to answer the calls that it has
 	retryInterval = 20 * time.Millisecond
 
-	watchInterval = 100 * time.Millisecond
-	silenceSpread = 500 * time.Millisecond // within which followers, one after another, notice a silent leader
+	watchInterval = 50 * time.Millisecond
+	electionTurn  = 300 * time.Millisecond // between two followers that notice a silent leader
 
 	handoverWait   = 2 * time.Second        // for another node to become leader
 	handoverLinger = 200 * time.Millisecond // for the others to hear of it, while we still answer them
@@ -169,7 +168,6 @@ func (s *Store) watch() {
 	var (
 		replication replication
 		lastLeader  string // that was known
-		maxSilence  = heartbeatTimeout + rand.N(silenceSpread)
 	)
 	for {
 		r := s.raft.Load()
@@ -188,11 +186,26 @@ func (s *Store) watch() {
 		case <-s.ctx.Done():
 			return
 		}
-		if r != nil && r.State() == raft.Follower && s.Leader() != "" && time.Since(r.LastContact()) > maxSilence {
+		if r == nil || r.State() != raft.Follower || s.Leader() == "" {
+			continue
+		}
+		if silence := time.Since(r.LastContact()) - heartbeatTimeout; silence > s.followersBefore()*electionTurn {
 			s.checkHeartbeats(r)
-			maxSilence = heartbeatTimeout + rand.N(silenceSpread) // each node another, lest their votes split
 		}
 	}
+}
+
+// followersBefore returns how many followers notice a silent leader before this one. They do so in the order of their
+// names: two that stand at the same time split the votes, and both wait for more than a second. A turn is longer than
+// what their last heartbeats may be apart.
+func (s *Store) followersBefore() (n time.Duration) {
+	leader, self := s.State().server, s.membership.server()
+	for _, m := range s.members() {
+		if m.Voter && m.Server != leader && m.Server < self {
+			n++
+		}
+	}
+	return n
 }
 
 // checkHeartbeats makes a follower see that its leader is silent, so that it stands for election. Raft by itself checks
