@@ -50,7 +50,7 @@ func faultClasses() []faultClass {
 		{name: "bridge", inject: bridge},
 		{name: "held-answers", inject: heldAnswers},
 		{name: "flapping", inject: flapping},
-		{name: "hop", inject: cutHop},
+		{name: "forwarding", inject: cutForwarding},
 		{name: "clock", applies: func(string, int) bool { return *faultClock }, inject: stepClock},
 	}...)
 }
@@ -291,8 +291,8 @@ func flapping(f *faulty, random *rand.Rand, _ int) {
 	f.wires.set(func(int, int) linkMode { return linkOpen })
 }
 
-// cutHop breaks connections between the leader and a follower, again and again, while writes are passed on through them.
-func cutHop(f *faulty, random *rand.Rand, leader int) {
+// cutForwarding breaks connections between the leader and a follower, again and again, while writes are passed on through them.
+func cutForwarding(f *faulty, random *rand.Rand, leader int) {
 	follower := f.follower(random, leader)
 	for range 3 + random.IntN(5) {
 		f.cut(random, 20, 500, when(func(from, to int) bool {
