@@ -350,7 +350,7 @@ func (s *Store) askAll(ctx context.Context) view {
 // cluster that is to have this node may be about to leave it, and then it is in no list.
 func (s *Store) learn(v view) {
 	learned := make(map[string]string)
-	if s.raft.Load() == nil {
+	if len(s.members()) == 0 {
 		for _, info := range v.answers {
 			for _, m := range info.Members {
 				learned[nodeOf(m.Server)] = m.Address
