@@ -292,7 +292,7 @@ func (s *Store) info() (nodeInfo, error) {
 	}
 	if r := s.raft.Load(); r != nil {
 		_, leader := r.LeaderWithID()
-		info.Lowest, info.Behind = s.versions.get()
+		info.Lowest, info.Behind = s.versions.get(r.CurrentTerm())
 		info.Resize = s.membership.waitsToResize()
 		info.Running, info.Ready, info.Leader, info.Members = true, s.leadsReady(), string(leader), s.members()
 	}
