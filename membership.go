@@ -334,6 +334,7 @@ func (s *Store) leaveUnbegun(v view) error {
 		return errors.New("the cluster that this node had joined never began, and the node holds nothing: " +
 			"start it again")
 	}
+	m.neverBegan = false // it says nothing about the cluster that the new server will join
 	s.log.Warn("the cluster that this node had joined never began; the node goes on as a new server",
 		"cluster", m.cluster())
 	return m.store(identity{Server: newServerName(s.cfg.NodeID)})

@@ -77,6 +77,36 @@ func TestMembershipIsFoundAgain(t *testing.T) {
 	}
 }
 
+// Two looks at one cluster say that it never began. What the last look at the cluster before said does not count.
+func TestTwoLooksAtEachClusterThatNeverBegan(t *testing.T) {
+	m, err := openMembership("node2", openTestStorage(t, storeMemory, t.TempDir()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &Store{cfg: &Config{NodeID: "node2"}, log: hclog.NewNullLogger(), membership: m}
+	for _, cluster := range []string{"node1#A", "node1#B"} {
+		id := identity{Server: m.server(), Cluster: cluster}
+		if err := m.store(id); err != nil {
+			t.Fatal(err)
+		}
+		v := view{self: "node2", peers: []Peer{{ID: "node1"}, {ID: "node2"}}, answers: map[string]nodeInfo{
+			"node1": naming(blank("node1#C"), "node1", "node2"),
+			"node2": naming(joined(id.Server, cluster), "node1", "node2"),
+		}}
+		for look := range 2 {
+			if m.server() != id.Server {
+				t.Errorf("cluster %s: another server after %d looks; want two", cluster, look)
+			}
+			if err := s.leaveUnbegun(v); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if m.server() == id.Server {
+			t.Errorf("cluster %s: still the same server after two looks", cluster)
+		}
+	}
+}
+
 func TestMembershipIsRefused(t *testing.T) {
 	for _, tt := range []struct {
 		name  string

@@ -172,17 +172,28 @@ func (p plan) complete() bool {
 	})
 }
 
-// removeNode removes a node that is not in the list, but not this leader.
+// removeNode removes a node that is not in the list, but not this leader. One that does not answer as its voter goes
+// first: to remove another could leave too few live voters for a majority. Example: of node1 to node5 node3 and node5
+// are down, and the list is node1 to node3. Without node4 two of four would be left, and nothing could be committed.
 func (p plan) removeNode() (change, bool) {
 	if !p.complete() {
 		return change{}, false
 	}
+	var c change
+	due := false
 	for _, node := range slices.Sorted(maps.Keys(p.byNode)) {
-		if p.leaves(node) && node != p.self {
-			return change{raft.RemoveServer, p.byNode[node][0]}, true
+		if !p.leaves(node) || node == p.self {
+			continue
+		}
+		_, _, answers := p.present(node)
+		if !due || !answers {
+			c, due = change{raft.RemoveServer, p.byNode[node][0]}, true
+		}
+		if !answers {
+			break
 		}
 	}
-	return change{}, false
+	return c, due
 }
 
 // handsOver says whether this leader is all that is left to leave. A voter of the list, which leads next, removes it.

@@ -42,6 +42,8 @@ func TestNextChangeForAList(t *testing.T) {
 		{"PEERS removes nobody", five, "node1,node2,node3", five, nil, true, ""},
 		{"fewer", five, "node1,node2,node3", five, nil, false, "RemoveServer node4#1"},
 		{"fewer, and the leaver is silent", five, "node1,node2,node3", []string{"node2#1", "node3#1"}, nil, false, "RemoveServer node4#1"},
+		{"fewer, and no more than a majority answers", five, "node1,node2,node3", []string{"node2#1", "node4#1"}, nil, false, "RemoveServer node5#1"},
+		{"fewer, and a leaver that has lost its state votes no more", five, "node1,node2,node3", []string{"node2#1", "node4#1", "node5#2"}, nil, false, "RemoveServer node5#1"},
 		{"fewer, and one of those that stay has lost its state", five, "node1,node2,node3", []string{"node2#2", "node3#1", "node4#1", "node5#1"}, nil, false, "AddNonvoter node2#2"},
 		{"likewise, and it is not back yet", append(slices.Clone(five), "node2#2-"), "node1,node2,node3", []string{"node2#2", "node3#1", "node4#1", "node5#1"}, nil, false, ""},
 		{"the leavers do not agree", five, "node1,node2,node3", []string{"node4#1 names node1,node2,node3,node4,node5", "node5#1 names node1,node2,node3,node4,node5", "node2#1", "node3#1"}, nil, false, "RemoveServer node4#1"},
@@ -228,4 +230,32 @@ func TestListOnAMinorityChangesNothing(t *testing.T) {
 	if got := votersOf(c.nodes[leader]); len(got) != 3 {
 		t.Errorf("got voters %v; want all three", got)
 	}
+}
+
+// The leader is not in the list of the nodes that it has to add. They learn from others where it is, and must not
+// forget it while they run Raft and have no configuration yet.
+func TestNodesAreAddedByALeaderThatLeaves(t *testing.T) {
+	t.Parallel()
+	c := unstartedCluster(t, 5, storeBolt)
+	for i := range 3 {
+		c.rename([]int{0, 1, 2}, i)
+		c.start(i)
+	}
+	leader := c.leader(0, 1, 2)
+	others := c.followers(leader)
+	stays, stopped := others[0], others[1]
+	c.stop(stopped)
+	list := []int{stays, stopped, 3, 4}
+	c.rename(list, 0, 1, 2, 3, 4)
+	c.start(4)
+	node5 := c.nodes[4]
+	waitFor(t, "node5 to join", func() bool { return node5.raft.Load() != nil })
+	time.Sleep(3 * manageInterval) // it is not added before node4 answers: two nodes of the list are no majority
+	if len(node5.members()) > 0 {
+		t.Fatal("node5 has a configuration already: nothing is tested")
+	}
+	c.start(3)
+	waitFor(t, "the list to be the membership", func() bool {
+		return !c.nodes[stays].drift() && node5.Ready() == nil
+	})
 }

@@ -288,9 +288,6 @@ func (s *Store) Apply(ctx context.Context, command []byte) (Result, error) {
 	if err := s.checkVersion(ctx, command); err != nil {
 		return Result{}, err
 	}
-	if err := s.checkVersion(ctx, command); err != nil {
-		return Result{}, err
-	}
 	var o outcome
 	err := s.leadership.retry(ctx, func() error {
 		o = s.writes.submit(ctx, command)

@@ -68,9 +68,14 @@ func (w *voterVersions) note(v view, term uint64, members []member) {
 	}
 }
 
-func (w *voterVersions) get() (lowest byte, behind string) {
+// get returns what note has found in a term. What it found in an earlier one may be wrong: node1 leads, node2 takes
+// over, node3 goes back to an older binary, and node1 leads again.
+func (w *voterVersions) get(term uint64) (lowest byte, behind string) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	if w.term != term {
+		return 0, ""
+	}
 	return w.lowest, w.behind
 }
 

@@ -83,6 +83,24 @@ func TestNewerCommandsWaitForAllVoters(t *testing.T) {
 	waitFor(t, "them to be taken again", func() bool { return apply(leader, 2) == nil })
 }
 
+// A leader that has led before must ask all voters again: meanwhile one of them may have gone back to an older binary.
+func TestVersionsAreOfThisTerm(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	leader := c.nodes[c.leader()]
+	versions := &leader.versions
+	waitFor(t, "the leader to have heard of all versions", func() bool {
+		info, err := leader.info()
+		return err == nil && info.Lowest > 0
+	})
+	versions.mu.Lock()
+	versions.term-- // as if it had heard that when it led before, and not yet looked again
+	versions.mu.Unlock()
+	if info, err := leader.info(); err != nil || info.Lowest != 0 || info.Behind != "" {
+		t.Errorf("got version %d (%q), error %v; want none before it has asked in this term", info.Lowest, info.Behind, err)
+	}
+}
+
 // Once a newer command has been executed, an older binary can use neither the log nor a snapshot; until then it can use both.
 func TestSnapshotSaysWhichCommandsAreInIt(t *testing.T) {
 	for _, tt := range []struct {

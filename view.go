@@ -292,7 +292,7 @@ func (s *Store) info() (nodeInfo, error) {
 	}
 	if r := s.raft.Load(); r != nil {
 		_, leader := r.LeaderWithID()
-		info.Lowest, info.Behind = s.versions.get()
+		info.Lowest, info.Behind = s.versions.get(r.CurrentTerm())
 		info.Resize = s.membership.waitsToResize()
 		info.Running, info.Ready, info.Leader, info.Members = true, s.leadsReady(), string(leader), s.members()
 	}
@@ -350,7 +350,7 @@ func (s *Store) askAll(ctx context.Context) view {
 // cluster that is to have this node may be about to leave it, and then it is in no list.
 func (s *Store) learn(v view) {
 	learned := make(map[string]string)
-	if s.raft.Load() == nil {
+	if len(s.members()) == 0 {
 		for _, info := range v.answers {
 			for _, m := range info.Members {
 				learned[nodeOf(m.Server)] = m.Address
