@@ -230,6 +230,16 @@ func TestListOnAMinorityChangesNothing(t *testing.T) {
 	if got := votersOf(c.nodes[leader]); len(got) != 3 {
 		t.Errorf("got voters %v; want all three", got)
 	}
+
+	// The leader has not heard of a list that the others have: they say so.
+	c.rename([]int{0, 1, 2}, leader)
+	others := c.followers(leader)
+	c.rename([]int{0, 1}, others...)
+	for _, other := range others {
+		waitFor(t, "a follower to say that the leader has another list", func() bool {
+			return strings.Contains(c.nodes[other].Status().Membership.WaitsFor, "which leads, names other nodes")
+		})
+	}
 }
 
 // The leader is not in the list of the nodes that it has to add. They learn from others where it is, and must not

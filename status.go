@@ -77,7 +77,12 @@ func (s *Store) Status() Status {
 	}
 	slices.Sort(status.Membership.Actual)
 	if status.PeersDrift {
-		status.Membership.WaitsFor = v.answers[state.Leader].Resize
+		leader, answers := v.answers[state.Leader]
+		status.Membership.WaitsFor = leader.Resize
+		if answers && !slices.Equal(leader.Peers, status.Membership.Wanted) {
+			status.Membership.WaitsFor = fmt.Sprintf("%s, which leads, names other nodes than this one: %s",
+				state.Leader, strings.Join(leader.Peers, ", "))
+		}
 	}
 	return status
 }
