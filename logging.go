@@ -152,6 +152,7 @@ const failedHeartbeat = "failed to heartbeat to" // Raft's words for a node that
 // is a member, or why there is no leader.
 var routine = []string{
 	"initial configuration", "added peer, starting replication", "found temporary snapshot",
+	"entering follower state", "election won", "entering leader state", "pre-vote successful, starting election",
 	"failed to get previous log", "appendEntries rejected, sending older logs",
 	"no known peers, aborting election", "entering candidate state",
 	"pre-vote campaign failed, waiting for election timeout", "Election timeout reached, restarting election",
