@@ -246,27 +246,6 @@ func (m *membership) reason() string {
 	return m.waitsFor
 }
 
-// setResizing takes note of what keeps the configuration from being what the list says, and logs what is new.
-func (m *membership) setResizing(reason string) {
-	m.mu.Lock()
-	before := m.resizing
-	m.resizing = reason
-	m.mu.Unlock()
-	switch reason {
-	case before:
-	case "":
-		m.log.Info("the membership is what the list of nodes says")
-	default:
-		m.log.Info("the membership is not what the list of nodes says", "waits-for", reason)
-	}
-}
-
-func (m *membership) waitsToResize() string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.resizing
-}
-
 // Methods of directory and localNode: what network.go and transport.go must know of their node.
 
 // address says where a node listens.

@@ -239,6 +239,27 @@ func (p plan) waitsFor() string {
 	return "no majority of the voters and of the list answers and names the same nodes: " + strings.Join(parts, "; ")
 }
 
+// setResizing takes note of what keeps the configuration from being what the list says, and logs what is new.
+func (m *membership) setResizing(reason string) {
+	m.mu.Lock()
+	before := m.resizing
+	m.resizing = reason
+	m.mu.Unlock()
+	switch reason {
+	case before:
+	case "":
+		m.log.Info("the membership is what the list of nodes says")
+	default:
+		m.log.Info("the membership is not what the list of nodes says", "waits-for", reason)
+	}
+}
+
+func (m *membership) waitsToResize() string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.resizing
+}
+
 // isListed says whether this node is in its own PEERS or PEERS_FILE.
 func (s *Store) isListed() bool {
 	return slices.ContainsFunc(s.list.get(), func(p Peer) bool { return p.ID == s.cfg.NodeID })
