@@ -86,6 +86,8 @@ func (s *Store) checkVersion(ctx context.Context, command []byte) error {
 		return nil
 	}
 	return s.leadership.retry(ctx, func() error {
+		ctx, cancel := context.WithTimeout(ctx, askTimeout)
+		defer cancel()
 		leader, err := s.askWho(ctx, s.Leader())
 		switch {
 		case err != nil || !leader.Ready || leader.Behind == "": // it has not asked the voters yet

@@ -83,6 +83,23 @@ func TestNewerCommandsWaitForAllVoters(t *testing.T) {
 	waitFor(t, "them to be taken again", func() bool { return apply(leader, 2) == nil })
 }
 
+// The first command of a newer version does not hang with a leader that has stopped answering. The next one refuses it,
+// as it cannot ask that node.
+func TestNewerCommandDoesNotWaitForASilentLeader(t *testing.T) {
+	t.Parallel()
+	c := unstartedCluster(t, 3, storeMemory)
+	c.service = kindsService{version: 2}
+	c.startAll()
+	leader := c.leader()
+	c.cut(leader, linkHold)
+	began := time.Now()
+	_, err := c.nodes[c.followers(leader)[0]].Apply(t.Context(), []byte{2})
+	silent := c.nodes[leader].cfg.NodeID
+	if !errors.Is(err, ErrNotUpgraded) || !strings.Contains(err.Error(), silent) || time.Since(began) > leaderWait+time.Second {
+		t.Errorf("got %v after %v; want that the next leader says that %s has not answered", err, time.Since(began), silent)
+	}
+}
+
 // A leader that has led before must ask all voters again: meanwhile one of them may have gone back to an older binary.
 func TestVersionsAreOfThisTerm(t *testing.T) {
 	t.Parallel()
