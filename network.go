@@ -12,6 +12,7 @@ import (
 	"os"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -109,6 +110,7 @@ type network struct {
 	refusals   prometheus.Counter // of connections
 	log        hclog.Logger
 	refusalLog *repeatLogger
+	stranger   atomic.Int64 // when a node that this one does not know last asked who it is, in nanoseconds of Unix time
 
 	raftConns chan *peerConn  // accepted, for Raft's transport
 	callConns chan *peerConn  // accepted, for peers
@@ -229,6 +231,9 @@ func (n *network) checkHello(h hello, cert *x509.Certificate) error {
 	sender := nodeOf(h.sender)
 	addr, known := n.directory.address(sender)
 	if !known || sender == n.node {
+		if !known && h.kind == kindAsk {
+			n.stranger.Store(time.Now().UnixNano())
+		}
 		return fmt.Errorf("node %q is neither in the PEERS of node %q nor in its stored membership", sender, n.node)
 	}
 	if cert != nil {

@@ -269,3 +269,35 @@ func TestNodesAreAddedByALeaderThatLeaves(t *testing.T) {
 		return !c.nodes[stays].drift() && node5.Ready() == nil
 	})
 }
+
+// The lists of all nodes leave most of a cluster out, and the one node that they keep has lost its state. It and the new ones
+// must not be a cluster of their own: the others hold what was acknowledged.
+func TestListWithoutMostOfTheCluster(t *testing.T) {
+	t.Parallel()
+	c := unstartedCluster(t, 5, storeMemory)
+	c.rename([]int{0, 1, 2}, 0, 1, 2)
+	for i := range 3 {
+		c.start(i)
+	}
+	for i := range 3 {
+		waitFor(t, "the first three", func() bool { return c.nodes[i].Ready() == nil })
+	}
+	if _, err := c.nodes[0].client.set(t.Context(), "k", "1"); err != nil {
+		t.Fatal(err)
+	}
+	c.stop(0)
+	c.rename([]int{0, 3, 4}, 0, 1, 2, 3, 4)
+	for _, i := range []int{0, 3, 4} {
+		c.start(i)
+	}
+	began := time.Now()
+	waitFor(t, "twice the time in which a node waits for strangers", func() bool { return time.Since(began) > 2*strangerWait })
+	for _, i := range []int{0, 3, 4} {
+		if got := c.nodes[i].membership.identity(); got.Bootstrap != nil || c.nodes[i].Leader() != "" {
+			t.Errorf("node%d: got %+v, leader %q; want that no cluster begins", i+1, got, c.nodes[i].Leader())
+		}
+	}
+	if item, err := c.nodes[1].client.get(t.Context(), "k", Linearizable); err != nil || item.Value != "1" {
+		t.Errorf("got %q, %v from the cluster that there is; want 1", item.Value, err)
+	}
+}

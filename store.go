@@ -203,6 +203,8 @@ func (s *Store) join() error {
 		if s.Read(s.ctx, Linearizable, func() {}) == nil {
 			s.membership.advance(stageCaughtUp)
 			close(s.caughtUp)
+		} else {
+			sleep(s.ctx, retryInterval) // a node that has left gets its error at once
 		}
 	}
 	return nil
