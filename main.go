@@ -245,7 +245,7 @@ func reloadForever(certs *reloaded[*certificates], tokens *reloaded[tokens], ask
 			certs.reload(false)
 			tokens.reload(false)
 		case <-asked:
-			log.Info("SIGHUP: reading certificates and tokens again; nothing else can change without a restart",
+			log.Info("SIGHUP: reading certificates and tokens again; PEERS_FILE is read every second",
 				"certificates", certs != nil, "tokens", tokens != nil)
 			certs.reload(true)
 			tokens.reload(true)

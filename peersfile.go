@@ -35,7 +35,7 @@ type peerList struct {
 
 // newPeerList returns the list that cfg was loaded with.
 func newPeerList(cfg *Config, log hclog.Logger) *peerList {
-	l := &peerList{path: cfg.PeersFile, log: log}
+	l := &peerList{path: cfg.PeersFile, log: log, handled: "\x00nothing yet"}
 	l.now.Store(&cfg.Peers)
 	return l
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"sync"
 )
 
@@ -44,26 +45,24 @@ func (r *replica) knownVersion() byte {
 // voterVersions is what a leader has heard of the versions that the voters know.
 type voterVersions struct {
 	mu     sync.Mutex // guards what follows
-	term   uint64
-	known  map[string]byte // by server, in this term
-	lowest byte            // of all voters; 0 while one has not answered
-	behind string          // the node of one that knows no more than that
+	term   uint64     // in which this node led
+	lowest byte       // of all voters; 0 if one did not answer
+	behind string     // the node of one that knows no more than that
 }
 
-// note takes note of what a look at the others has shown, in a term in which this node leads.
+// note takes note of what all nodes have just answered. What a voter answered before does not count: it may be down
+// because it goes back to an older binary.
 func (w *voterVersions) note(v view, term uint64, members []member) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.term != term || w.known == nil {
-		w.term, w.known = term, make(map[string]byte)
-	}
-	for _, info := range v.answers {
-		w.known[info.Server] = info.Commands
-	}
-	w.lowest, w.behind = 255, ""
+	w.term, w.lowest, w.behind = term, math.MaxUint8, ""
 	for _, m := range members {
-		if m.Voter && w.known[m.Server] < w.lowest {
-			w.lowest, w.behind = w.known[m.Server], nodeOf(m.Server)
+		info, known := v.answers[nodeOf(m.Server)], byte(0)
+		if info.Server == m.Server {
+			known = info.Commands
+		}
+		if m.Voter && known < w.lowest {
+			w.lowest, w.behind = known, nodeOf(m.Server)
 		}
 	}
 }
