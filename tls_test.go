@@ -406,6 +406,13 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 	}
 	next.renew(envs[0], func(*x509.Certificate) {}, "node1")
 	nodes[0].certs.reload(false)
+	waitFor(t, "node1 to close its connections, and to make one that stays", func() bool {
+		conn, err := nodes[0].dial(t.Context(), "node2#1", kindCall)
+		if err == nil {
+			_ = conn.Close()
+		}
+		return err == nil && nodes[0].lines.count("TLS_CA_FILE has changed") > 0
+	})
 	checkEcho(t, nodes[0], nodes[1])
 }
 
