@@ -76,6 +76,8 @@ type sim struct {
 	striking  atomic.Bool // faults come
 	stillborn atomic.Bool // when the cluster was begun, a majority of those that it names had lost its state already
 
+	lists *simLists // in use; nil where all nodes are in the list all the time
+
 	losing sync.Mutex // held from the decision that a node may lose its state until it has
 
 	mu       sync.Mutex        // guards what follows
@@ -207,7 +209,7 @@ func (s *sim) leader() *simNode {
 }
 
 func (s *sim) allReady() bool {
-	return !slices.ContainsFunc(s.nodes, func(n *simNode) bool { return !n.ready() })
+	return !slices.ContainsFunc(s.nodes, func(n *simNode) bool { return n.belongs() && !n.ready() })
 }
 
 // soon waits until something is so, and says whether it came about in time.

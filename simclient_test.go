@@ -167,7 +167,7 @@ func (s *sim) compare() {
 	}
 	for _, n := range s.nodes {
 		r := n.run.Load()
-		if r == nil {
+		if r == nil || !n.belongs() {
 			continue
 		}
 		if err := r.store.Read(context.Background(), Linearizable, func() {

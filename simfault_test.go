@@ -75,6 +75,9 @@ func (s *sim) bury() {
 // mayLose says whether the node may lose its state now. Before a cluster begins there is nothing to be lost. It is called
 // with losing held.
 func (s *sim) mayLose(n *simNode) bool {
+	if s.lists != nil {
+		return s.mayLoseInResize(n)
+	}
 	without := 1
 	for _, other := range s.nodes {
 		if other != n && !other.hasState() {
@@ -211,7 +214,7 @@ func (s *sim) heal() {
 			r.steps.trap.Store(nil)
 		}
 	}
-	for slices.ContainsFunc(s.nodes, func(n *simNode) bool { return n.run.Load() == nil }) {
+	for slices.ContainsFunc(s.nodes, func(n *simNode) bool { return n.run.Load() == nil && n.belongs() }) {
 		time.Sleep(10 * time.Millisecond)
 	}
 	if s.lossy || s.stillborn.Load() {

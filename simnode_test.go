@@ -195,7 +195,7 @@ func (n *simNode) start(trap func(r *simRun) func(step string, count int64) bool
 	s := n.sim
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.over || n.run.Load() != nil {
+	if s.over || n.run.Load() != nil || !n.mayStart() {
 		return
 	}
 	n.disk.CompareAndSwap(nil, &simDisk{InmemStore: raft.NewInmemStore(), snapshots: &memorySnapshots{}})
@@ -206,7 +206,8 @@ func (n *simNode) start(trap func(r *simRun) func(step string, count int64) bool
 	r.steps.run.Store(r)
 	machine := newTestMachine()
 	log := hclog.New(&hclog.LoggerOptions{Name: n.id, Output: s.log, Level: hclog.Info, TimeFormat: "04:05.000"})
-	r.store = NewStore(n.cfg, &simMachine{machine, n}, newMetrics(), log)
+	cfg := *n.cfg // the list may change while the process runs
+	r.store = NewStore(&cfg, &simMachine{machine, n}, newMetrics(), log)
 	r.client = &testClient{r.store, machine}
 	if trap != nil {
 		f := trap(r)

@@ -346,12 +346,16 @@ func (s *Store) askAll(ctx context.Context) view {
 	return v
 }
 
-// learn takes note, while this server has no configuration, of where the members of the others' listen: the leader of a
-// cluster that is to have this node may be about to leave it, and then it is in no list.
+// learn takes note, while this server has no configuration or knows of no leader, of where the members of the others'
+// listen: the leader of a cluster that is to have this node may be about to leave it, and then it is in no list. Nor is
+// it in the configuration of a node that has left the cluster long ago, and is to come back.
 func (s *Store) learn(v view) {
 	learned := make(map[string]string)
-	if len(s.members()) == 0 {
+	if len(s.members()) == 0 || s.Leader() == "" {
 		for _, info := range v.answers {
+			if cluster := v.mine().Cluster; cluster != "" && info.Cluster != cluster {
+				continue
+			}
 			for _, m := range info.Members {
 				learned[nodeOf(m.Server)] = m.Address
 			}
