@@ -253,6 +253,7 @@ func (s *Store) lead(r *raft.Raft, term uint64) {
 			s.ready.advance(term)
 			return
 		}
+		sleep(s.ctx, retryInterval) // while it hands leadership over, Raft refuses the barrier at once
 	}
 }
 
