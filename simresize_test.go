@@ -182,7 +182,8 @@ func (s *sim) isHeld(list []Peer, but *simNode) bool {
 }
 
 // mayLoseInResize is mayLose while the list changes: whichever configuration is the one that counts, a majority of its
-// voters keeps its state, and each list has a node that holds something. It is called with losing held.
+// voters keeps its state, and each list has a node that holds something. The leader may be about to remove a voter that
+// has its state, and not know yet that this one loses its own. It is called with losing held.
 func (s *sim) mayLoseInResize(n *simNode) bool {
 	s.mu.Lock()
 	for _, other := range s.nodes {
@@ -195,11 +196,22 @@ func (s *sim) mayLoseInResize(n *simNode) bool {
 	for _, members := range s.configurations(committed) {
 		voters := slices.DeleteFunc(slices.Clone(members), func(m member) bool { return !m.Voter })
 		kept := slices.DeleteFunc(slices.Clone(voters), func(m member) bool { return s.node(m.Server) == n || s.isGone(m) })
-		if !isMajority(len(kept), len(voters)) {
+		removed := 0
+		if slices.ContainsFunc(lists, func(list []Peer) bool { return leaves(voters, list) }) {
+			removed = 1
+		}
+		if !isMajority(len(kept)-removed, len(voters)-removed) {
 			return false
 		}
 	}
 	return !slices.ContainsFunc(lists, func(list []Peer) bool { return !s.isHeld(list, n) })
+}
+
+// leaves says whether the node of one of the voters is not in a list.
+func leaves(voters []member, list []Peer) bool {
+	return slices.ContainsFunc(voters, func(m member) bool {
+		return !slices.ContainsFunc(list, func(p Peer) bool { return p.ID == nodeOf(m.Server) })
+	})
 }
 
 // configurations returns what all nodes have stored of the configurations from an index on.
