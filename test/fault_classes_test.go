@@ -45,6 +45,7 @@ func faultClasses() []faultClass {
 			f.sleep(random, 500, 1500)
 			f.crash(random, random.IntN(len(f.nodes)))
 		}},
+		{name: "resize", process: true, alone: true, applies: ofFive, prepare: listInFile, inject: resize},
 		{name: "partition", inject: partition},
 		{name: "one-way", inject: oneWay},
 		{name: "bridge", inject: bridge},

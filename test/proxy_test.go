@@ -3,6 +3,7 @@ package test
 import (
 	"context"
 	"net"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -47,14 +48,18 @@ func (p proxies) set(mode func(from, to int) linkMode) {
 	}
 }
 
-// setPeers gives every node its PEERS. addr is where one node reaches another.
+// setPeers gives every node its PEERS, or PEERS_FILE if it has one. addr is where one node reaches another.
 func setPeers(nodes []*proc, addr func(from, to int) string) {
 	for i, p := range nodes {
 		var peers []string
 		for j, q := range nodes {
 			peers = append(peers, q.name+"@"+addr(i, j))
 		}
-		p.env["PEERS"] = strings.Join(peers, ",")
+		if path := p.env["PEERS_FILE"]; path == "" {
+			p.env["PEERS"] = strings.Join(peers, ",")
+		} else if err := os.WriteFile(path, []byte(strings.Join(peers, "\n")+"\n"), 0o600); err != nil {
+			p.t.Error(err)
+		}
 		p.env["RAFT_ADVERTISE_ADDR"], p.env["RAFT_ADVERTISE_PORT"], _ = net.SplitHostPort(addr(i, i))
 	}
 }
