@@ -51,7 +51,8 @@ func parsePeers(name, text string) (peers []Peer, problems []error) {
 		}
 	}
 	if len(peers) > maxPeers {
-		problems = append(problems, fmt.Errorf("%s has %d entries: a cluster has at most %d nodes", name, len(peers), maxPeers))
+		problems = append(problems,
+			fmt.Errorf("%s has %d entries: a cluster has at most %d nodes", name, len(peers), maxPeers))
 	}
 	slices.SortFunc(peers, func(a, b Peer) int { return strings.Compare(a.ID, b.ID) })
 	return peers, problems

@@ -289,13 +289,13 @@ func (e *env) readPeers(c *Config) (name string) {
 	case c.PeersFile != "" && text != "":
 		e.problem("PEERS=%q and PEERS_FILE=%q: set one of them and unset the other", text, c.PeersFile)
 	case c.PeersFile != "":
-		content, err := readPeersFile(c.PeersFile)
+		content, _, err := readFile(c.PeersFile)
 		if err != nil {
 			e.invalid("PEERS_FILE", "will not do: "+err.Error(),
 				"a file that names the nodes, one a line, as id@host:port")
 			return "PEERS_FILE"
 		}
-		c.Peers, problems = parsePeersFile(content)
+		c.Peers, problems = parsePeersFile(string(content))
 	case text != "":
 		c.Peers, problems = parsePeers("PEERS", text)
 	}

@@ -12,7 +12,7 @@ import "errors"
 //	writes.go      forward: each write of the batch gets this error as its outcome
 //	leadership.go  retry: ErrNotLeader and ErrNoLeader are tried again for up to 5 s, the others never
 //	store.go       Apply returns it
-//	server.go      statusOf: ErrNotLeader is answered with 503 "not-applied", ErrUnknownOutcome with 504 "unknown"
+//	response.go    statusOf: ErrNotLeader is answered with 503 "not-applied", ErrUnknownOutcome with 504 "unknown"
 var (
 	ErrNoLeader       = errors.New("the cluster has no leader that this node knows of")
 	ErrNotLeader      = errors.New("the node that was taken for the leader is not the leader")
@@ -21,5 +21,6 @@ var (
 	ErrUnknownOutcome = errors.New("the command may or may not have been executed")
 	ErrNotConfirmed   = errors.New("no majority confirmed the leader in time")
 	ErrLeft           = errors.New("this node has left the cluster: ask another one")
+	ErrNotUpgraded    = errors.New("a node of the cluster does not know this kind of command yet")
 	ErrStarting       = errors.New("this node has not caught up with a leader since it started")
 )

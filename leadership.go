@@ -189,7 +189,8 @@ func (s *Store) watch() {
 		if r == nil || r.State() != raft.Follower || s.Leader() == "" {
 			continue
 		}
-		if silence := time.Since(r.LastContact()) - heartbeatTimeout; silence > s.followersBefore()*electionTurn {
+		turn := heartbeatTimeout + time.Duration(s.followersBefore())*electionTurn
+		if time.Since(r.LastContact()) > turn {
 			s.checkHeartbeats(r)
 		}
 	}
@@ -198,7 +199,7 @@ func (s *Store) watch() {
 // followersBefore returns how many followers notice a silent leader before this one. They do so in the order of their
 // names: two that stand at the same time split the votes, and both wait for more than a second. A turn is longer than
 // what their last heartbeats may be apart.
-func (s *Store) followersBefore() (n time.Duration) {
+func (s *Store) followersBefore() (n int) {
 	leader, self := s.State().server, s.membership.server()
 	for _, m := range s.members() {
 		if m.Voter && m.Server != leader && m.Server < self {

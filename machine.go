@@ -54,8 +54,8 @@ type replica struct {
 	metrics *metrics
 	applied progress // index of the last command or configuration that has been executed here
 	config  progress // index of the last configuration that has been executed here since the start
-	// executed is the newest version of commands that has been executed. See upgrade.go.
-	executed atomic.Uint32
+	// maxVersion is the newest version of commands that has been executed. See upgrade.go.
+	maxVersion atomic.Uint32
 	// fail stops the process with a reason. It does not return.
 	fail     func(error)
 	released chan struct{} // holds a token when Raft is done with a snapshot, whether that worked or not
@@ -92,7 +92,7 @@ func (r *replica) Apply(entry *raft.Log) any {
 	results := make([][]byte, len(commands))
 	r.mu.Lock()
 	for i, command := range commands {
-		r.executed.Store(max(r.executed.Load(), uint32(r.commandVersion(command))))
+		r.maxVersion.Store(max(r.maxVersion.Load(), uint32(r.commandVersion(command))))
 		if results[i], err = r.machine.Apply(command, at); err != nil {
 			r.mu.Unlock()
 			r.fail(fmt.Errorf("log entry %d, command %d: %w", entry.Index, i, err))
@@ -117,7 +117,8 @@ func (r *replica) Snapshot() (raft.FSMSnapshot, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return &snapshot{
-		index: r.applied.load(), executed: byte(r.executed.Load()), write: r.machine.Snapshot(), released: r.released,
+		index: r.applied.load(), maxVersion: byte(r.maxVersion.Load()),
+		write: r.machine.Snapshot(), released: r.released,
 	}, nil
 }
 
@@ -135,13 +136,13 @@ func (r *replica) Restore(source io.ReadCloser) error {
 // the old state.
 func (r *replica) restore(source io.Reader) error {
 	reader := &snapshotReader{r: bufio.NewReaderSize(source, snapshotBuffer)}
-	index, executed, err := reader.header()
+	index, maxVersion, err := reader.header()
 	if err != nil {
 		return fmt.Errorf("snapshot header: %w", err)
 	}
-	if known := r.knownVersion(); executed > known {
+	if known := r.knownVersion(); maxVersion > known {
 		return fmt.Errorf("snapshot: it has the effects of commands of version %d, and this binary knows %d at most: "+
-			"start this node with the newer binary", executed, known)
+			"start this node with the newer binary", maxVersion, known)
 	}
 	install, err := r.machine.Restore(reader)
 	left, damage := reader.finish()
@@ -156,7 +157,7 @@ func (r *replica) restore(source io.Reader) error {
 	}
 	r.mu.Lock()
 	install()
-	r.executed.Store(uint32(executed))
+	r.maxVersion.Store(uint32(maxVersion))
 	r.mu.Unlock()
 	r.applied.advance(index)
 	return nil
@@ -164,10 +165,10 @@ func (r *replica) restore(source io.Reader) error {
 
 // snapshot is a captured state (a raft.FSMSnapshot).
 type snapshot struct {
-	index    uint64 // of the last entry that has been executed in it
-	executed byte   // newest version of commands that has been executed in it
-	write    func(io.Writer) error
-	released chan<- struct{}
+	index      uint64 // of the last entry that has been executed in it
+	maxVersion byte   // newest version of commands that has been executed in it
+	write      func(io.Writer) error
+	released   chan<- struct{}
 }
 
 // lateSink is a snapshot sink that can keep the func that writes a snapshot, in place of the bytes that it writes.
@@ -318,8 +319,8 @@ func (s *snapshot) writeTo(w io.Writer) error {
 	sum := crc32.New(castagnoli)
 	b := bufio.NewWriterSize(io.MultiWriter(w, sum), snapshotBuffer)
 	head := binary.BigEndian.AppendUint64([]byte(snapshotMagic), s.index)
-	if s.executed > firstCommandVersion {
-		head = append(binary.BigEndian.AppendUint64([]byte(snapshotMagic3), s.index), s.executed)
+	if s.maxVersion > firstCommandVersion {
+		head = append(binary.BigEndian.AppendUint64([]byte(snapshotMagic3), s.index), s.maxVersion)
 	}
 	_, err := b.Write(head)
 	if err := errors.Join(err, s.write(b), b.Flush()); err != nil {
@@ -350,7 +351,7 @@ func (s *snapshotReader) Read(p []byte) (int, error) {
 	return n, err
 }
 
-func (s *snapshotReader) header() (index uint64, executed byte, err error) {
+func (s *snapshotReader) header() (index uint64, maxVersion byte, err error) {
 	var head [len(snapshotMagic) + 8]byte
 	if _, err := io.ReadFull(s, head[:]); err != nil {
 		return 0, 0, err

@@ -44,7 +44,6 @@ const (
 
 // How often a node asks the others who they are.
 const (
-	strangerWait   = 3 * time.Second        // for a node that is in no list to ask for this one
 	formInterval   = 200 * time.Millisecond // while it is forming
 	manageInterval = 500 * time.Millisecond // while it leads, or sees no leader
 	changeInterval = 100 * time.Millisecond // while it leads and a server is being replaced
@@ -288,7 +287,7 @@ func (s *Store) form() error {
 			s.log.Info("joins the cluster", "cluster", cluster)
 			err = m.store(identity{Server: id.Server, Cluster: cluster})
 		case bootstrap != nil && s.maybeMember():
-			m.setReason("PEERS_FILE may leave nodes out that are a cluster with this one: it waits whether they ask for it")
+			m.setReason("PEERS_FILE may leave out nodes that are a cluster with this one: it waits for them to ask")
 			continue
 		case bootstrap != nil:
 			s.log.Info("bootstraps the cluster", "cluster", id.Server, "nodes", v.mine().Peers)
@@ -302,15 +301,6 @@ func (s *Store) form() error {
 		m.setReason(v.String())
 	}
 	return s.ctx.Err()
-}
-
-// maybeMember says whether there may be a cluster that knows this node, and that this node's PEERS_FILE does not name.
-// Its members ask for this node twice a second. Example: node1 to node3 are a cluster in memory, and all lists become
-// node1, node4 and node5. Now node1 restarts without its state. All nodes of its list answer and hold nothing, but
-// node2 and node3 hold the data.
-func (s *Store) maybeMember() bool {
-	asked := time.Unix(0, s.network.stranger.Load())
-	return s.list.removes() && (time.Since(s.started) < strangerWait || time.Since(asked) < strangerWait)
 }
 
 // leaveUnbegun makes this a new server when its cluster will never begin: node2 has joined the cluster of node1#A, and

@@ -3,22 +3,15 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io"
-	"os"
 	"slices"
 	"strings"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
 
-const (
-	peersFileInterval = 2 * time.Second // for which PEERS_FILE must stay the same before it counts
-	maxPeersFile      = 1 << 20         // bytes
-)
+const peersFileInterval = 2 * time.Second // for which PEERS_FILE must stay the same before it counts
 
 // peerList says which nodes the cluster should have. PEERS says so once. PEERS_FILE may change while the node runs.
 type peerList struct {
@@ -64,11 +57,11 @@ func (l *peerList) follow(ctx context.Context) {
 	}
 }
 
-// look reads PEERS_FILE. A new list counts when it has been the same for peersFileInterval: a file
-// that is half written may hold a list that is valid and shorter.
+// look reads PEERS_FILE. A new list counts when it has been the same for peersFileInterval: a file that is half written
+// may hold a list that is valid and shorter.
 func (l *peerList) look(now time.Time) {
-	text, err := readPeersFile(l.path)
-	found := text
+	content, _, err := readFile(l.path)
+	found := string(content)
 	if err != nil {
 		found = "\x00" + err.Error() // no list holds such a byte
 	}
@@ -81,7 +74,7 @@ func (l *peerList) look(now time.Time) {
 	l.handled = found
 	peers, problems := []Peer(nil), []error{err}
 	if err == nil {
-		peers, problems = parsePeersFile(text)
+		peers, problems = parsePeersFile(found)
 	}
 	if err := errors.Join(problems...); err != nil {
 		l.bad.Store(true)
@@ -93,27 +86,6 @@ func (l *peerList) look(now time.Time) {
 	}
 	l.now.Store(&peers)
 	l.log.Info("PEERS_FILE read again", "peers", peerIDs(peers))
-}
-
-// readPeersFile returns what PEERS_FILE holds.
-func readPeersFile(path string) (string, error) {
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // or the call would wait for a pipe's other end
-	if err != nil {
-		return "", err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err == nil && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%s is a directory, a pipe or a device, and no regular file", path)
-	}
-	if err != nil {
-		return "", err
-	}
-	content, err := io.ReadAll(io.LimitReader(f, maxPeersFile+1))
-	if err == nil && len(content) > maxPeersFile {
-		err = fmt.Errorf("%s has more than %d bytes", path, maxPeersFile)
-	}
-	return string(content), err
 }
 
 // parsePeersFile reads what PEERS_FILE holds: what PEERS would, one entry a line or separated by commas. Blank lines

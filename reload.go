@@ -13,17 +13,14 @@ import (
 	"github.com/hashicorp/go-hclog"
 )
 
-const (
-	reloadInterval = 5 * time.Second // between two reads of the files that may be renewed
-	maxSecretFile  = 1 << 20         // bytes that a file of certificates, keys or tokens may hold
-)
+const reloadInterval = 5 * time.Second // between two reads of the files that may be renewed
 
-// readSecret returns the content and the mode of a file of certificates, keys or tokens. These files are errors: one
-// that is empty; one that everybody can write, for they could add a token or an authority; one that is not regular,
-// for reading a named pipe could wait for ever.
-func readSecret(path string) (content []byte, mode os.FileMode, err error) {
-	// Without O_NONBLOCK the call would wait for a pipe's other end.
-	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
+// maxFile is how many bytes a file may hold that configures this node.
+const maxFile = 1 << 20
+
+// readFile returns the content and the mode of a regular file: to read a named pipe could take for ever.
+func readFile(path string) (content []byte, mode os.FileMode, err error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|syscall.O_NONBLOCK, 0) // or the call would wait for a pipe's other end
 	if err != nil {
 		return nil, 0, err
 	}
@@ -32,21 +29,27 @@ func readSecret(path string) (content []byte, mode os.FileMode, err error) {
 	if err != nil {
 		return nil, 0, err
 	}
-	mode = info.Mode()
-	switch {
-	case !mode.IsRegular():
+	if !info.Mode().IsRegular() {
 		return nil, 0, fmt.Errorf("%s is a directory, a pipe or a device, and no regular file", path)
-	case mode&0o002 != 0:
-		return nil, 0, fmt.Errorf("everybody can write %s (its mode is %#o; chmod o-w it)", path, mode.Perm())
 	}
-	content, err = io.ReadAll(io.LimitReader(f, maxSecretFile+1))
+	content, err = io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err == nil && len(content) > maxFile {
+		err = fmt.Errorf("%s has more than %d bytes", path, maxFile)
+	}
+	return content, info.Mode(), err
+}
+
+// readSecret is readFile for a file of certificates, keys or tokens. It is an error if it is empty, or if everybody can
+// write it, for they could add a token or an authority.
+func readSecret(path string) (content []byte, mode os.FileMode, err error) {
+	content, mode, err = readFile(path)
 	switch {
 	case err != nil:
 		return nil, 0, err
+	case mode&0o002 != 0:
+		return nil, 0, fmt.Errorf("everybody can write %s (its mode is %#o; chmod o-w it)", path, mode.Perm())
 	case len(content) == 0:
 		return nil, 0, fmt.Errorf("%s is empty", path)
-	case len(content) > maxSecretFile:
-		return nil, 0, fmt.Errorf("%s has more than %d bytes", path, maxSecretFile)
 	}
 	return content, mode, nil
 }

@@ -2,15 +2,17 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"maps"
-	"net"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/hashicorp/raft"
 )
+
+// strangerWait is how long a node under PEERS_FILE waits for nodes that are in no list to ask for it.
+const strangerWait = 3 * time.Second
 
 // change is one change of Raft's configuration.
 type change struct {
@@ -207,10 +209,8 @@ func (p plan) waitsFor() string {
 		info, answers := p.answers[node]
 		switch {
 		case slices.ContainsFunc(p.byNode[node], isVoter):
-		case !answers && errors.As(p.silent[node], new(*net.DNSError)):
-			add("%s (%s): no such host", node, p.addresses[node])
 		case !answers:
-			add("%s at %s: %v", node, p.addresses[node], causeOf(p.silent[node]))
+			add("%s", p.whySilent(node))
 		case info.Cluster != "" && info.Cluster != p.mine().Cluster:
 			add("%s is of another cluster, %s", node, info.Cluster)
 		case p.byNode[node] != nil:
@@ -260,6 +260,15 @@ func (m *membership) waitsToResize() string {
 	return m.resizing
 }
 
+// maybeMember says whether there may be a cluster that knows this node, and that this node's PEERS_FILE does not name.
+// Its members ask for this node twice a second. Example: node1 to node3 are a cluster in memory, and all lists become
+// node1, node4 and node5. Now node1 restarts without its state. All nodes of its list answer and hold nothing, but
+// node2 and node3 hold the data.
+func (s *Store) maybeMember() bool {
+	asked := time.Unix(0, s.network.stranger.Load())
+	return s.list.removes() && (time.Since(s.started) < strangerWait || time.Since(asked) < strangerWait)
+}
+
 // isListed says whether this node is in its own PEERS or PEERS_FILE.
 func (s *Store) isListed() bool {
 	return slices.ContainsFunc(s.list.get(), func(p Peer) bool { return p.ID == s.cfg.NodeID })
@@ -275,8 +284,9 @@ func (s *Store) hasLeft() bool {
 // Leaving says whether this node is to leave the cluster or has left it. Its clients should connect to another one.
 func (s *Store) Leaving() bool { return !s.isListed() || s.State().left }
 
-// executed waits until this node has executed the log up to index. A node that leaves the cluster meanwhile never will.
-func (s *Store) executed(ctx context.Context, index uint64) error {
+// waitApplied waits until this node has executed the log up to index. A node that leaves the cluster meanwhile never
+// will.
+func (s *Store) waitApplied(ctx context.Context, index uint64) error {
 	for s.replica.applied.load() < index {
 		step, cancel := context.WithTimeout(ctx, leaderGrace)
 		err := s.replica.applied.wait(step, index)

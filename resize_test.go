@@ -11,6 +11,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/raft"
 )
 
 // What the leader node1 does for a list of nodes. Servers are <node>#<number of its state>; those with "-" have no vote.
@@ -208,13 +210,29 @@ func wantLeft(t *testing.T, n *testNode) {
 	if _, err := n.client.set(ctx, "k1", "2"); !errors.Is(err, ErrLeft) {
 		t.Errorf("got %v from a write; want ErrLeft", err)
 	}
-	if err := n.executed(ctx, n.replica.applied.load()+1); !errors.Is(err, ErrLeft) {
+	if err := n.waitApplied(ctx, n.replica.applied.load()+1); !errors.Is(err, ErrLeft) {
 		t.Errorf("got %v from a read that waits for an entry; want ErrLeft", err)
 	}
 	response := httptest.NewRecorder()
 	n.server.ServeHTTP(response, httptest.NewRequestWithContext(ctx, http.MethodGet, "/value/k1", http.NoBody))
 	if response.Code != http.StatusServiceUnavailable || response.Header().Get("Connection") != "close" {
 		t.Errorf("got %d, %v; want 503 and that the connection closes", response.Code, response.Header())
+	}
+}
+
+// A change that was decided from an older configuration is refused: two leaders could else make two changes from the same.
+func TestChangeOfAnOldConfigurationIsRefused(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	leader := c.nodes[c.leader()]
+	before := leader.replica.config.load()
+	add := change{raft.AddNonvoter, member{Server: "node4#1", Address: "127.0.0.1:1"}}
+	if err := leader.changeMembers(add, before); err != nil {
+		t.Fatal(err)
+	}
+	add.Server = "node5#1"
+	if err := leader.changeMembers(add, before); err == nil {
+		t.Error("a change was made from a configuration that is not the newest any more")
 	}
 }
 

@@ -40,7 +40,8 @@ import (
 //  2. Store.form (membership.go) returns when this node is in a cluster that has begun: the nodes of PEERS have begun
 //     it together, or a leader has let this node join, or the storage says so.
 //  3. Store.startRaft runs Raft. Store.watch (leadership.go) publishes each change of its state.
-//  4. Store.manageMembers (membership.go) replaces servers that have lost their state, as long as this node leads.
+//  4. As long as this node leads, Store.manageMembers (membership.go) replaces servers that have lost their state, and
+//     brings the members to the list of nodes (resize.go).
 //  5. When a first linearizable read succeeds, this node has caught up and is ready.
 
 const (
@@ -341,7 +342,7 @@ func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) err
 	if err != nil {
 		return err
 	}
-	if err := s.executed(ctx, index); err != nil {
+	if err := s.waitApplied(ctx, index); err != nil {
 		return err
 	}
 	s.replica.read(f)

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"math"
 	"sync"
@@ -11,14 +10,11 @@ import (
 // A rolling upgrade runs nodes of two versions side by side. What an older one cannot execute must not get into the log
 // before all voters can: else the older ones would stop. So a command begins with a byte, the version of commands that
 // it needs; each node says which is the newest that it knows; and the first command of a newer version is taken only
-// when the leader has heard from every voter that it knows it. Once such a command has been executed, all voters knew
+// when every voter has just answered that it knows it. Once such a command has been executed, all voters knew
 // it, and nobody has to ask any more. Until then all nodes can go back to the older version.
 
 // firstCommandVersion is known to all nodes.
 const firstCommandVersion = 1
-
-// ErrNotUpgraded says that a voter does not know this command yet, and that it was not executed.
-var ErrNotUpgraded = errors.New("a node of the cluster does not know this kind of command yet")
 
 // versionedMachine is a StateMachine with commands of several versions. The first byte of each command is its version.
 type versionedMachine interface {
@@ -81,7 +77,7 @@ func (w *voterVersions) get(term uint64) (lowest byte, behind string) {
 // checkVersion returns an error that wraps ErrNotUpgraded, and names a node, if a voter may not know the command.
 func (s *Store) checkVersion(ctx context.Context, command []byte) error {
 	version := s.replica.commandVersion(command)
-	if version <= max(firstCommandVersion, byte(s.replica.executed.Load())) {
+	if version <= max(firstCommandVersion, byte(s.replica.maxVersion.Load())) {
 		return nil
 	}
 	return s.leadership.retry(ctx, func() error {

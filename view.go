@@ -229,10 +229,8 @@ func (v view) problems(begun bool, lost []string) string {
 			listens, named := portOf(v.listens), portOf(v.addresses[node])
 			parts = append(parts, fmt.Sprintf("%s listens on %s, PEERS says %s", node, listens, named))
 		case node == v.self && answers:
-		case !answers && errors.As(v.silent[node], new(*net.DNSError)):
-			parts = append(parts, fmt.Sprintf("%s (%s): no such host", node, v.addresses[node]))
 		case !answers:
-			parts = append(parts, fmt.Sprintf("%s at %s: %v", node, v.addresses[node], causeOf(v.silent[node])))
+			parts = append(parts, v.whySilent(node))
 		case info.LastIndex > 0 && info.Cluster != v.answers[v.mostComplete()].Cluster:
 			parts = append(parts, fmt.Sprintf("%s is of another cluster, %s", node, info.Cluster))
 		case !begun && !slices.Equal(info.Peers, v.mine().Peers):
@@ -262,6 +260,14 @@ func (v view) foreign() string {
 func portOf(address string) string {
 	_, port, _ := net.SplitHostPort(address)
 	return port
+}
+
+// whySilent says why a node does not answer.
+func (v view) whySilent(node string) string {
+	if errors.As(v.silent[node], new(*net.DNSError)) {
+		return fmt.Sprintf("%s (%s): no such host", node, v.addresses[node])
+	}
+	return fmt.Sprintf("%s at %s: %v", node, v.addresses[node], causeOf(v.silent[node]))
 }
 
 // causeOf shortens what the net package says of a connection that could not be made.
