@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"math"
@@ -65,7 +66,7 @@ func (s *streams) get(w http.ResponseWriter, r *http.Request) error {
 	if r.Method == http.MethodHead {
 		return nil
 	}
-	st := &stream{streams: s, cursor: c, w: w, control: http.NewResponseController(w), stopping: stopping(r)}
+	st := &stream{s, c, w, http.NewResponseController(w), stopping(r), make([]byte, pieceBytes)}
 	return st.run(r.Context(), q.wait)
 }
 
@@ -130,7 +131,7 @@ type stream struct {
 	w        http.ResponseWriter
 	control  *http.ResponseController
 	stopping context.Context // done when the node begins to shut down
-	buf      []byte          // nil until there is something to write
+	buf      []byte          // of what is written next
 }
 
 // run writes lines until the time is over, the client has all that it wants, it falls behind, or the node shuts down.
@@ -143,59 +144,46 @@ func (s *stream) run(ctx context.Context, wait time.Duration) error {
 	if err := s.writeTag(); err != nil {
 		return err
 	}
-	for {
-		wake, err := s.advance()
+	for ended, tagDue := false, false; ; {
+		err := s.advance()
 		atLineStart := s.cursor.atLineStart()
 		switch {
 		case err != nil && (!errors.Is(err, errTooOld) || !atLineStart):
 			return err
-		case err != nil, s.cursor.left == 0, wait == 0 && atLineStart && s.cursor.seen >= newest:
-			return s.writeTag()
-		case !atLineStart: // a line is not left half written
+		case !atLineStart && err == nil: // a line is not left half written
 			continue
-		case wake == nil:
-			wake = closed
-		}
-		select {
-		case <-wake:
-		case <-tick.C:
-			err = s.writeTag()
-		case <-over.C:
-			if wait > 0 {
-				return s.writeTag()
-			}
-		case <-s.stopping.Done():
+		case err != nil, ended, s.cursor.left == 0, wait == 0 && s.cursor.seen >= newest:
 			return s.writeTag()
+		case tagDue:
+			if err := s.writeTag(); err != nil {
+				return err
+			}
+		}
+		tagDue = false
+		select {
+		case <-s.feed.wait(s.cursor):
+		case <-tick.C:
+			tagDue = true
+		case <-over.C:
+			ended = wait > 0
+		case <-s.stopping.Done():
+			ended = true
 		case <-ctx.Done():
 			return ctx.Err()
 		}
-		if err != nil {
-			return err
-		}
 	}
 }
 
-// closed stands for a wake-up that has happened.
-var closed = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
-
-// advance writes what is there, up to a piece of an answer, and flushes it. wake is not nil if that was all.
-func (s *stream) advance() (wake <-chan struct{}, err error) {
-	if s.buf == nil {
-		s.buf = make([]byte, pieceBytes)
+// advance writes what is there, up to a piece of an answer, and flushes it.
+func (s *stream) advance() error {
+	n, err := s.feed.read(s.cursor, s.buf)
+	if n == 0 {
+		return err
 	}
-	n, wake, err := s.feed.read(s.cursor, s.buf)
-	if n > 0 {
-		if err := s.write(s.buf[:n]); err != nil {
-			return nil, err
-		}
-	}
-	return wake, err
+	return cmp.Or(s.write(s.buf[:n]), err)
 }
 
-func (s *stream) writeTag() error {
-	s.feed.skip(s.cursor)
-	return s.write(tagLine(s.cursor.seen))
-}
+func (s *stream) writeTag() error { return s.write(tagLine(s.cursor.seen)) }
 
 func (s *stream) write(line []byte) error {
 	_ = s.control.SetWriteDeadline(time.Now().Add(s.streamWait)) // fails only in tests, which have no connection
