@@ -36,29 +36,29 @@ done
 # puts in order.
 grep -h ' FAULTS ' "$out"/*.log | awk '{
   for (i = 1; i <= NF; i++) if (split($i, pair, "=") == 2) v[pair[1]] = pair[2]
-  print v["class"], "sum", v["faults"], v["ops"], v["violations"], v["ready"]
+  print v["class"], "sum", v["faults"], v["ops"], v["violations"], v["ready"], v["lines"], v["gaps"]
   n = split(v["recovery"], took, ",")
   for (i = 1; i <= n; i++) print v["class"], "took", took[i]
 }' | sort -k1,1 -k2,2 -k3,3n | awk '
 function percentile(p) { return n ? took[int((n * p + 99) / 100)] : "-" }
 function row() {
-  printf "%-18s %5d %7d %9d %11d %9s ms %6s ms %6s ms %6d ms\n", class, runs, faults, ops, violations, percentile(50),
-    percentile(99), percentile(100), ready
+  printf "%-18s %5d %7d %9d %7d %5d %11d %9s ms %6s ms %6s ms %6d ms\n", class, runs, faults, ops, lines, gaps, violations,
+    percentile(50), percentile(99), percentile(100), ready
   if (class == "kill-leader" && n && percentile(99) > 3000) late = 1
 }
 BEGIN {
-  printf "%-18s %5s %7s %9s %11s %12s %9s %9s %9s\n", "class", "runs", "faults", "checked", "violations",
-    "recovery p50", "p99", "max", "ready max"
+  printf "%-18s %5s %7s %9s %7s %5s %11s %12s %9s %9s %9s\n", "class", "runs", "faults", "checked", "in feed", "gaps",
+    "violations", "recovery p50", "p99", "max", "ready max"
 }
-$1 != class { if (class) row(); class = $1; runs = faults = ops = violations = ready = n = 0 }
+$1 != class { if (class) row(); class = $1; runs = faults = ops = lines = gaps = violations = ready = n = 0 }
 $2 == "sum" {
-  runs++; faults += $3; ops += $4; violations += $5; if ($6 > ready) ready = $6
-  all["runs"]++; all["faults"] += $3; all["ops"] += $4; all["v"] += $5
+  runs++; faults += $3; ops += $4; violations += $5; lines += $7; gaps += $8; if ($6 > ready) ready = $6
+  all["runs"]++; all["faults"] += $3; all["ops"] += $4; all["v"] += $5; all["lines"] += $7; all["gaps"] += $8
 }
 $2 == "took" { took[++n] = $3 }
 END {
   row()
-  printf "%-18s %5d %7d %9d %11d\n", "all", all["runs"], all["faults"], all["ops"], all["v"]
+  printf "%-18s %5d %7d %9d %7d %5d %11d\n", "all", all["runs"], all["faults"], all["ops"], all["lines"], all["gaps"], all["v"]
   if (late) print "FAILED: kill-leader: p99 is over 3 s"
   exit late
 }' || failed=1

@@ -77,12 +77,13 @@ type faulty struct {
 	mu        sync.Mutex // guards what follows
 	recovered []time.Duration
 	ready     time.Duration // the longest that a node took to be ready
+	logs      [][]string    // by node: the files of its runs
 }
 
 func newFaulty(t *testing.T, prepare func(*testing.T, *proc), store string, n int) *faulty {
 	t.Helper()
 	f := &faulty{t: t, recorder: &recorder{history.New(t.Errorf)}, store: store}
-	f.asked, f.lost = make([]*atomic.Bool, n), make([]bool, n)
+	f.asked, f.lost, f.logs = make([]*atomic.Bool, n), make([]bool, n), make([][]string, n)
 	for i := range n {
 		p := newProc(t, map[string]string{
 			"NODE_ID": fmt.Sprintf("node%d", i+1), "KV_STORE": store,
@@ -128,6 +129,7 @@ func injectFaults(t *testing.T, store string, n int) { //nolint:thelper // it is
 		}
 	}()
 	f.awaitReady(f.Now())
+	feeds := f.follow()
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	var clients sync.WaitGroup
@@ -146,14 +148,16 @@ func injectFaults(t *testing.T, store string, n int) { //nolint:thelper // it is
 	cancel()
 	clients.Wait()
 	f.finish()
+	lines, unseen := feeds.judge()
 	f.Judge()
 	slices.Sort(f.recovered)
 	ms := make([]string, len(f.recovered))
 	for i, took := range f.recovered {
 		ms[i] = strconv.FormatInt(took.Milliseconds(), 10)
 	}
-	t.Logf("FAULTS class=%s cluster=%s-%d seed=%d faults=%d ops=%d unknown=%d keys=%d violations=%d ready=%d recovery=%s", *faultName, store, n,
-		*faultSeed, faults, f.Count, f.Unknown, len(f.Ops), f.Violations.Load(), f.ready.Milliseconds(), strings.Join(ms, ","))
+	t.Logf("FAULTS class=%s cluster=%s-%d seed=%d faults=%d ops=%d unknown=%d keys=%d lines=%d gaps=%d unseen=%d violations=%d ready=%d recovery=%s",
+		*faultName, store, n, *faultSeed, faults, f.Count, f.Unknown, len(f.Ops), lines, len(feeds.gaps), unseen,
+		f.Violations.Load(), f.ready.Milliseconds(), strings.Join(ms, ","))
 }
 
 // round lets the cluster work in peace for a moment, injects faults of the classes, all at once, and waits until service
@@ -237,7 +241,13 @@ func (f *faulty) freshKeys() {
 func (f *faulty) start(nodes ...int) {
 	for _, i := range nodes {
 		p, asked := f.nodes[i], new(atomic.Bool)
+		f.mu.Lock()
+		f.logs[i] = append(f.logs[i], "") // first, since the new process may answer at once
+		f.mu.Unlock()
 		p.start()
+		f.mu.Lock()
+		f.logs[i][len(f.logs[i])-1] = p.stderr
+		f.mu.Unlock()
 		f.asked[i] = asked
 		ended := p.ended
 		go func() {
@@ -246,6 +256,13 @@ func (f *faulty) start(nodes ...int) {
 			}
 		}()
 	}
+}
+
+// runOf returns how often a node has been started.
+func (f *faulty) runOf(node int) int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.logs[node])
 }
 
 // lose takes note that nodes are about to lose their state. It first waits until so many of those that lost theirs
