@@ -147,7 +147,7 @@ func (a *api) apply(w http.ResponseWriter, r *http.Request, c command) (Tag, err
 	if match := c.condition.Match; match != nil && quotes > 2*len(match.List) {
 		detail += "; If-Match has a tag that never matches: one that is weak (W/) or that this service does not give"
 	}
-	return 0, statusError(http.StatusPreconditionFailed, "%s", detail)
+	return 0, refused(http.StatusPreconditionFailed, "%s", detail)
 }
 
 // listing is a request for one page of a listing.

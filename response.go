@@ -125,9 +125,10 @@ func setContent(w http.ResponseWriter, contentType string, size int) {
 
 // httpError is an error with a status. The rest is for the client.
 type httpError struct {
-	status int
-	detail string
-	failed []string // see problem
+	status  int
+	detail  string
+	failed  []string // see problem
+	refused bool     // the state machine has executed the command and changed nothing
 }
 
 func (e *httpError) Error() string { return e.detail }
@@ -135,6 +136,11 @@ func (e *httpError) Error() string { return e.detail }
 // statusError returns an error that a handler returns to be answered with that status and detail.
 func statusError(status int, format string, args ...any) error {
 	return &httpError{status: status, detail: fmt.Sprintf(format, args...)}
+}
+
+// refused is statusError for a command that the state machine has refused, as its result says: nothing was changed.
+func refused(status int, format string, args ...any) error {
+	return &httpError{status: status, detail: fmt.Sprintf(format, args...), refused: true}
 }
 
 func badRequest(format string, args ...any) error {
@@ -173,12 +179,15 @@ type problem struct {
 	Failed []string `json:"failed,omitempty"` // keys for which the condition of a transaction does not hold
 }
 
-// problemOf returns how err is answered. applied says that a command of the request may have been executed.
-func problemOf(err error, method string, applied bool) problem {
+// problemOf returns how err is answered. executed is how many commands of the request have been, or may have been.
+func problemOf(err error, method string, executed int) problem {
 	p := problem{Type: "about:blank", Status: http.StatusInternalServerError, Detail: "internal error"}
 	known := new(httpError)
 	if errors.As(err, &known) {
 		p.Status, p.Detail, p.Failed = known.status, known.detail, known.failed
+		if known.refused {
+			executed--
+		}
 	}
 	for _, row := range statusOf {
 		if errors.Is(err, row.err) {
@@ -193,14 +202,8 @@ func problemOf(err error, method string, applied bool) problem {
 		return p
 	}
 	p.Outcome = "not-applied"
-	switch p.Status {
-	case http.StatusGatewayTimeout, http.StatusInternalServerError:
+	if executed > 0 || p.Status == http.StatusGatewayTimeout || p.Status == http.StatusInternalServerError {
 		p.Outcome = "unknown"
-	case http.StatusConflict, http.StatusPreconditionFailed: // the state machine was asked, and has changed nothing
-	default:
-		if applied {
-			p.Outcome = "unknown"
-		}
 	}
 	return p
 }
@@ -217,7 +220,7 @@ func (s *server) writeError(w *response, r *http.Request, err error) {
 		}
 		panic(http.ErrAbortHandler)
 	}
-	p := problemOf(err, r.Method, w.client.applied.Load())
+	p := problemOf(err, r.Method, int(w.client.executed.Load()))
 	if p.Status == http.StatusInternalServerError {
 		s.log.Error("a request failed", "method", r.Method, "error", err)
 	}

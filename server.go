@@ -100,7 +100,7 @@ func (s *server) limitListener(l net.Listener, certs *reloaded[*certificates]) n
 // client is a connection to the HTTP port. It is in the context of its requests, which come one after the other.
 type client struct {
 	*limitedConn
-	applied  atomic.Bool     // a command of the request under way may have been executed; set by Store.Apply
+	executed atomic.Int32    // commands of the request under way that have been, or may have been; Store.Apply counts them
 	stopping context.Context // of the server
 }
 
@@ -112,7 +112,7 @@ func stopping(r *http.Request) context.Context {
 type clientKey struct{} // of a *client in a context
 
 func withClient(ctx context.Context, c *client) context.Context {
-	return withApplied(context.WithValue(ctx, clientKey{}, c), &c.applied)
+	return withCount(context.WithValue(ctx, clientKey{}, c), &c.executed)
 }
 
 // ServeHTTP answers a request and counts it.
@@ -123,7 +123,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		c = &client{limitedConn: &limitedConn{limiter: new(connLimiter)}, stopping: s.stopping}
 		r = r.WithContext(withClient(r.Context(), c))
 	}
-	c.applied.Store(false)
+	c.executed.Store(0)
 	a := &response{ResponseWriter: w, server: s, client: c}
 	rt := s.find(rawPath(r))
 	if rt.allow == "" && asksForPage(r) {

@@ -110,7 +110,15 @@ func TestNeverNotAppliedAfterApply(t *testing.T) {
 		"a read that is not confirmed":     func(*http.Request) error { return fmt.Errorf("read back: %w", ErrNotConfirmed) },
 		"an error of its own":              func(*http.Request) error { return errors.New("own") },
 		"a status of its own":              func(*http.Request) error { return statusError(http.StatusServiceUnavailable, "full") },
-		"a panic":                          func(*http.Request) error { panic("own") },
+		"a conflict of its own":            func(*http.Request) error { return statusError(http.StatusConflict, "no") },
+		"a precondition of its own":        func(*http.Request) error { return statusError(http.StatusPreconditionFailed, "no") },
+		"a refusal of another write": func(r *http.Request) error {
+			if _, err := n.Apply(r.Context(), testSet(testPair{"second", "1"})); err != nil {
+				return err
+			}
+			return refused(http.StatusConflict, "no")
+		},
+		"a panic": func(*http.Request) error { panic("own") },
 		"a body that is too large": func(r *http.Request) error {
 			_, err := readBody(r)
 			return err
@@ -160,15 +168,15 @@ func TestNeverNotAppliedAfterApply(t *testing.T) {
 	}
 }
 
-// 409 and 412 after Apply say what the state machine has decided: nothing was changed.
+// A command that the state machine has refused has changed nothing, with whichever status the handler says so.
 func TestRefusedByTheStateMachine(t *testing.T) {
 	n := newTestNode(t, storeMemory)
-	for _, status := range []int{http.StatusConflict, http.StatusPreconditionFailed} {
+	for _, status := range []int{http.StatusConflict, http.StatusPreconditionFailed, http.StatusNotFound} {
 		f := fork(t, n, func(w http.ResponseWriter, r *http.Request) error {
 			if _, err := applyCommand(w, r, n.Store, testSet(testPair{"k", "1"})); err != nil {
 				return err
 			}
-			return statusError(status, "100 %d is not allowed", 1)
+			return fmt.Errorf("wrapped: %w", refused(status, "100 %d is not allowed", 1))
 		})
 		a, err := f.ask(t, http.MethodPost, "body")
 		if err != nil || a.status != status || a.header["Raft-Index"] != nil || !strings.Contains(a.body, "100 1 is not allowed") {

@@ -296,8 +296,8 @@ func (s *Store) Apply(ctx context.Context, command []byte) (Result, error) {
 		o = s.writes.submit(ctx, command)
 		return o.err
 	})
-	if applied, ok := ctx.Value(appliedKey{}).(*atomic.Bool); ok && (err == nil || errors.Is(err, ErrUnknownOutcome)) {
-		applied.Store(true)
+	if count, ok := ctx.Value(countKey{}).(*atomic.Int32); ok && (err == nil || errors.Is(err, ErrUnknownOutcome)) {
+		count.Add(1)
 	}
 	if err != nil {
 		return Result{}, err
@@ -305,12 +305,12 @@ func (s *Store) Apply(ctx context.Context, command []byte) (Result, error) {
 	return Result{Index: o.index, Data: o.results[0]}, nil
 }
 
-type appliedKey struct{} // of a *atomic.Bool in a context
+type countKey struct{} // of a *atomic.Int32 in a context
 
-// withApplied returns a context in which Apply sets applied when it has had a command executed, or may have. A request
-// that then ends in an error must not be answered as if nothing was done.
-func withApplied(ctx context.Context, applied *atomic.Bool) context.Context {
-	return context.WithValue(ctx, appliedKey{}, applied)
+// withCount returns a context in which Apply counts the commands that it has had executed, or may have. A request that
+// then ends in an error must not be answered as if nothing was done.
+func withCount(ctx context.Context, count *atomic.Int32) context.Context {
+	return context.WithValue(ctx, countKey{}, count)
 }
 
 // propose appends an entry of these commands to Raft's log; it returns nil when this node does not lead.

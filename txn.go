@@ -157,7 +157,9 @@ func (t txn) failedError(failed []uint64) error {
 	if len(failed) == 0 {
 		return nil
 	}
-	e := &httpError{status: http.StatusPreconditionFailed, detail: `"if" does not hold for the keys in "failed"`}
+	e := &httpError{
+		status: http.StatusPreconditionFailed, detail: `"if" does not hold for the keys in "failed"`, refused: true,
+	}
 	for _, i := range failed {
 		e.failed = append(e.failed, t.compare[i].key)
 	}

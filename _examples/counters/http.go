@@ -55,7 +55,7 @@ func (a *api) add(w http.ResponseWriter, r *http.Request) error {
 		return fmt.Errorf("%w: %w", ErrUnknownOutcome, err)
 	}
 	if result.Refused {
-		return statusError(http.StatusConflict, "the counter is %d, so %d cannot be added", result.Value, c.N)
+		return refused(http.StatusConflict, "the counter is %d, so %d cannot be added", result.Value, c.N)
 	}
 	return writeJSON(w, result.Value)
 }
