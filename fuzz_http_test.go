@@ -200,7 +200,7 @@ func (n *testNode) ask(t *testing.T, method string, u *url.URL, header http.Head
 	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", bytes.NewReader(body))
 	r.Method, r.URL, r.RequestURI, r.Header = method, u, u.RequestURI(), header
 	w := httptest.NewRecorder()
-	n.server.ServeHTTP(w, r)
+	n.server.answer(w, r)
 	return w
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -19,33 +20,30 @@ type route struct {
 	get, post, put, delete handlerFunc // nil for a method that is not allowed
 	noToken                bool        // HTTP_TOKEN_FILE does not apply
 	slack                  int64       // bytes by which a body may exceed MAX_BODY_BYTES, if the handler agrees
-
-	// Set by newServer:
-	methods map[string]endpoint
-	allow   string // the names of methods, for the header Allow; "" where there is no such path
 }
 
-// endpoint is a method of a route.
-type endpoint struct {
-	handle handlerFunc // nil for not allowed
-	series *series
-}
+// methods are those that a route can have, in the order in which the header Allow names them.
+var methods = []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete}
 
-func (rt *route) register(m *metrics) {
-	rt.methods = make(map[string]endpoint)
-	var allow []string
-	add := func(method string, handle handlerFunc) {
-		if handle != nil {
-			rt.methods[method] = endpoint{handle, m.series(rt.path, method)}
-			allow = append(allow, method)
-		}
+// handler returns nil for a method that is not allowed.
+func (rt *route) handler(method string) handlerFunc {
+	switch method {
+	case http.MethodGet, http.MethodHead:
+		return rt.get
+	case http.MethodPost:
+		return rt.post
+	case http.MethodPut:
+		return rt.put
+	case http.MethodDelete:
+		return rt.delete
 	}
-	add(http.MethodGet, rt.get)
-	add(http.MethodHead, rt.get)
-	add(http.MethodPost, rt.post)
-	add(http.MethodPut, rt.put)
-	add(http.MethodDelete, rt.delete)
-	rt.allow = strings.Join(allow, ", ")
+	return nil
+}
+
+// allow returns the methods that are allowed, for the header of that name; "" where there is no such path.
+func (rt *route) allow() string {
+	refuses := func(method string) bool { return rt.handler(method) == nil }
+	return strings.Join(slices.DeleteFunc(slices.Clone(methods), refuses), ", ")
 }
 
 // applyCommand has the state machine execute command and returns its result. The answer gets the header Raft-Index.

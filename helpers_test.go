@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"net"
+	"net/http"
 	"net/http/httptest"
 	"os"
 	"strings"
@@ -320,6 +321,11 @@ func mustConfig(t testing.TB, env map[string]string) *Config {
 		t.Fatal(err)
 	}
 	return cfg
+}
+
+// answer has a server answer a request that no connection has brought.
+func (s *server) answer(w http.ResponseWriter, r *http.Request) {
+	s.ServeHTTP(w, r.WithContext(s.withClient(r.Context(), &limitedConn{limiter: new(connLimiter)})))
 }
 
 // header is what a message of Raft's from a node begins with.

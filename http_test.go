@@ -622,7 +622,7 @@ func TestWithoutLeader(t *testing.T) {
 			ctx, cancel := context.WithCancel(t.Context())
 			cancel() // a leader is not waited for
 			recorder := httptest.NewRecorder()
-			handler.ServeHTTP(recorder, httptest.NewRequestWithContext(ctx, tt.method, tt.target, strings.NewReader(tt.body)))
+			handler.answer(recorder, httptest.NewRequestWithContext(ctx, tt.method, tt.target, strings.NewReader(tt.body)))
 			a := answerTo{recorder.Code, recorder.Header(), recorder.Body.String()}
 			if a.status != tt.want || a.header.Get("Raft-Served-By") != "alone" || a.header["Raft-Leader"] != nil {
 				t.Fatalf("got %v; want %d, served by alone and no leader", a, tt.want)
@@ -730,6 +730,7 @@ func TestSlowRequestsAreCutOff(t *testing.T) {
 	server.ReadHeaderTimeout, server.ReadTimeout = 300*time.Millisecond, 300*time.Millisecond
 	web := httptest.NewUnstartedServer(nil)
 	web.Config = server
+	web.Listener = n.server.limitListener(web.Listener, nil)
 	web.Start()
 	t.Cleanup(web.Close)
 	addr := web.Listener.Addr().String()

@@ -115,7 +115,6 @@ func (d *discard) WriteHeader(int)             {}
 // BenchmarkHandlers measures what this service adds to net/http for a request: routing, the state machine, the answer.
 func BenchmarkHandlers(b *testing.B) {
 	node := newKVNode(b)
-	handler := node.server
 	value := `"` + strings.Repeat("x", 256) + `"`
 	for _, bm := range []struct{ name, method, target, body string }{
 		{"put", http.MethodPut, "/key/k", value},
@@ -128,7 +127,7 @@ func BenchmarkHandlers(b *testing.B) {
 			b.RunParallel(func(pb *testing.PB) {
 				for pb.Next() {
 					r := httptest.NewRequestWithContext(b.Context(), bm.method, bm.target, strings.NewReader(bm.body))
-					handler.ServeHTTP(&discard{make(http.Header)}, r)
+					node.server.answer(&discard{make(http.Header)}, r)
 				}
 			})
 		})
@@ -143,22 +142,18 @@ func BenchmarkStaleReadOverHTTP(b *testing.B) {
 		b.Fatal(err)
 	}
 	answer := []byte(`{"k":` + value + `}`)
-	for _, bm := range []struct {
-		name    string
-		handler http.Handler
-	}{
-		{"service", node.server},
-		{"bare", http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _ = writeBody(w, jsonType, answer) })},
-	} {
+	bare := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_ = writeBody(w, jsonType, answer)
+	}))
+	defer bare.Close()
+	for _, bm := range []struct{ name, url string }{{"service", node.url}, {"bare", bare.URL}} {
 		b.Run(bm.name, func(b *testing.B) {
-			web := httptest.NewServer(bm.handler)
-			defer web.Close()
 			client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 100}}
 			defer client.CloseIdleConnections()
 			b.SetParallelism(16)
 			b.RunParallel(func(pb *testing.PB) {
 				for pb.Next() {
-					r, err := http.NewRequestWithContext(b.Context(), http.MethodGet, web.URL+"/key/k?consistency=stale", http.NoBody)
+					r, err := http.NewRequestWithContext(b.Context(), http.MethodGet, bm.url+"/key/k?consistency=stale", http.NoBody)
 					if err != nil {
 						b.Error(err)
 						return

@@ -19,7 +19,8 @@ const (
 	requestBytes = 32 << 20 // of memory for requests that are arriving on the HTTP port
 	headerWeight = 16       // bytes of memory that net/http makes of one in a header of short lines
 	freeBytes    = 2 << 10  // of each header, and of each body, are not counted
-	sendBuffer   = 32 << 10 // bytes, of which the kernel makes twice as many
+	sendBuffer   = 32 << 10 // bytes for each HTTP client, of which the kernel makes twice as many: with those of its own
+	// choice, a client that does not read would take a megabyte, and the node would not notice that it does not read
 )
 
 // errMemoryLimit is what reading a request returns when there is no memory for more of it.
@@ -180,16 +181,4 @@ func (c *limitedConn) CloseWrite() error {
 		return conn.CloseWrite()
 	}
 	return nil
-}
-
-// smallBuffers is a listener whose connections have small send buffers. With those of the kernel's choice, each
-// client that does not read would take a megabyte of memory, and the node would not notice that it does not read.
-type smallBuffers struct{ net.Listener }
-
-func (l smallBuffers) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if tcp, ok := conn.(*net.TCPConn); ok {
-		_ = tcp.SetWriteBuffer(sendBuffer)
-	}
-	return conn, err
 }

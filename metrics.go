@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
 	"time"
 
@@ -33,13 +34,6 @@ type metrics struct {
 	refusals      prometheus.Counter   // connections to the Raft port
 	overLimit     prometheus.Counter
 	dropped       prometheus.Counter // lines of the log
-}
-
-// series has the metrics of one method of one route.
-type series struct {
-	requests *prometheus.CounterVec // by status
-	ok       prometheus.Counter     // that of requests for status 200, which most need, without a look-up
-	latency  prometheus.Observer
 }
 
 func newMetrics() *metrics {
@@ -84,21 +78,19 @@ func (m *metrics) gauge(name, help string, value func() float64) {
 }
 
 // flag registers a value that is 1 while it is true, else 0.
-func (m *metrics) flag(name, help string, is func() bool) { m.gauge(name, help, zeroOrOne(is)) }
+func (m *metrics) flag(name, help string, is func() bool) {
+	m.gauge(name, help, func() float64 {
+		if is() {
+			return 1
+		}
+		return 0
+	})
+}
 
 func (m *metrics) labelled(name, help string, labels map[string]string, value func() float64) {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: metricsPrefix + name, Help: help, ConstLabels: labels,
 	}, value))
-}
-
-func zeroOrOne(is func() bool) func() float64 {
-	return func() float64 {
-		if is() {
-			return 1
-		}
-		return 0
-	}
 }
 
 // collectRaft adds the metrics of the raft and raft-boltdb packages. They know only one sink for the whole process:
@@ -114,29 +106,13 @@ func (m *metrics) collectRaft() error {
 	return err
 }
 
-// series makes the counters of one method of a route.
-func (m *metrics) series(route, method string) *series {
-	requests := m.requests.MustCurryWith(prometheus.Labels{"route": route, "method": method})
-	return &series{requests, requests.WithLabelValues("200"), m.latency.WithLabelValues(route, method)}
-}
-
-// answered counts a request.
-func (s *series) answered(status int, took time.Duration) {
-	if status == http.StatusOK {
-		s.ok.Inc()
-	} else {
-		s.requests.WithLabelValues(strconv.Itoa(status)).Inc()
+// answered counts a request. A client may send any word as a method: those that no route can have are "other".
+func (m *metrics) answered(route, method string, status int, took time.Duration) {
+	if !slices.Contains(methods, method) {
+		method = "other"
 	}
-	s.latency.Observe(took.Seconds())
-}
-
-// methodLabel returns method if it is a known one, else "other": a client may send any word as a method.
-func methodLabel(method string) string {
-	switch method {
-	case http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete:
-		return method
-	}
-	return "other"
+	m.requests.WithLabelValues(route, method, strconv.Itoa(status)).Inc()
+	m.latency.WithLabelValues(route, method).Observe(took.Seconds())
 }
 
 // handler serves the metrics in Prometheus' text format.

@@ -17,14 +17,12 @@ import (
 var pageHTML []byte
 
 // newPage returns the page's route. It is none of server.routes: / is no path but for those who ask for the page.
-func newPage(m *metrics) *route {
-	policy := []string{pagePolicy(string(pageHTML))}
-	rt := &route{path: "/", noToken: true, get: func(w http.ResponseWriter, _ *http.Request) error {
-		w.Header()["Content-Security-Policy"] = policy
+func newPage() *route {
+	policy := pagePolicy(string(pageHTML))
+	return &route{path: "/", noToken: true, get: func(w http.ResponseWriter, _ *http.Request) error {
+		w.Header().Set("Content-Security-Policy", policy)
 		return writeBody(w, "text/html; charset=utf-8", pageHTML)
 	}}
-	rt.register(m)
-	return rt
 }
 
 // asksForPage says whether a request is one of a browser for the page. curl, which accepts */*, does not ask for it.

@@ -133,7 +133,7 @@ func TestPageLeavesRootToRoutes(t *testing.T) {
 	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", http.NoBody)
 	r.Header.Set("Accept", browserAccepts)
 	w := httptest.NewRecorder()
-	s.ServeHTTP(w, r)
+	s.answer(w, r)
 	if w.Body.String() != "own" {
 		t.Errorf("got %.100q; want what the route answers", w.Body)
 	}

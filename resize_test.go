@@ -214,7 +214,7 @@ func wantLeft(t *testing.T, n *testNode) {
 		t.Errorf("got %v from a read that waits for an entry; want ErrLeft", err)
 	}
 	response := httptest.NewRecorder()
-	n.server.ServeHTTP(response, httptest.NewRequestWithContext(ctx, http.MethodGet, "/value/k1", http.NoBody))
+	n.server.answer(response, httptest.NewRequestWithContext(ctx, http.MethodGet, "/value/k1", http.NoBody))
 	if response.Code != http.StatusServiceUnavailable || response.Header().Get("Connection") != "close" {
 		t.Errorf("got %d, %v; want 503 and that the connection closes", response.Code, response.Header())
 	}

@@ -50,7 +50,7 @@ func newServer(
 	cfg *Config, store *Store, tokens *reloaded[tokens], m *metrics, log hclog.Logger, routes []route,
 ) *server {
 	s := &server{
-		cfg: cfg, store: store, tokens: tokens, metrics: m, log: log,
+		cfg: cfg, store: store, tokens: tokens, metrics: m, log: log, page: newPage(),
 		origins: http.NewCrossOriginProtection(), servedBy: []string{cfg.NodeID},
 	}
 	s.routes = append(slices.Clone(routes),
@@ -58,10 +58,6 @@ func newServer(
 		route{path: "/readyz", get: s.readyz, noToken: true},
 		route{path: "/status", get: s.status},
 		route{path: "/metrics", get: s.scrape, noToken: true})
-	for i := range s.routes {
-		s.routes[i].register(m)
-	}
-	s.page = newPage(m)
 	s.stopping, s.stop = context.WithCancel(context.Background())
 	return s
 }
@@ -80,17 +76,14 @@ func (s *server) httpServer() *http.Server {
 			if t, ok := conn.(*tls.Conn); ok {
 				conn = t.NetConn()
 			}
-			if l, ok := conn.(*limitedConn); ok {
-				ctx = withClient(ctx, &client{limitedConn: l, stopping: s.stopping})
-			}
-			return ctx
+			return s.withClient(ctx, conn.(*limitedConn))
 		},
 	}
 }
 
 // limitListener returns a listener over l with the limits on connections, and with TLS if there are certificates.
 func (s *server) limitListener(l net.Listener, certs *reloaded[*certificates]) net.Listener {
-	l = newConnLimiter(smallBuffers{l}, min(maxWebConns, maxFiles()/2), requestBytes, s.metrics.overLimit)
+	l = newConnLimiter(l, min(maxWebConns, maxFiles()/2), requestBytes, s.metrics.overLimit)
 	if certs != nil {
 		l = tls.NewListener(l, webConfig(certs))
 	}
@@ -111,54 +104,52 @@ func stopping(r *http.Request) context.Context {
 
 type clientKey struct{} // of a *client in a context
 
-func withClient(ctx context.Context, c *client) context.Context {
+// withClient returns the context of a connection that limitListener has accepted.
+func (s *server) withClient(ctx context.Context, conn *limitedConn) context.Context {
+	if tcp, ok := conn.Conn.(*net.TCPConn); ok {
+		_ = tcp.SetWriteBuffer(sendBuffer)
+	}
+	c := &client{limitedConn: conn, stopping: s.stopping}
 	return withCount(context.WithValue(ctx, clientKey{}, c), &c.executed)
 }
 
 // ServeHTTP answers a request and counts it.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	began := time.Now()
-	c, ok := r.Context().Value(clientKey{}).(*client)
-	if !ok { // only in tests: it came by another listener
-		c = &client{limitedConn: &limitedConn{limiter: new(connLimiter)}, stopping: s.stopping}
-		r = r.WithContext(withClient(r.Context(), c))
-	}
+	c := r.Context().Value(clientKey{}).(*client)
 	c.executed.Store(0)
 	a := &response{ResponseWriter: w, server: s, client: c}
-	rt := s.find(rawPath(r))
-	if rt.allow == "" && asksForPage(r) {
-		rt = s.page
-	}
-	e, ok := rt.methods[r.Method]
-	if !ok {
-		e.series = s.metrics.series(rt.path, methodLabel(r.Method))
-	}
+	rt := s.find(r)
 	defer func() {
 		took := time.Since(began)
 		c.releaseMemory()
 		c.expect(began.Add(took), headerWeight)
-		e.series.answered(cmp.Or(a.status, http.StatusInternalServerError), took)
+		s.metrics.answered(rt.path, r.Method, cmp.Or(a.status, http.StatusInternalServerError), took)
 	}()
-	if err := s.handle(a, r, rt, e.handle); err != nil {
+	if err := s.handle(a, r, rt); err != nil {
 		s.writeError(a, r, err)
 	}
 	a.begin(http.StatusOK)
 }
 
 // find goes by the path as it was sent: http.ServeMux would clean and redirect paths that are keys, such as /key/a//b.
-func (s *server) find(path string) *route {
+func (s *server) find(r *http.Request) *route {
+	path := rawPath(r)
 	for i := range s.routes {
 		rt := &s.routes[i]
 		if path == rt.path || strings.HasSuffix(rt.path, "/") && strings.HasPrefix(path, rt.path) {
 			return rt
 		}
 	}
+	if asksForPage(r) {
+		return s.page
+	}
 	return &route{path: "none"}
 }
 
-// handle checks whether the client may send such a request, and calls the handler, which is nil for a method that is
-// not allowed. A panic of the handler is returned as an error.
-func (s *server) handle(a *response, r *http.Request, rt *route, handler handlerFunc) (err error) {
+// handle checks whether the client may send such a request, and calls the handler. A panic of the handler is returned as
+// an error.
+func (s *server) handle(a *response, r *http.Request, rt *route) (err error) {
 	h := a.Header()
 	h["X-Content-Type-Options"] = noSniff
 	h["Cache-Control"] = noCache
@@ -169,13 +160,13 @@ func (s *server) handle(a *response, r *http.Request, rt *route, handler handler
 	if err := s.authorize(h, r, rt); err != nil {
 		return err
 	}
-	limit := s.cfg.MaxBodyBytes + rt.slack
+	handler, limit := rt.handler(r.Method), s.cfg.MaxBodyBytes+rt.slack
 	switch {
-	case rt.allow == "":
+	case handler == nil && rt.allow() == "":
 		return errNotFound
 	case handler == nil:
-		h.Set("Allow", rt.allow)
-		return statusError(http.StatusMethodNotAllowed, "%s is not allowed here; allowed are %s", r.Method, rt.allow)
+		h.Set("Allow", rt.allow())
+		return statusError(http.StatusMethodNotAllowed, "%s is not allowed here; allowed are %s", r.Method, rt.allow())
 	case r.ContentLength > limit:
 		a.delayClose() // the body is not read, so that a client that asks first (Expect: 100-continue) does not send it
 		return errTooLarge(s.cfg.MaxBodyBytes)
