@@ -51,19 +51,18 @@ func (a *api) getBackup(w http.ResponseWriter, r *http.Request) error {
 func (a *api) writeBackup(w http.ResponseWriter, items *btree.Map[string, Item], prefix string) (err error) {
 	out := &pacedWriter{w: w, control: http.NewResponseController(w), began: time.Now()}
 	limit := min(backupLine, int(a.store.cfg.MaxBodyBytes)-1) // some tools send a line with its newline
-	var line []byte                                           // without its last brace
+	var line, pair []byte                                     // each with a comma before it
 	items.Ascend(prefix, func(key string, item Item) bool {
 		if !strings.HasPrefix(key, prefix) {
 			return false
 		}
-		end := len(line)
-		line, _ = jsontext.AppendQuote(append(line, ','), key) // keys are valid UTF-8
-		line = append(append(line, ':'), item.Value...)
-		if end > 0 && len(line) >= limit { // with the brace it is too long
-			err = out.writeLine(line[:end])
-			line = append(line[:0], line[end:]...)
+		pair, _ = jsontext.AppendQuote(append(pair[:0], ','), key) // keys are valid UTF-8
+		pair = append(append(pair, ':'), item.Value...)
+		if len(line) > 0 && len(line)+len(pair) >= limit { // with the brace it is too long
+			err = out.writeLine(line)
+			line = line[:0]
 		}
-		line[0] = '{'
+		line = append(line, pair...)
 		return err == nil
 	})
 	if err == nil && len(line) > 0 {
@@ -72,7 +71,7 @@ func (a *api) writeBackup(w http.ResponseWriter, items *btree.Map[string, Item],
 	if err != nil {
 		return err
 	}
-	return out.writeLine([]byte{'{'}) // {} says that this was all
+	return out.writeLine([]byte{','}) // {} says that this was all
 }
 
 // pacedWriter writes to a client that has to read at backupRate at least.
@@ -83,22 +82,12 @@ type pacedWriter struct {
 	written int64
 }
 
-// writeLine writes a line, to which it adds the last brace and the newline.
-func (p *pacedWriter) writeLine(line []byte) error {
-	for len(line) > 0 {
-		piece := line[:min(len(line), pieceBytes)]
-		if err := p.write(piece); err != nil {
-			return err
-		}
-		line = line[len(piece):]
-	}
-	return p.write([]byte("}\n"))
-}
-
-func (p *pacedWriter) write(piece []byte) error {
+// writeLine writes members, each after a comma, as a line that is an object.
+func (p *pacedWriter) writeLine(members []byte) error {
+	members[0] = '{'
 	allowed := backupGrace + time.Duration(p.written)*time.Second/backupRate
 	_ = p.control.SetWriteDeadline(p.began.Add(allowed)) // fails only in tests, which have no connection
-	n, err := p.w.Write(piece)
+	n, err := p.w.Write(append(members, "}\n"...))
 	p.written += int64(n)
 	return err
 }

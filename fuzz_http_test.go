@@ -61,7 +61,7 @@ func readFuzzed(t *testing.T, b []byte) (value []byte, err error) {
 func readFuzzedObject(t *testing.T, b []byte) (pairs []Pair, err error) {
 	t.Helper()
 	r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/key", bytes.NewReader(b))
-	checkMemory(t, len(b), 1<<20, func() { pairs, err = readObject(r, 1<<20) })
+	checkMemory(t, len(b), 1<<20, func() { pairs, _, err = readObject(r, maxDepth) })
 	return pairs, err
 }
 

@@ -124,9 +124,16 @@ func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
 		"If-Match", "If-None-Match", "If-Unmodified-Since", "If-Modified-Since"); err != nil {
 		return err
 	}
-	pairs, err := readObject(r, a.store.cfg.MaxBodyBytes)
-	if err != nil || len(pairs) == 0 { // {} changes nothing, and needs no log entry
+	pairs, size, err := readObject(r, maxDepth)
+	if err != nil {
 		return err
+	}
+	limit := a.store.cfg.MaxBodyBytes
+	if size > limit && (len(pairs) != 1 || int64(len(pairs[0].Value)) > limit) { // see backupSlack
+		return errTooLarge(limit)
+	}
+	if len(pairs) == 0 { // {} changes nothing, and needs no log entry
+		return nil
 	}
 	_, err = a.apply(w, r, command{op: opSet, pairs: pairs})
 	return err
@@ -316,15 +323,13 @@ func readTags(r *http.Request, header string, weak bool) (*Tags, error) {
 	}
 	set := &Tags{}
 	for rest != "" {
-		isWeak := strings.HasPrefix(rest, "W/")
-		opaque, after, ok := cutTag(strings.TrimPrefix(rest, "W/"))
+		tag, isWeak, after, ok := cutTag(rest)
 		if !ok {
 			return nil, badRequest(`%s: %q is neither * nor a list of entity tags such as "17"`,
 				header, strings.Join(values, ","))
 		}
-		n, err := strconv.ParseUint(opaque, 10, 64)
-		if err == nil && strconv.FormatUint(n, 10) == opaque && (weak || !isWeak) {
-			set.List = append(set.List, Tag(n))
+		if tag != 0 && (weak || !isWeak) {
+			set.List = append(set.List, tag)
 		}
 		rest = strings.TrimLeft(after, " \t,")
 		if rest != "" && !strings.Contains(after[:len(after)-len(rest)], ",") {
@@ -334,16 +339,16 @@ func readTags(r *http.Request, header string, weak bool) (*Tags, error) {
 	return set, nil
 }
 
-// cutTag cuts a quoted tag off the front of s.
-func cutTag(s string) (opaque, rest string, ok bool) {
-	if !strings.HasPrefix(s, `"`) {
-		return "", s, false
+// cutTag cuts an entity tag off the front of s. It is 0, the tag of no key, if this service never gives such a tag.
+func cutTag(s string) (tag Tag, weak bool, rest string, ok bool) {
+	s, weak = strings.CutPrefix(s, "W/")
+	s, opened := strings.CutPrefix(s, `"`)
+	opaque, rest, closed := strings.Cut(s, `"`)
+	control := strings.ContainsFunc(opaque, func(c rune) bool { return c <= ' ' || c == 0x7f })
+	if n, err := strconv.ParseUint(opaque, 10, 64); err == nil && strconv.FormatUint(n, 10) == opaque {
+		tag = Tag(n)
 	}
-	opaque, rest, ok = strings.Cut(s[1:], `"`)
-	if strings.ContainsFunc(opaque, func(c rune) bool { return c <= ' ' || c == 0x7f }) {
-		return "", s, false
-	}
-	return opaque, rest, ok
+	return tag, weak, rest, opened && closed && !control
 }
 
 // setTag sets ETag, by its canonical name, which saves http.Header's look at it.
@@ -356,32 +361,28 @@ func setRaftTag(w http.ResponseWriter, last Tag) {
 	w.Header()["Raft-Tag"] = []string{strconv.FormatUint(uint64(last), 10)}
 }
 
-// readObject returns the members of the body, which must be a JSON object with no member twice. The body may have more
-// than limit bytes, up to the route's slack, if it is a single member whose value has no more than that.
-func readObject(r *http.Request, limit int64) ([]Pair, error) {
+// readObject returns the members of the body, and its size. It must be a JSON object with no member twice, whose values
+// have at most depth levels.
+func readObject(r *http.Request, depth int) (pairs []Pair, size int64, err error) {
 	body, err := readBody(r)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	size := int64(len(body))
-	object, err := compactJSON(body, maxDepth+1) // the object itself is no level of its values
+	object, err := compactJSON(body, depth+1) // the object itself is no level of its values
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	pairs, err := members(object)
-	if err == nil && size > limit && (len(pairs) != 1 || int64(len(pairs[0].Value)) > limit) {
-		return nil, errTooLarge(limit)
-	}
-	return pairs, err
+	pairs, err = members("the body", object)
+	return pairs, int64(len(body)), err
 }
 
-// members returns the members of an object, given as one valid JSON value.
-func members(object []byte) ([]Pair, error) {
+// members returns the members of an object, given as one valid JSON value, in the order of their keys.
+func members[T string | []byte](what string, object T) ([]Pair, error) {
 	if object[0] != '{' {
-		return nil, badRequest("the body must be a JSON object of keys and values")
+		return nil, badRequest("%s must be a JSON object", what)
 	}
 	var pairs []Pair
-	d := jsontext.NewDecoder(bytes.NewBuffer(object), jsontext.AllowDuplicateNames(true))
+	d := jsontext.NewDecoder(bytes.NewBuffer([]byte(object)), jsontext.AllowDuplicateNames(true))
 	_, _ = d.ReadToken() // the bracket; nothing here can fail, for the object is valid
 	for d.PeekKind() == jsontext.KindString {
 		name, _ := d.ReadToken()
@@ -392,12 +393,19 @@ func members(object []byte) ([]Pair, error) {
 		}
 		pairs = append(pairs, Pair{key, string(value)})
 	}
-	slices.SortFunc(pairs, func(a, b Pair) int { return strings.Compare(a.Key, b.Key) })
-	for i := range pairs[min(1, len(pairs)):] {
-		if pairs[i].Key == pairs[i+1].Key {
-			return nil, badRequest("the key %.40q is given more than once; which value is meant cannot be known",
-				pairs[i].Key)
-		}
+	if key, found := keyTwice(pairs); found {
+		return nil, badRequest("the key %.40q is given more than once; which value is meant cannot be known", key)
 	}
 	return pairs, nil
+}
+
+// keyTwice returns the first key that two of the pairs have. It sorts them by their keys.
+func keyTwice(pairs []Pair) (key string, found bool) {
+	slices.SortFunc(pairs, func(a, b Pair) int { return strings.Compare(a.Key, b.Key) })
+	for i := 1; i < len(pairs); i++ {
+		if pairs[i-1].Key == pairs[i].Key {
+			return pairs[i].Key, true
+		}
+	}
+	return "", false
 }

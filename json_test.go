@@ -31,7 +31,7 @@ func BenchmarkBodies(b *testing.B) {
 		b.Run("post/"+bm.name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
-				if pairs, err := readObject(request(`{"key":`+bm.value+`}`), 1<<20); err != nil || len(pairs) != 1 {
+				if pairs, _, err := readObject(request(`{"key":`+bm.value+`}`), maxDepth); err != nil || len(pairs) != 1 {
 					b.Fatal(err)
 				}
 			}

@@ -1,14 +1,13 @@
 package main
 
 import (
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/tidwall/btree"
@@ -182,13 +181,10 @@ func (a *api) postTxn(w http.ResponseWriter, r *http.Request) error {
 	case len(t.compare) > 0: // it changes nothing, and needs no log entry
 		err = a.store.Read(r.Context(), Linearizable, func() { failed = t.check(a.machine.items) })
 	}
-	if err == nil {
-		err = t.failedError(failed)
-	}
 	if err == nil && tag != 0 {
 		setTag(w, tag)
 	}
-	return err
+	return cmp.Or(err, t.failedError(failed))
 }
 
 // readTxn reads a request for a transaction.
@@ -200,91 +196,62 @@ func readTxn(r *http.Request) (t txn, err error) {
 		"If-Match", "If-None-Match", "If-Unmodified-Since", "If-Modified-Since"); err != nil {
 		return t, err
 	}
-	body, err := readBody(r)
-	if err != nil {
-		return t, err
-	}
-	if body, err = compactJSON(body, maxDepth+2); err != nil { // a value to set is in two objects
-		return t, err
-	}
-	parts, err := members(body)
-	if err != nil {
-		return t, err
-	}
+	parts, _, err := readObject(r, maxDepth+1) // a value to set is in an object of a member
 	for _, part := range parts {
-		switch part.Key {
-		case "if":
+		switch {
+		case err != nil:
+		case part.Key == "if":
 			t.compare, err = readComparisons(part)
-		case "set":
-			t.set, err = readMembers(part)
-		case "delete":
+		case part.Key == "set":
+			t.set, err = members(part.Key, part.Value)
+		case part.Key == "delete":
 			t.remove, err = readKeys(part.Value)
 		default:
 			err = badRequest("the member %.40q is not known; a transaction has if, set and delete", part.Key)
 		}
-		if err != nil {
-			return t, err
-		}
 	}
-	return t, t.checkKeys()
-}
-
-// checkKeys returns an error if a key is both set and deleted. The pairs to set are in the order of their keys.
-func (t txn) checkKeys() error {
-	for _, p := range t.remove {
-		byKey := func(q Pair, key string) int { return strings.Compare(q.Key, key) }
-		_, both := slices.BinarySearchFunc(t.set, p.Key, byKey)
-		if both {
-			return badRequest("the key %.40q is in both set and delete; which is meant cannot be known", p.Key)
-		}
+	if err != nil {
+		return t, err
 	}
-	return nil
-}
-
-// readMembers returns the members of a part that must be an object, in the order of their keys.
-func readMembers(part Pair) ([]Pair, error) {
-	if part.Value[0] != '{' {
-		return nil, badRequest("%s must be an object", part.Key)
+	if key, both := keyTwice(slices.Concat(t.set, t.remove)); both {
+		return t, badRequest("the key %.40q is in both set and delete; which is meant cannot be known", key)
 	}
-	return members([]byte(part.Value))
+	return t, nil
 }
 
 func readComparisons(part Pair) (list []comparison, err error) {
-	pairs, err := readMembers(part)
+	pairs, err := members(part.Key, part.Value)
 	if err != nil {
 		return nil, err
 	}
 	for _, p := range pairs {
-		c := comparison{key: p.Key}
-		if p.Value != "null" {
-			if c.kind, c.tag, err = readExpected(p.Value); err != nil {
-				return nil, badRequest(`if: %.40q has the value %.40s; use "*", null, or an ETag with its quotes: `+
-					`"\"17\""`, p.Key, p.Value)
-			}
+		c, ok := readComparison(p)
+		if !ok {
+			return nil, badRequest(`if: %.40q has the value %.40s; use "*", null, or an ETag with its quotes: `+
+				`"\"17\""`, p.Key, p.Value)
 		}
 		list = append(list, c)
 	}
 	return list, nil
 }
 
-// readExpected reads "*" or an ETag. No key has one that is weak, or that this service does not give.
-func readExpected(value string) (comparisonKind, Tag, error) {
-	var text string
-	if err := json.Unmarshal([]byte(value), &text); err != nil {
-		return 0, 0, err
+// readComparison reads null, "*" or an ETag.
+func readComparison(p Pair) (c comparison, ok bool) {
+	var text *string
+	if json.Unmarshal([]byte(p.Value), &text) != nil {
+		return c, false
 	}
-	if text == "*" {
-		return isPresent, 0, nil
+	if text == nil {
+		return comparison{key: p.Key, kind: isAbsent}, true
 	}
-	opaque, rest, ok := cutTag(strings.TrimPrefix(text, "W/"))
-	if !ok || rest != "" {
-		return 0, 0, errors.New("no entity tag")
+	if *text == "*" {
+		return comparison{key: p.Key, kind: isPresent}, true
 	}
-	n, err := strconv.ParseUint(opaque, 10, 64)
-	if err != nil || strconv.FormatUint(n, 10) != opaque || strings.HasPrefix(text, "W/") {
-		n = 0
+	tag, weak, rest, ok := cutTag(*text)
+	if weak {
+		tag = 0 // it never matches
 	}
-	return hasTag, Tag(n), nil
+	return comparison{p.Key, hasTag, tag}, ok && rest == ""
 }
 
 // readKeys reads an array of keys, each of which may be named more than once.
