@@ -126,18 +126,6 @@ func (l *repeatLogger) logAbout(node string, level hclog.Level, msg string, args
 	l.Log(level, msg, args...)
 }
 
-// solve returns true if a line about a node was shown and has not been solved yet.
-func (l *repeatLogger) solve(node, msg string) bool {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	last, there := l.lines[lineAbout{node, msg}]
-	if !there || last.solved {
-		return false
-	}
-	last.solved = true
-	return true
-}
-
 // raftLogger is the logger for Raft, which warns at every attempt to reach a node that is down.
 type raftLogger struct{ *repeatLogger }
 
@@ -189,7 +177,11 @@ func peerIn(args []any) string {
 
 // reached is called when a server has answered a heartbeat. It logs that its node is reachable again, if it was not.
 func (l *raftLogger) reached(server string) {
-	if node := nodeOf(server); l.solve(node, failedHeartbeat) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	node := nodeOf(server)
+	if last := l.lines[lineAbout{node, failedHeartbeat}]; last != nil && !last.solved {
+		last.solved = true
 		l.Logger.Info("reachable again", "node", node)
 	}
 }
