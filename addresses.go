@@ -17,8 +17,6 @@ type Peer struct {
 	Addr string // host:port, an IPv6 host in brackets; a DNS name stays a name
 }
 
-const maxPeers = 100 // far more than a cluster can have and still be quick
-
 // What messages say is allowed.
 const (
 	idRule   = "ASCII letters, digits, ., _ and -, at most 64, no leading . or -"
@@ -49,10 +47,6 @@ func parsePeers(name, text string) (peers []Peer, problems []error) {
 		if peer.ID != "" {
 			peers = append(peers, peer)
 		}
-	}
-	if len(peers) > maxPeers {
-		problems = append(problems,
-			fmt.Errorf("%s has %d entries: a cluster has at most %d nodes", name, len(peers), maxPeers))
 	}
 	slices.SortFunc(peers, func(a, b Peer) int { return strings.Compare(a.ID, b.ID) })
 	return peers, problems

@@ -23,11 +23,8 @@ const (
 const backupSlack = 8 << 10
 
 func (a *api) getBackup(w http.ResponseWriter, r *http.Request) error {
-	query, err := readQuery(r, "prefix", "consistency")
+	query, err := readParameters(r, "a backup has no tag", readPreconditions, "prefix", "consistency")
 	if err != nil {
-		return err
-	}
-	if err := rejectHeaders(r, "a backup has no tag", "If-Match", "If-None-Match", "If-Unmodified-Since"); err != nil {
 		return err
 	}
 	if err := readState(w, r, a.store, query, func() {}); err != nil {

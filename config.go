@@ -284,26 +284,24 @@ func (e *env) identify(c *Config, sys system) {
 
 // readPeers reads PEERS or PEERS_FILE, and returns which of them it was.
 func (e *env) readPeers(c *Config) (name string) {
-	text, problems := e.get("PEERS"), []error(nil)
-	switch c.PeersFile = e.text("PEERS_FILE", ""); {
-	case c.PeersFile != "" && text != "":
-		e.problem("PEERS=%q and PEERS_FILE=%q: set one of them and unset the other", text, c.PeersFile)
-	case c.PeersFile != "":
+	var problems []error
+	name, text := "PEERS", e.get("PEERS")
+	if c.PeersFile = e.text("PEERS_FILE", ""); c.PeersFile != "" {
+		name = "PEERS_FILE"
 		content, _, err := readFile(c.PeersFile)
-		if err != nil {
-			e.invalid("PEERS_FILE", "will not do: "+err.Error(),
-				"a file that names the nodes, one a line, as id@host:port")
-			return "PEERS_FILE"
+		switch {
+		case text != "":
+			e.problem("PEERS=%q and PEERS_FILE=%q: set one of them and unset the other", text, c.PeersFile)
+		case err != nil:
+			e.invalid(name, "will not do: "+err.Error(), "a file that names the nodes, one a line, as id@host:port")
+		default:
+			c.Peers, problems = parsePeersFile(string(content))
 		}
-		c.Peers, problems = parsePeersFile(string(content))
-	case text != "":
-		c.Peers, problems = parsePeers("PEERS", text)
+	} else if text != "" {
+		c.Peers, problems = parsePeers(name, text)
 	}
 	e.problems = append(e.problems, problems...)
-	if c.PeersFile != "" {
-		return "PEERS_FILE"
-	}
-	return "PEERS"
+	return name
 }
 
 // hasState says whether this node has been of a cluster before.

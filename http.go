@@ -58,11 +58,12 @@ func (a *api) getKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	query, err := readQuery(r, "consistency")
+	const why = "a GET changes nothing; If-None-Match is the precondition for it"
+	query, err := readParameters(r, why, []string{"If-Match", "If-Unmodified-Since"}, "consistency")
 	if err != nil {
 		return err
 	}
-	cached, err := cachedTags(r)
+	cached, err := readTags(r, "If-None-Match", true) // of what the client has
 	if err != nil {
 		return err
 	}
@@ -117,11 +118,7 @@ func (a *api) deleteKey(w http.ResponseWriter, r *http.Request) error {
 }
 
 func (a *api) postKeys(w http.ResponseWriter, r *http.Request) error {
-	if _, err := readQuery(r); err != nil {
-		return err
-	}
-	if err := rejectHeaders(r, "preconditions are for one key: use PUT /key/<key>",
-		"If-Match", "If-None-Match", "If-Unmodified-Since", "If-Modified-Since"); err != nil {
+	if _, err := readParameters(r, "preconditions are for one key: use PUT /key/<key>", preconditions); err != nil {
 		return err
 	}
 	pairs, size, err := readObject(r, maxDepth)
@@ -199,14 +196,12 @@ func (a *api) capture(w http.ResponseWriter) (items *btree.Map[string, Item]) {
 }
 
 func readListing(r *http.Request) (l listing, err error) {
-	if l.query, err = readQuery(r, "prefix", "after", "limit", "consistency"); err != nil {
+	l.query, err = readParameters(r, "a listing has no tag", readPreconditions, "prefix", "after", "limit", "consistency")
+	if err != nil {
 		return l, err
 	}
 	if !l.query.Has("prefix") && !l.query.Has("after") && !l.query.Has("limit") {
 		return l, badRequest("which key? GET /key/<key> reads one, GET /key?prefix=<prefix> lists those that begin so")
-	}
-	if err := rejectHeaders(r, "a listing has no tag", "If-Match", "If-None-Match", "If-Unmodified-Since"); err != nil {
-		return l, err
 	}
 	l.prefix, l.after, l.limit = l.query.Get("prefix"), l.query.Get("after"), defaultPage
 	if asked := l.query.Get("limit"); l.query.Has("limit") {
@@ -263,11 +258,8 @@ func readTarget(r *http.Request) (key string, c Condition, err error) {
 	if key, err = pathKey(r); err != nil {
 		return "", c, err
 	}
-	if _, err = readQuery(r); err != nil {
-		return "", c, err
-	}
-	if err := rejectHeaders(r, "keys have no time of modification; use If-Match",
-		"If-Unmodified-Since", "If-Modified-Since"); err != nil {
+	const why = "keys have no time of modification; use If-Match"
+	if _, err = readParameters(r, why, []string{"If-Unmodified-Since", "If-Modified-Since"}); err != nil {
 		return "", c, err
 	}
 	if c.Match, err = readTags(r, "If-Match", false); err != nil {
@@ -275,6 +267,20 @@ func readTarget(r *http.Request) (key string, c Condition, err error) {
 	}
 	c.NoneMatch, err = readTags(r, "If-None-Match", true)
 	return key, c, err
+}
+
+// The preconditions of HTTP (RFC 9110, 13.1): of all requests, and of reads, which If-Modified-Since does not harm.
+var (
+	preconditions     = []string{"If-Match", "If-None-Match", "If-Unmodified-Since", "If-Modified-Since"}
+	readPreconditions = preconditions[:3]
+)
+
+// readParameters returns the query, as readQuery does, of a request that must not have some headers; why says why.
+func readParameters(r *http.Request, why string, headers []string, names ...string) (url.Values, error) {
+	if err := rejectHeaders(r, why, headers...); err != nil {
+		return nil, err
+	}
+	return readQuery(r, names...)
 }
 
 // pathKey returns the key that a path names: all that follows /key/.
@@ -296,15 +302,6 @@ func checkKey(key string) error {
 		return badRequest("a key must be valid UTF-8")
 	}
 	return nil
-}
-
-// cachedTags returns the tags of the answers that the client has in its cache, nil for none.
-func cachedTags(r *http.Request) (*Tags, error) {
-	if err := rejectHeaders(r, "a GET changes nothing; If-None-Match is the precondition for it",
-		"If-Match", "If-Unmodified-Since"); err != nil {
-		return nil, err
-	}
-	return readTags(r, "If-None-Match", true)
 }
 
 // readTags reads a header that lists entity tags (RFC 9110, 13.1). It returns nil if there is no such header. Tags that

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +9,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/go-json-experiment/json/jsontext"
 )
 
 // This file answers requests: bodies, and errors as application/problem+json.
@@ -231,11 +232,8 @@ func (s *server) writeError(w *response, r *http.Request, err error) {
 	for _, name := range []string{"Etag", "Link", "Raft-Index", "Raft-Stale"} { // they were for another answer
 		h.Del(name)
 	}
-	var body bytes.Buffer
-	enc := json.NewEncoder(&body)
-	enc.SetEscapeHTML(false)
-	_ = enc.Encode(p) // it holds only strings and a number
-	line := bytes.TrimSuffix(body.Bytes(), []byte("\n"))
+	line, _ := json.Marshal(p)            // it holds only strings and a number
+	_ = (*jsontext.Value)(&line).Format() // which does not escape < and >
 	setContent(w, "application/problem+json", len(line))
 	w.WriteHeader(p.Status)
 	_, _ = w.Write(line)

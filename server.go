@@ -93,7 +93,7 @@ func (s *server) limitListener(l net.Listener, certs *reloaded[*certificates]) n
 // client is a connection to the HTTP port. It is in the context of its requests, which come one after the other.
 type client struct {
 	*limitedConn
-	executed atomic.Int32    // commands of the request under way that have been, or may have been; Store.Apply counts them
+	executed atomic.Int32    // how many commands of the request under way have been, or may have been: see withCount
 	stopping context.Context // of the server
 }
 

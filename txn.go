@@ -189,11 +189,7 @@ func (a *api) postTxn(w http.ResponseWriter, r *http.Request) error {
 
 // readTxn reads a request for a transaction.
 func readTxn(r *http.Request) (t txn, err error) {
-	if _, err := readQuery(r); err != nil {
-		return t, err
-	}
-	if err := rejectHeaders(r, `the preconditions of a transaction are "if" in its body`,
-		"If-Match", "If-None-Match", "If-Unmodified-Since", "If-Modified-Since"); err != nil {
+	if _, err := readParameters(r, `the preconditions of a transaction are "if" in its body`, preconditions); err != nil {
 		return t, err
 	}
 	parts, _, err := readObject(r, maxDepth+1) // a value to set is in an object of a member
