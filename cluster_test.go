@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"raftstarter/test/link"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -82,13 +83,13 @@ func readFromDeposedLeader(t *testing.T, c *testCluster, i int) (deceived bool) 
 	old.put(t, "k", before)
 	var early []int // by the index in others: how many of the answers held are from before the election
 	for _, other := range others {
-		c.links[[2]int{leader, other}].set(linkHoldRaft)
-		c.links[[2]int{other, leader}].set(linkCut)
+		c.links[[2]int{leader, other}].Set(linkHoldRaft)
+		c.links[[2]int{other, leader}].Set(linkCut)
 	}
 	for _, other := range others {
 		l := c.links[[2]int{leader, other}]
-		waitFor(t, "an answer to be held", func() bool { return l.heldAnswers() > 0 })
-		early = append(early, l.heldAnswers())
+		waitFor(t, "an answer to be held", func() bool { return l.Held() > 0 })
+		early = append(early, l.Held())
 	}
 	next := c.nodes[others[0]]
 	next.transport.campaign(nil) // elected at once, not only when the old leader has given up
@@ -112,7 +113,7 @@ func readFromDeposedLeader(t *testing.T, c *testCluster, i int) (deceived bool) 
 	go func() { verified <- verify.Error() }()
 	waitFor(t, "that to be asked", func() bool { return time.Since(asked) > leaseTimeout*3/10 })
 	for i, other := range others {
-		c.links[[2]int{leader, other}].letThrough(early[i])
+		c.links[[2]int{leader, other}].LetThrough(early[i])
 	}
 	if value := <-answered; value == before {
 		t.Errorf("a linearizable read gave a value that had been overwritten before it began")
@@ -507,7 +508,7 @@ func TestShutdownLeavesNothingBehind(t *testing.T) {
 				c.stop(i)
 			}
 			for _, l := range c.links {
-				l.close()
+				l.Close()
 			}
 			http.DefaultTransport.(*http.Transport).CloseIdleConnections()
 			goleak.VerifyNone(t, before, unansweredFuture)
@@ -521,9 +522,9 @@ func TestLargeEntryGetsThroughASlowLink(t *testing.T) {
 	c := newTestCluster(t, 3, storeMemory)
 	leader := c.leader()
 	for _, follower := range c.followers(leader) {
-		c.links[[2]int{leader, follower}].set(linkSlow)
+		c.links[[2]int{leader, follower}].Set(linkSlow)
 	}
-	value := `"` + strings.Repeat("v", slowLink*int(rpcTimeout/time.Second)*4/3) + `"`
+	value := `"` + strings.Repeat("v", link.SlowRate*int(rpcTimeout/time.Second)*4/3) + `"`
 	if _, err := c.nodes[leader].client.set(t.Context(), "k", value); err != nil {
 		t.Errorf("got %v; want it written", err)
 	}

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"raftstarter/test/authority"
 	"regexp"
 	"slices"
 	"strings"
@@ -182,8 +183,8 @@ func TestLoadConfigProblem(t *testing.T) {
 	if err := errors.Join(os.Chmod(open, 0o666), syscall.Mkfifo(pipe, 0o600)); err != nil {
 		t.Fatal(err)
 	}
-	ca, other := newTestCA(t), newTestCA(t)
-	good := ca.node("node1")
+	ca, other := authority.New(t), authority.New(t)
+	good := ca.Node("node1")
 	own := func(of map[string]string, pairs ...string) testEnv { return testEnv(of).with(pairs...) }
 	two := "node1@a:1,node2@b:1"
 	label64 := strings.Repeat("l", 64)
@@ -261,12 +262,12 @@ func TestLoadConfigProblem(t *testing.T) {
 		{"tls key that is not there", own(good, "TLS_KEY_FILE", "/no/such/key"), []string{`TLS_KEY_FILE="/no/such/key" will not do`, "no such file"}},
 		{"tls authority that is empty", own(good, "TLS_CA_FILE", none), []string{"TLS_CA_FILE=", "is empty"}},
 		{"tls certificate that is none", own(good, "TLS_CERT_FILE", some), []string{"TLS_CERT_FILE", "PEM"}},
-		{"tls key of another certificate", own(good, "TLS_KEY_FILE", ca.node("node2")["TLS_KEY_FILE"]), []string{"TLS_KEY_FILE", "match"}},
+		{"tls key of another certificate", own(good, "TLS_KEY_FILE", ca.Node("node2")["TLS_KEY_FILE"]), []string{"TLS_KEY_FILE", "match"}},
 		{"tls authority that is none", own(good, "TLS_CA_FILE", some), []string{"TLS_CA_FILE holds no certificate in PEM"}},
-		{"tls authority of others", own(good, "TLS_CA_FILE", other.node("node1")["TLS_CA_FILE"]), []string{"TLS_CERT_FILE is no server's certificate under TLS_CA_FILE", "unknown authority"}},
-		{"tls certificate that has expired", own(ca.issue(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Hour) }, "node1")), []string{"TLS_CERT_FILE", "expired"}},
-		{"tls certificate of another node", own(ca.node("node2"), "PEERS", two), []string{"TLS_CERT_FILE", `"node2"`, `not of node "node1"`}},
-		{"tls certificate for servers only", own(ca.issue(func(c *x509.Certificate) {
+		{"tls authority of others", own(good, "TLS_CA_FILE", other.Node("node1")["TLS_CA_FILE"]), []string{"TLS_CERT_FILE is no server's certificate under TLS_CA_FILE", "unknown authority"}},
+		{"tls certificate that has expired", own(ca.Issue(func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Hour) }, "node1")), []string{"TLS_CERT_FILE", "expired"}},
+		{"tls certificate of another node", own(ca.Node("node2"), "PEERS", two), []string{"TLS_CERT_FILE", `"node2"`, `not of node "node1"`}},
+		{"tls certificate for servers only", own(ca.Issue(func(c *x509.Certificate) {
 			c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 		}, "node1"), "PEERS", two), []string{"TLS_CERT_FILE is no client's certificate", "incompatible key usage"}},
 		{"stray comma at the end", testEnv{"PEERS": "node1@a:1,"}, []string{`PEERS="node1@a:1,"`, "entry 2", "remove the stray comma"}},
@@ -380,7 +381,7 @@ func TestLoadConfigAllProblemsAtOnce(t *testing.T) {
 
 // A file of secrets that everybody can read works, but the operator hears of it.
 func TestLoadConfigReadableSecrets(t *testing.T) {
-	env := testEnv(newTestCA(t).node("node1"))
+	env := testEnv(authority.New(t).Node("node1"))
 	env["HTTP_TOKEN_FILE"] = filepath.Join(t.TempDir(), "tokens")
 	if err := os.WriteFile(env["HTTP_TOKEN_FILE"], []byte("token"), 0o600); err != nil {
 		t.Fatal(err)

@@ -88,13 +88,13 @@ func buildExample(t *testing.T) (binary string) {
 	t.Helper()
 	dir := t.TempDir()
 	engine, err1 := filepath.Glob("*.go")
-	history, err2 := filepath.Glob("test/history/*.go") // which tests of the engine import
+	shared, err2 := filepath.Glob("test/*/*.go") // which tests of the engine import
 	example, err3 := filepath.Glob(exampleDir + "/*.go")
 	if err := errors.Join(err1, err2, err3); err != nil || len(example) == 0 {
 		t.Fatalf("got %d files of the example, error %v", len(example), err)
 	}
 	engine = slices.DeleteFunc(engine, func(name string) bool { return slices.Contains(kvFiles, name) })
-	for _, path := range slices.Concat(engine, history, example, []string{"help.txt", "page.html", "go.mod", "go.sum"}) {
+	for _, path := range slices.Concat(engine, shared, example, []string{"help.txt", "page.html", "go.mod", "go.sum"}) {
 		content, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)

@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"raftstarter/test/link"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -115,7 +116,7 @@ type testCluster struct {
 	t       testing.TB
 	service testService
 	nodes   []*testNode
-	links   map[[2]int]*link2
+	links   map[[2]int]*link.Link
 }
 
 // newTestNode starts a cluster of one node.
@@ -145,7 +146,7 @@ func (c *testCluster) startAll() {
 
 func unstartedCluster(t testing.TB, n int, store string) *testCluster {
 	t.Helper()
-	c := &testCluster{t: t, service: tinyService{}, nodes: make([]*testNode, n), links: make(map[[2]int]*link2)}
+	c := &testCluster{t: t, service: tinyService{}, nodes: make([]*testNode, n), links: make(map[[2]int]*link.Link)}
 	addrs := make([]string, n)
 	for i := range addrs {
 		addrs[i] = freeAddr(t)
@@ -157,9 +158,9 @@ func unstartedCluster(t testing.TB, n int, store string) *testCluster {
 		for j := range n {
 			addr := addrs[j]
 			if i != j {
-				l := newLink(t, addr)
+				l := link.New(t, addr, isRaft)
 				c.links[[2]int{i, j}] = l
-				addr = l.addr
+				addr = l.Addr
 			}
 			cfg.Peers = append(cfg.Peers, Peer{ID: fmt.Sprintf("node%d", j+1), Addr: addr})
 		}
@@ -167,7 +168,7 @@ func unstartedCluster(t testing.TB, n int, store string) *testCluster {
 	}
 	t.Cleanup(func() {
 		for _, l := range c.links {
-			l.set(linkOpen)
+			l.Set(linkOpen)
 		}
 		for _, node := range c.nodes {
 			node.stop(t)
@@ -283,10 +284,10 @@ func (c *testCluster) followers(leader int) (followers []int) {
 }
 
 // cut sets all links between node i and the others, in both directions.
-func (c *testCluster) cut(i int, mode linkMode) {
+func (c *testCluster) cut(i int, mode link.Mode) {
 	for pair, l := range c.links {
 		if pair[0] == i || pair[1] == i {
-			l.set(mode)
+			l.Set(mode)
 		}
 	}
 }

@@ -696,7 +696,7 @@ func TestVoteIsNoContact(t *testing.T) {
 	}
 	voter, candidate := c.nodes[0], c.nodes[1]
 	for _, l := range c.links { // so nobody is elected
-		l.set(linkCut)
+		l.Set(linkCut)
 	}
 	c.start(0)
 	c.start(1)
@@ -708,7 +708,7 @@ func TestVoteIsNoContact(t *testing.T) {
 		t.Fatal(err)
 	}
 	way := c.links[[2]int{1, 0}]
-	way.set(linkOpen)
+	way.Set(linkOpen)
 	id := raft.ServerID(voter.membership.server())
 	waitFor(t, "the vote", func() bool {
 		var resp raft.RequestVoteResponse
@@ -717,7 +717,7 @@ func TestVoteIsNoContact(t *testing.T) {
 		}, &resp)
 		return err == nil && resp.Granted
 	})
-	way.set(linkCut)
+	way.Set(linkCut)
 	if contact := voter.raft.Load().LastContact(); contact.IsZero() || voter.Leader() != "" {
 		t.Errorf("got leader %q, last contact %v; want none, and that of the vote", voter.Leader(), contact)
 	}

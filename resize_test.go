@@ -104,7 +104,7 @@ func (c *testCluster) rename(list []int, nodes ...int) {
 		for _, i := range list {
 			id, addr := fmt.Sprintf("node%d", i+1), c.nodes[i].cfg.RaftAddr
 			if l := c.links[[2]int{n, i}]; l != nil {
-				addr = l.addr
+				addr = l.Addr
 			}
 			peers = append(peers, Peer{id, addr})
 		}

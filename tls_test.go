@@ -2,131 +2,21 @@ package main
 
 import (
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/pem"
 	"errors"
 	"io"
-	"math/big"
 	"net"
 	"os"
 	"path/filepath"
+	"raftstarter/test/authority"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/hashicorp/go-hclog"
 )
-
-// testCA is an authority that signs certificates for tests.
-type testCA struct {
-	t    testing.TB
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	file string
-}
-
-func newTestCA(t testing.TB) *testCA {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "authority"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ca := &testCA{t: t, key: key, file: filepath.Join(t.TempDir(), "ca.pem")}
-	if ca.cert, err = x509.ParseCertificate(der); err != nil {
-		t.Fatal(err)
-	}
-	writePEM(t, ca.file, "CERTIFICATE", der)
-	return ca
-}
-
-func writePEM(t testing.TB, path, kind string, der []byte) {
-	t.Helper()
-	if err := os.WriteFile(path, pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der}), 0o600); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// node makes a certificate with these names and returns the environment of a node with it.
-func (ca *testCA) node(names ...string) map[string]string {
-	return ca.issue(func(*x509.Certificate) {}, names...)
-}
-
-// issue is node for a certificate that is changed before it is signed.
-func (ca *testCA) issue(change func(*x509.Certificate), names ...string) map[string]string {
-	ca.t.Helper()
-	dir := ca.t.TempDir()
-	env := map[string]string{
-		"TLS_CERT_FILE": filepath.Join(dir, "cert.pem"), "TLS_KEY_FILE": filepath.Join(dir, "key.pem"), "TLS_CA_FILE": filepath.Join(dir, "ca.pem"),
-	}
-	ca.renew(env, change, names...)
-	return env
-}
-
-// renew puts another certificate into the files of a node.
-func (ca *testCA) renew(env map[string]string, change func(*x509.Certificate), names ...string) {
-	ca.t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		ca.t.Fatal(err)
-	}
-	serial, err := rand.Int(rand.Reader, big.NewInt(1<<62))
-	if err != nil {
-		ca.t.Fatal(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: serial, Subject: pkix.Name{CommonName: names[0]},
-		NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: time.Now().Add(12 * time.Hour),
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	for _, name := range names {
-		if ip := net.ParseIP(name); ip != nil {
-			template.IPAddresses = append(template.IPAddresses, ip)
-		} else {
-			template.DNSNames = append(template.DNSNames, name)
-		}
-	}
-	change(template)
-	der, err := x509.CreateCertificate(rand.Reader, template, ca.cert, key.Public(), ca.key)
-	if err != nil {
-		ca.t.Fatal(err)
-	}
-	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
-	if err != nil {
-		ca.t.Fatal(err)
-	}
-	writePEM(ca.t, env["TLS_KEY_FILE"], "PRIVATE KEY", keyDER)
-	writePEM(ca.t, env["TLS_CERT_FILE"], "CERTIFICATE", der)
-	writePEM(ca.t, env["TLS_CA_FILE"], "CERTIFICATE", ca.cert.Raw)
-}
-
-// client returns what a client needs that trusts the authority, and shows the certificate of env if that is not nil.
-func (ca *testCA) client(env map[string]string) *tls.Config {
-	ca.t.Helper()
-	c := &tls.Config{RootCAs: x509.NewCertPool(), MinVersion: tls.VersionTLS12}
-	c.RootCAs.AddCert(ca.cert)
-	if env != nil {
-		pair, err := tls.LoadX509KeyPair(env["TLS_CERT_FILE"], env["TLS_KEY_FILE"])
-		if err != nil {
-			ca.t.Fatal(err)
-		}
-		c.Certificates = []tls.Certificate{pair}
-	}
-	return c
-}
 
 // secureWith gives a test's network, which is yet to be started, its certificates.
 func (n *testNetNode) secureWith(t *testing.T, env map[string]string) {
@@ -175,7 +65,7 @@ func TestCertificateNames(t *testing.T) {
 
 // Whoever is no peer is kept out before a byte of what it says reaches Raft or the peers' calls.
 func TestOnlyPeersGetIn(t *testing.T) {
-	ca, other := newTestCA(t), newTestCA(t)
+	ca, other := authority.New(t), authority.New(t)
 	only := func(usage x509.ExtKeyUsage) func(*x509.Certificate) {
 		return func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{usage} }
 	}
@@ -188,32 +78,32 @@ func TestOnlyPeersGetIn(t *testing.T) {
 		says hello
 		log  string // of the refusal, "" for none
 	}{
-		{"a peer", ca.client(ca.node("node1")), hello1, ""},
-		{"a peer's calls", ca.client(ca.node("node1")), testHello, ""},
-		{"a peer's questions", ca.client(ca.node("node1")), asks, ""},
+		{"a peer", ca.Client(ca.Node("node1")), hello1, ""},
+		{"a peer's calls", ca.Client(ca.Node("node1")), testHello, ""},
+		{"a peer's questions", ca.Client(ca.Node("node1")), asks, ""},
 		{"no tls", nil, hello1, "TLS handshake"},
-		{"no certificate", ca.client(nil), hello1, "didn't provide a certificate"},
-		{"another authority", ca.client(other.node("node1")), hello1, "unknown authority"},
-		{"an expired certificate", ca.client(ca.issue(expired, "node1")), hello1, "expired"},
-		{"a server's certificate", ca.client(ca.issue(only(x509.ExtKeyUsageServerAuth), "node1")), hello1, "incompatible key usage"},
-		{"a client's certificate of the same authority", ca.client(ca.issue(only(x509.ExtKeyUsageClientAuth), "someone")), hello1, "someone"},
-		{"another peer's certificate", ca.client(ca.node("node3")), hello1, `not of node \"node1\"`},
-		{"another peer's certificate, to ask", ca.client(ca.node("node3")), asks, `not of node \"node1\"`},
-		{"another peer's certificate with the host of all", ca.client(ca.node("node3", "127.0.0.1")), hello1, "node3"},
-		{"a certificate of the server's name", ca.client(ca.node("node1#1")), hello1, `not of node \"node1\"`},
-		{"a peer's certificate with its host alone", ca.client(ca.node("127.0.0.1")), hello1, ""},
-		{"a wildcard", ca.client(ca.node("*", "*.0.0.1")), hello1, `not of node \"node1\"`},
-		{"a stranger", ca.client(ca.node("node9")), hello{kindRaft, "node9#1", "node2#1", "CLUSTER"}, "node9"},
-		{"ourselves", ca.client(ca.node("node2")), hello{kindRaft, "node2#1", "node2#1", "CLUSTER"}, "node2"},
-		{"another cluster", ca.client(ca.node("node1")), hello{kindRaft, "node1#1", "node2#1", "OTHER"}, `of cluster \"OTHER\"`},
-		{"another node is meant", ca.client(ca.node("node1")), hello{kindRaft, "node1#1", "node3#1", "CLUSTER"}, "this is node"},
-		{"a lost server is meant", ca.client(ca.node("node1")), hello{kindRaft, "node1#1", "node2#0", "CLUSTER"}, "is server"},
+		{"no certificate", ca.Client(nil), hello1, "didn't provide a certificate"},
+		{"another authority", ca.Client(other.Node("node1")), hello1, "unknown authority"},
+		{"an expired certificate", ca.Client(ca.Issue(expired, "node1")), hello1, "expired"},
+		{"a server's certificate", ca.Client(ca.Issue(only(x509.ExtKeyUsageServerAuth), "node1")), hello1, "incompatible key usage"},
+		{"a client's certificate of the same authority", ca.Client(ca.Issue(only(x509.ExtKeyUsageClientAuth), "someone")), hello1, "someone"},
+		{"another peer's certificate", ca.Client(ca.Node("node3")), hello1, `not of node \"node1\"`},
+		{"another peer's certificate, to ask", ca.Client(ca.Node("node3")), asks, `not of node \"node1\"`},
+		{"another peer's certificate with the host of all", ca.Client(ca.Node("node3", "127.0.0.1")), hello1, "node3"},
+		{"a certificate of the server's name", ca.Client(ca.Node("node1#1")), hello1, `not of node \"node1\"`},
+		{"a peer's certificate with its host alone", ca.Client(ca.Node("127.0.0.1")), hello1, ""},
+		{"a wildcard", ca.Client(ca.Node("*", "*.0.0.1")), hello1, `not of node \"node1\"`},
+		{"a stranger", ca.Client(ca.Node("node9")), hello{kindRaft, "node9#1", "node2#1", "CLUSTER"}, "node9"},
+		{"ourselves", ca.Client(ca.Node("node2")), hello{kindRaft, "node2#1", "node2#1", "CLUSTER"}, "node2"},
+		{"another cluster", ca.Client(ca.Node("node1")), hello{kindRaft, "node1#1", "node2#1", "OTHER"}, `of cluster \"OTHER\"`},
+		{"another node is meant", ca.Client(ca.Node("node1")), hello{kindRaft, "node1#1", "node3#1", "CLUSTER"}, "this is node"},
+		{"a lost server is meant", ca.Client(ca.Node("node1")), hello{kindRaft, "node1#1", "node2#0", "CLUSTER"}, "is server"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			checkLeaks(t)
 			all, nodes := newTestNet(t, "node1", "node2", "node3")
 			server := nodes[1]
-			server.secureWith(t, ca.node("node2"))
+			server.secureWith(t, ca.Node("node2"))
 			all.startEcho(server)
 			accepted := make(chan net.Conn, 1)
 			go func() {
@@ -257,20 +147,20 @@ func TestOnlyPeersGetIn(t *testing.T) {
 
 // Whoever sits at a peer's address without the peer's certificate hears nothing from us.
 func TestImpostorHearsNothing(t *testing.T) {
-	ca := newTestCA(t)
+	ca := authority.New(t)
 	for name, impostor := range map[string]map[string]string{
-		"a client's certificate":  ca.node("someone"),
-		"another peer's":          ca.node("node3"),
-		"of another authority":    newTestCA(t).node("node2"),
-		"a client's, with our id": ca.issue(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} }, "node2"),
+		"a client's certificate":  ca.Node("someone"),
+		"another peer's":          ca.Node("node3"),
+		"of another authority":    authority.New(t).Node("node2"),
+		"a client's, with our id": ca.Issue(func(c *x509.Certificate) { c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth} }, "node2"),
 	} {
 		t.Run(name, func(t *testing.T) {
 			checkLeaks(t)
 			all, nodes := newTestNet(t, "node1")
-			nodes[0].secureWith(t, ca.node("node1"))
+			nodes[0].secureWith(t, ca.Node("node1"))
 			all.startEcho(nodes...)
 			l, err := tls.Listen("tcp", "127.0.0.1:0", func() *tls.Config {
-				c := ca.client(impostor)
+				c := ca.Client(impostor)
 				c.ClientAuth = tls.RequireAnyClientCert
 				return c
 			}())
@@ -308,7 +198,7 @@ func TestImpostorHearsNothing(t *testing.T) {
 func TestTLSOnOneSideOnly(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
-	nodes[0].secureWith(t, newTestCA(t).node("node1"))
+	nodes[0].secureWith(t, authority.New(t).Node("node1"))
 	all.startEcho(nodes...)
 	for i, j := range []int{1, 0} {
 		if conn, err := nodes[i].dial(t.Context(), nodes[j].server, kindRaft); err == nil {
@@ -333,9 +223,9 @@ func leafOf(t *testing.T, n *testNetNode) *x509.Certificate {
 
 func TestCertificatesAreReadAgain(t *testing.T) {
 	checkLeaks(t)
-	ca := newTestCA(t)
+	ca := authority.New(t)
 	all, nodes := newTestNet(t, "node1", "node2")
-	envs := []map[string]string{ca.node("node1"), ca.node("node2")}
+	envs := []map[string]string{ca.Node("node1"), ca.Node("node2")}
 	for i, node := range nodes {
 		node.secureWith(t, envs[i])
 	}
@@ -348,7 +238,7 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 
 	// A renewed certificate is shown at the next handshake; what is connected stays so.
 	before := leafOf(t, nodes[1])
-	ca.renew(envs[1], func(*x509.Certificate) {}, "node2")
+	ca.Renew(envs[1], func(*x509.Certificate) {}, "node2")
 	nodes[1].certs.reload(false)
 	renewed := leafOf(t, nodes[1])
 	if renewed.Equal(before) {
@@ -374,11 +264,11 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 		name  string
 		worse func()
 	}{
-		{"no PEM", func() { writePEM(t, envs[1]["TLS_CERT_FILE"], "NOTHING", nil) }},
+		{"no PEM", func() { authority.WritePEM(t, envs[1]["TLS_CERT_FILE"], "NOTHING", nil) }},
 		{"expired", func() {
-			ca.renew(envs[1], func(c *x509.Certificate) { c.NotAfter = c.NotBefore.Add(time.Minute) }, "node2")
+			ca.Renew(envs[1], func(c *x509.Certificate) { c.NotAfter = c.NotBefore.Add(time.Minute) }, "node2")
 		}},
-		{"another node's", func() { ca.renew(envs[1], func(*x509.Certificate) {}, "node3") }},
+		{"another node's", func() { ca.Renew(envs[1], func(*x509.Certificate) {}, "node3") }},
 		{"a file for all", func() { _ = os.Chmod(envs[1]["TLS_KEY_FILE"], 0o666) }},
 		{"no file", func() { _ = os.Remove(envs[1]["TLS_KEY_FILE"]) }},
 	} {
@@ -396,15 +286,15 @@ func TestCertificatesAreReadAgain(t *testing.T) {
 	}
 
 	// A new authority counts at once, also for who is connected already.
-	next := newTestCA(t)
-	next.renew(envs[1], func(*x509.Certificate) {}, "node2")
+	next := authority.New(t)
+	next.Renew(envs[1], func(*x509.Certificate) {}, "node2")
 	nodes[1].certs.reload(false)
 	waitClosed(t, old)
 	if conn, err := nodes[0].dial(t.Context(), "node2#1", kindCall); err == nil {
 		_ = conn.Close()
 		t.Error("got a connection with a certificate of the old authority; want none")
 	}
-	next.renew(envs[0], func(*x509.Certificate) {}, "node1")
+	next.Renew(envs[0], func(*x509.Certificate) {}, "node1")
 	nodes[0].certs.reload(false)
 	waitFor(t, "node1 to close its connections, and to make one that stays", func() bool {
 		conn, err := nodes[0].dial(t.Context(), "node2#1", kindCall)
@@ -452,10 +342,10 @@ func TestReloadedIsNotHeldUp(t *testing.T) {
 
 // A cluster under TLS does what it does without, through connections that are cut as through those that are not.
 func TestClusterUnderTLS(t *testing.T) {
-	ca := newTestCA(t)
+	ca := authority.New(t)
 	c := unstartedCluster(t, 3, storeMemory)
 	for i, node := range c.nodes {
-		env := ca.node(node.cfg.NodeID)
+		env := ca.Node(node.cfg.NodeID)
 		node.cfg.TLSCertFile, node.cfg.TLSKeyFile, node.cfg.TLSCAFile = env["TLS_CERT_FILE"], env["TLS_KEY_FILE"], env["TLS_CA_FILE"]
 		c.start(i)
 	}
@@ -488,10 +378,10 @@ func TestClusterUnderTLS(t *testing.T) {
 	// A second authority beside the first has all connections made anew. A write that was being forwarded on one of them
 	// has an unknown outcome; all others succeed.
 	leader = c.leader()
-	term, another := c.nodes[leader].State().Term, newTestCA(t)
+	term, another := c.nodes[leader].State().Term, authority.New(t)
 	for _, node := range c.nodes {
-		both := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw})
-		both = append(both, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: another.cert.Raw})...)
+		both := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.Cert.Raw})
+		both = append(both, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: another.Cert.Raw})...)
 		if err := os.WriteFile(node.cfg.TLSCAFile, both, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -516,7 +406,7 @@ func TestClusterUnderTLS(t *testing.T) {
 func TestAuthorityChangesDuringAHandshake(t *testing.T) {
 	checkLeaks(t)
 	all, nodes := newTestNet(t, "node1", "node2")
-	env := newTestCA(t).node("node2")
+	env := authority.New(t).Node("node2")
 	nodes[1].secureWith(t, env)
 	all.startEcho(nodes...)
 	conn := dialRaw(t, nodes[1]) // that says nothing yet
@@ -525,7 +415,7 @@ func TestAuthorityChangesDuringAHandshake(t *testing.T) {
 		defer nodes[1].mu.Unlock()
 		return len(nodes[1].conns) == 1
 	})
-	newTestCA(t).renew(env, func(*x509.Certificate) {}, "node2")
+	authority.New(t).Renew(env, func(*x509.Certificate) {}, "node2")
 	nodes[1].certs.reload(false)
 	began := time.Now()
 	waitClosed(t, conn)

@@ -180,7 +180,7 @@ func TestFollowerOfAFallenLeaderCatchesUp(t *testing.T) {
 	c.cut(l, linkCut)
 	waitFor(t, "the leader to fall", func() bool { return c.nodes[l].raft.Load().State() != raft.Leader })
 	for _, pair := range [][2]int{{l, g}, {g, l}} {
-		c.links[pair].set(linkOpen)
+		c.links[pair].Set(linkOpen)
 	}
 	c.leader(l, g)
 	c.cut(f, linkOpen)

@@ -124,11 +124,11 @@ func TestCallLeaderTellsUnsentFromUnknown(t *testing.T) {
 	if _, err := s.callLeader(99, nil, time.Second); !errors.Is(err, ErrNotLeader) {
 		t.Errorf("a call that was refused: got %v; want %v", err, ErrNotLeader)
 	}
-	c.links[[2]int{follower, leader}].set(linkHold)
+	c.links[[2]int{follower, leader}].Set(linkHold)
 	if _, err := s.callLeader(opTerm, make([]byte, 8), 50*time.Millisecond); !errors.Is(err, ErrUnknownOutcome) {
 		t.Errorf("a call that was not answered: got %v; want %v", err, ErrUnknownOutcome)
 	}
-	c.links[[2]int{follower, leader}].set(linkCut)
+	c.links[[2]int{follower, leader}].Set(linkCut)
 	waitFor(t, "a dial to fail", func() bool {
 		_, err := s.callLeader(opTerm, make([]byte, 8), time.Second)
 		return errors.Is(err, ErrNotLeader)

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"raftstarter/test/authority"
 	"regexp"
 	"strconv"
 	"strings"
@@ -88,7 +89,7 @@ func hostIPv4() string {
 // The health check asks the node, whatever has become of the rest of its environment, and through no proxy.
 func TestProcessHealthcheck(t *testing.T) {
 	t.Parallel()
-	for name, ca := range map[string]*testCA{"plain": nil, "tls": newTestCA(t)} {
+	for name, ca := range map[string]*authority.CA{"plain": nil, "tls": authority.New(t)} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
 			tokenFile := filepath.Join(dir, "tokens")
@@ -98,8 +99,8 @@ func TestProcessHealthcheck(t *testing.T) {
 			host := hostIPv4() // loopback would never be asked for through a proxy
 			p := newProc(t, map[string]string{"HTTP_ADDR": host, "HTTP_TOKEN_FILE": tokenFile})
 			if ca != nil {
-				maps.Copy(p.env, ca.node(host))
-				p.tls = ca.client()
+				maps.Copy(p.env, ca.Node(host))
+				p.tls = ca.Client(nil)
 			}
 			startAll(p)
 			for _, file := range []string{tokenFile, p.env["TLS_CERT_FILE"], p.env["TLS_CA_FILE"]} {
