@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -272,5 +273,42 @@ func TestHandlersCanStream(t *testing.T) {
 	}
 	if lines.Err() != nil || count != 5 {
 		t.Errorf("got %d lines, error %v; want 5", count, lines.Err())
+	}
+}
+
+func TestErrorsHaveTheirStatus(t *testing.T) {
+	statuses := map[error]int{
+		ErrUnknownOutcome: 504, ErrNoLeader: 503, ErrNotLeader: 503, ErrOverloaded: 503, ErrNotInTime: 503, ErrNotConfirmed: 503,
+		ErrStarting: 503, ErrLeft: 503, badRequest("what?"): 400, errNotFound: 404, errors.New("node7 is broken"): 500,
+	}
+	for _, row := range statusOf {
+		if _, tested := statuses[row.err]; !tested {
+			t.Errorf("no test for %v", row.err)
+		}
+	}
+	n := newTestNode(t, storeMemory)
+	for tested, status := range statuses {
+		t.Run(tested.Error(), func(t *testing.T) {
+			outcome := "not-applied"
+			if status == 500 || status == 504 {
+				outcome = "unknown"
+			}
+			for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPost, http.MethodPut, http.MethodDelete} {
+				for _, err := range []error{tested, fmt.Errorf("in /secret: %w", tested)} {
+					recorder := httptest.NewRecorder()
+					a := &response{ResponseWriter: recorder, server: n.server, client: new(client)}
+					n.server.writeError(a, httptest.NewRequestWithContext(t.Context(), method, "/value/k", nil), err)
+					got := answerTo{recorder.Code, recorder.Header(), recorder.Body.String()}
+					if got.status != status || strings.Contains(got.body, "secret") || strings.Contains(got.body, "node7") {
+						t.Errorf("%s: got %v; want %d and nothing of what is inside", method, got, status)
+					}
+					checkProblem(t, method, got, outcome)
+					retry, err := strconv.Atoi(got.header.Get("Retry-After"))
+					if status == 503 && (err != nil || retry < 1) || status != 503 && got.header["Retry-After"] != nil {
+						t.Errorf("%s: got %v; want Retry-After only with 503", method, got.header)
+					}
+				}
+			}
+		})
 	}
 }
