@@ -147,8 +147,8 @@ func (s *server) find(r *http.Request) *route {
 	return &route{path: "none"}
 }
 
-// handle checks whether the client may send such a request, and calls the handler. A panic of the handler is returned as
-// an error.
+// handle checks whether the client may send such a request, and calls the handler. A panic of the handler is returned
+// as an error.
 func (s *server) handle(a *response, r *http.Request, rt *route) (err error) {
 	h := a.Header()
 	h["X-Content-Type-Options"] = noSniff
