@@ -28,7 +28,7 @@ const (
 
 // RaftState is where this node stands, as far as it knows.
 type RaftState struct {
-	State  string // "forming", "starting", "follower", "candidate", "leader" or "shutdown"
+	State  string // "starting", "forming", "follower", "candidate", "leader", "retired" or "shutdown"
 	Leader string // the leader's node id, "" when there is none
 	Term   uint64
 
@@ -232,8 +232,12 @@ func (s *Store) publishState(r *raft.Raft) RaftState {
 		_, leader := r.LeaderWithID()
 		now = RaftState{stateNames[r.State()], nodeOf(string(leader)), r.CurrentTerm(), string(leader), false}
 		now.left = now.Leader == "" && s.hasLeft()
-	} else if s.membership.at() == stageForming {
+	}
+	switch s.membership.at() {
+	case stageForming:
 		now.State = "forming"
+	case stageRetired:
+		now.State = "retired"
 	}
 	before := s.leadership.set(s.ctx, now)
 	if now.State == "leader" && (before.State != "leader" || before.Term != now.Term) {

@@ -669,6 +669,7 @@ func TestMajorityWithoutItsState(t *testing.T) {
 		return a.status == http.StatusOK && a.body == "1" && a.header.Get("Raft-Stale") == "since-start"
 	})
 	writes.Wait()
+	waitFor(t, "/status to say that the node takes part in nothing", func() bool { return kept.Status().State == "retired" })
 	for _, node := range c.nodes {
 		if got := node.Status(); got.Leader != "" || (got.Cluster == "") != (node != kept) {
 			t.Errorf("got %+v of %s; want no leader, and a cluster where state is left only", got, node.cfg.NodeID)

@@ -221,6 +221,7 @@ func (v view) whyNotFollowing(node string) string {
 // state.
 func (v view) problems(begun bool, lost []string) string {
 	var parts []string
+	bootstrapped := v.answers[v.bootstrapper()].Server
 	for _, node := range slices.Sorted(maps.Keys(v.addresses)) {
 		switch info, answers := v.answers[node]; {
 		case slices.Contains(lost, node):
@@ -228,6 +229,9 @@ func (v view) problems(begun bool, lost []string) string {
 		case node == v.self && answers && portOf(v.listens) != portOf(v.addresses[node]):
 			listens, named := portOf(v.listens), portOf(v.addresses[node])
 			parts = append(parts, fmt.Sprintf("%s listens on %s, PEERS says %s", node, listens, named))
+		case !begun && info.Cluster != "" && bootstrapped != "" && info.Cluster != bootstrapped && info.LastIndex == 0:
+			parts = append(parts, fmt.Sprintf("%s has joined a cluster that %s has not begun: name %[2]s in PEERS as "+
+				"before, or start %[1]s without its state", node, nodeOf(info.Cluster)))
 		case node == v.self && answers:
 		case !answers:
 			parts = append(parts, v.whySilent(node))

@@ -415,6 +415,27 @@ func TestReasonsForPeople(t *testing.T) {
 			"the cluster has not begun: all nodes answer",
 		},
 		{
+			"who was to begin the cluster has left the list",
+			[]nodeInfo{joined("node1#1", "node0#1"), blank("node2#1"), joined("node3#1", "node0#1")},
+			nil,
+			"the cluster has not begun: node1 has joined a cluster that node0 has not begun: name node0 in PEERS as before, or " +
+				"start node1 without its state; node3 has joined a cluster that node0 has not begun: name node0 in PEERS as before, or " +
+				"start node3 without its state",
+		},
+		{
+			"who was to begin the cluster is not the first of the list any more",
+			[]nodeInfo{blank("node1#1"), joined("node2#1", "node3#1"), blank("node3#1")},
+			nil,
+			"the cluster has not begun: node2 has joined a cluster that node3 has not begun: name node3 in PEERS as before, or " +
+				"start node2 without its state",
+		},
+		{
+			"all have joined",
+			[]nodeInfo{blank("node1#1"), joined("node2#1", c), joined("node3#1", c)},
+			nil,
+			"the cluster has not begun: all nodes answer",
+		},
+		{
 			"one is of another cluster",
 			[]nodeInfo{holds("node1#1", c, 2, 9, all...), holds("node2#1", "x#1", 2, 3), holds("node3#1", c, 2, 9)},
 			nil,
