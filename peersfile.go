@@ -60,7 +60,7 @@ func (l *peerList) follow(ctx context.Context) {
 // look reads PEERS_FILE. A new list counts when it has been the same for peersFileInterval: a file that is half written
 // may hold a list that is valid and shorter.
 func (l *peerList) look(now time.Time) {
-	content, _, err := readFile(l.path)
+	content, mode, err := readFile(l.path)
 	found := string(content)
 	if err != nil {
 		found = "\x00" + err.Error() // no list holds such a byte
@@ -72,6 +72,9 @@ func (l *peerList) look(now time.Time) {
 		return
 	}
 	l.handled = found
+	if mode&0o002 != 0 {
+		l.log.Warn("everybody can write PEERS_FILE, and so remove nodes from the cluster: chmod o-w it", "PEERS_FILE", l.path)
+	}
 	peers, problems := []Peer(nil), []error{err}
 	if err == nil {
 		peers, problems = parsePeersFile(found)

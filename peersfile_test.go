@@ -1,12 +1,15 @@
 package main
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/go-hclog"
 )
 
 func TestParsePeersFile(t *testing.T) {
@@ -85,6 +88,30 @@ func TestPeersFileIsReadAgain(t *testing.T) {
 	check(2*time.Second, "a", false)
 	if got := l.get()[0].Addr; got != "elsewhere:1" {
 		t.Errorf("got address %s; want the new one", got)
+	}
+}
+
+// Who can write the list can remove nodes. It is a warning and no error: where files come from a mount, its modes are not for
+// the operator to choose.
+func TestPeersFileThatEverybodyCanWrite(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "peers")
+	for _, tt := range []struct {
+		text string
+		mode os.FileMode
+		want int // warnings
+	}{{"a@h1:1\n", 0o666, 1}, {"a@h1:1\n", 0o644, 0}, {"a@h1:1\nb@h2:1\n", 0o602, 1}} {
+		if err := errors.Join(os.WriteFile(path, []byte(tt.text), 0o600), os.Chmod(path, tt.mode)); err != nil {
+			t.Fatal(err)
+		}
+		lines := new(logLines)
+		first, _ := parsePeersFile("a@h1:1")
+		l := newPeerList(&Config{PeersFile: path, Peers: first}, hclog.New(&hclog.LoggerOptions{Output: lines}))
+		for second := range 10 {
+			l.look(time.Unix(int64(second), 0))
+		}
+		if got := lines.count("[WARN]", "everybody can write PEERS_FILE", path); got != tt.want || l.bad.Load() {
+			t.Errorf("mode %#o: got %d warnings, bad %v; want %d, and that the list counts", tt.mode, got, l.bad.Load(), tt.want)
+		}
 	}
 }
 
