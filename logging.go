@@ -20,6 +20,9 @@ const (
 	maxLogLines    = 1024                   // that wait until they are written
 	flushTimeout   = 250 * time.Millisecond // for those that wait when the process ends
 	repeatInterval = 30 * time.Second       // between two lines of Raft's that say the same about the same node
+
+	waitGrowth  = 6                // of the time between two lines of a repeatLogger's
+	forgetAfter = 10 * time.Minute // of silence a line is as new
 )
 
 // openLog returns a log that is written to w, and never waits for w. flush waits for a moment until all of it is
@@ -85,11 +88,12 @@ func (q *logQueue) run(ctx context.Context, w io.Writer, log hclog.Logger) {
 	}
 }
 
-// repeatLogger shows the same warning or error about the same node only once in an interval. It logs repetitions at
-// debug level, and adds to the next line that it shows how many were left out.
+// repeatLogger shows a warning or error about a node, and the same about the same node again only when some time has
+// passed: each time longer than the time before, up to most. It logs what it leaves out at debug level, and adds to the
+// next line that it shows how many those were.
 type repeatLogger struct {
 	hclog.Logger
-	interval time.Duration
+	least, most time.Duration
 
 	mu    sync.Mutex // guards lines
 	lines map[lineAbout]*repeatedLine
@@ -98,13 +102,15 @@ type repeatLogger struct {
 type lineAbout struct{ node, msg string }
 
 type repeatedLine struct {
-	shown   time.Time
-	leftOut int  // since then
-	solved  bool // what it complains of is over
+	said    time.Time     // when it was last logged, at whichever level
+	next    time.Time     // when it may be shown again
+	wait    time.Duration // from when it was shown to next
+	leftOut int           // since it was shown
+	solved  bool          // what it complains of is over
 }
 
-func newRepeatLogger(log hclog.Logger, interval time.Duration) *repeatLogger {
-	return &repeatLogger{Logger: log, interval: interval, lines: make(map[lineAbout]*repeatedLine)}
+func newRepeatLogger(log hclog.Logger, least, most time.Duration) *repeatLogger {
+	return &repeatLogger{Logger: log, least: least, most: most, lines: make(map[lineAbout]*repeatedLine)}
 }
 
 // logAbout logs a line about a node, "" for none.
@@ -112,15 +118,25 @@ func (l *repeatLogger) logAbout(node string, level hclog.Level, msg string, args
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if level >= hclog.Warn {
-		last, repeated := l.lines[lineAbout{node, msg}]
-		if repeated && time.Since(last.shown) < l.interval {
-			last.leftOut++
+		about, now := lineAbout{node, msg}, time.Now()
+		line := l.lines[about]
+		if line == nil {
+			line = new(repeatedLine)
+			l.lines[about] = line
+		}
+		if now.Sub(line.said) > forgetAfter {
+			line.wait, line.next = 0, now
+		}
+		line.said = now
+		if now.Before(line.next) {
+			line.leftOut++
 			level = hclog.Debug
 		} else {
-			if repeated && last.leftOut > 0 {
-				args = append(slices.Clip(args), "left-out", last.leftOut)
+			if line.leftOut > 0 {
+				args = append(slices.Clip(args), "left-out", line.leftOut)
 			}
-			l.lines[lineAbout{node, msg}] = &repeatedLine{shown: time.Now()}
+			line.wait = min(max(line.wait*waitGrowth, l.least), l.most)
+			line.next, line.leftOut, line.solved = now.Add(line.wait), 0, false
 		}
 	}
 	l.Log(level, msg, args...)
@@ -130,7 +146,7 @@ func (l *repeatLogger) logAbout(node string, level hclog.Level, msg string, args
 type raftLogger struct{ *repeatLogger }
 
 func newRaftLogger(log hclog.Logger) *raftLogger {
-	return &raftLogger{newRepeatLogger(log, repeatInterval)}
+	return &raftLogger{newRepeatLogger(log, repeatInterval, repeatInterval)}
 }
 
 const failedHeartbeat = "failed to heartbeat to" // Raft's words for a node that it does not reach

@@ -24,7 +24,9 @@ const (
 	helloTimeout   = 3 * time.Second // for TLS and the hello of a connection, until the answer is there
 	dialTimeout    = 2 * time.Second
 	redialInterval = 100 * time.Millisecond
-	warnInterval   = 10 * time.Second // between two warnings about refused connections
+
+	// Between two warnings about refused connections of the same node. The time grows from the one to the other.
+	warnInterval, maxWarnInterval = 10 * time.Second, time.Hour
 )
 
 // port is where this node listens for its peers, and how it connects to them. The simulation has one in memory.
@@ -130,7 +132,7 @@ func newNetwork(node string, p port, certs *reloaded[*certificates], d directory
 	n := &network{
 		node: node, port: p, certs: certs, directory: d, refusals: refusals, log: log,
 		listener:   newConnLimiter(p, min(maxRaftConns, maxFiles()/8), 0, refusals),
-		refusalLog: newRepeatLogger(log, warnInterval),
+		refusalLog: newRepeatLogger(log, warnInterval, maxWarnInterval),
 		raftConns:  make(chan *peerConn),
 		callConns:  make(chan *peerConn),
 		conns:      make(map[*peerConn]struct{}),
@@ -254,7 +256,8 @@ func (n *network) isNode(id string) bool {
 }
 
 // logRefusal counts and logs a refused connection. Whoever can reach the port must not be able to fill the log, so
-// there is one warning in each warnInterval. Two cases are logged for debugging only: the other end said nothing or
+// there are a handful of warnings of each node that this one knows, and of all others together, and then one each
+// maxWarnInterval. Two cases are logged for debugging only: the other end said nothing or
 // went away, which is not counted as a refusal; and this node does not run Raft yet.
 func (n *network) logRefusal(remote, sender string, err error) {
 	gone := errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, os.ErrDeadlineExceeded) ||
@@ -266,7 +269,11 @@ func (n *network) logRefusal(remote, sender string, err error) {
 	if gone || errors.Is(err, errNoRaft) {
 		level = hclog.Debug
 	}
-	n.refusalLog.logAbout("", level, "refused a connection to the Raft port",
+	node := nodeOf(sender)
+	if !n.isNode(node) {
+		node = ""
+	}
+	n.refusalLog.logAbout(node, level, "refused a connection to the Raft port",
 		"remote", remote, "node", sender, "reason", err)
 }
 

@@ -261,27 +261,42 @@ func TestTooManyConnectionsThatDoNotSayWhoTheyAre(t *testing.T) {
 	checkEcho(t, nodes[0], nodes[1])
 }
 
-// Whoever can reach the port cannot fill the log with its own failures: a load balancer that only looks whether the port is
-// open is worth no warning, and all else one each warnInterval.
+// Whoever can reach the port cannot fill the log: a load balancer that only looks whether the port is open is worth no
+// warning. A node that was removed and runs on, or one that starts before the others have it in their list, is worth a
+// handful, and then one an hour. They hide nothing of a node that belongs here.
 func TestRefusalsAreLoggedNowAndThen(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		lines := new(logLines)
 		log := hclog.New(&hclog.LoggerOptions{Output: lines, Level: hclog.Debug})
-		n := &network{refusalLog: newRepeatLogger(log, warnInterval), refusals: newMetrics().refusals}
-		worth := errors.New("no such node")
-		began := time.Now()
+		n := &network{
+			refusalLog: newRepeatLogger(log, warnInterval, maxWarnInterval), refusals: newMetrics().refusals,
+			directory: &testNetNode{all: &testNet{addrs: map[string]string{"node2": "host2:12000"}}},
+		}
+		stranger, foreign := errors.New("no such node"), errors.New("another cluster")
 		refused, all := 0, 0
-		for time.Since(began) < time.Minute {
-			for _, err := range []error{
-				worth, io.EOF, fmt.Errorf("TLS: %w", io.ErrUnexpectedEOF), os.ErrDeadlineExceeded, syscall.ECONNRESET, errNoRaft,
-			} {
-				n.logRefusal("10.0.0.1:1", "node1#1", err)
+		say := func(sender string, errs ...error) {
+			for _, err := range errs {
+				n.logRefusal("10.0.0.1:1", sender, err)
 				all++
-				if errors.Is(err, worth) || errors.Is(err, errNoRaft) {
+				if errors.Is(err, stranger) || errors.Is(err, foreign) || errors.Is(err, errNoRaft) {
 					refused++
 				}
 			}
 			time.Sleep(time.Second)
+		}
+		warned := func(err error) int { return lines.count("[WARN]", err.Error()) }
+		for began := time.Now(); time.Since(began) < 5*time.Hour; {
+			say([]string{"node8", "node9#1", ""}[all%3], stranger, io.EOF, fmt.Errorf("TLS: %w", io.ErrUnexpectedEOF),
+				os.ErrDeadlineExceeded, syscall.ECONNRESET, errNoRaft)
+			if time.Since(began) == 2*time.Hour {
+				if got := warned(stranger); got != 6 {
+					t.Errorf("got %d warnings of strangers in 2 hours; want 6", got)
+				}
+				say("node2#1", foreign, foreign)
+				if got := warned(foreign); got != 1 {
+					t.Errorf("got %d warnings of a node that is known; want 1", got)
+				}
+			}
 		}
 		if got := int(testutil.ToFloat64(n.refusals)); got != refused {
 			t.Errorf("got %d counted; want %d", got, refused)
@@ -289,9 +304,15 @@ func TestRefusalsAreLoggedNowAndThen(t *testing.T) {
 		if got := lines.count("refused a connection"); got != all {
 			t.Errorf("got %d lines; want %d", got, all)
 		}
-		if warned, first, later := lines.count("[WARN]"), lines.count("[WARN]", worth.Error()+"\"\n"),
-			lines.count("[WARN]", worth.Error(), "left-out=9"); warned != 6 || first != 1 || later != 5 {
-			t.Errorf("got %d warnings, of them %d with none left out and %d with nine; want 6, 1 and 5", warned, first, later)
+		if got, later := warned(stranger), lines.count("[WARN]", "left-out=3599"); got != 9 || later < 3 {
+			t.Errorf("got %d warnings of strangers, %d that leave an hour's out; want 9, 3", got, later)
+		}
+		time.Sleep(forgetAfter) // whatever it was, it is over
+		for range 3 {
+			say("node8", stranger)
+		}
+		if got := warned(stranger); got != 10 {
+			t.Errorf("got %d warnings of strangers after a quiet time; want 10", got)
 		}
 	})
 }
