@@ -54,7 +54,7 @@ type Config struct {
 	KVStore           string // storeBolt or storeMemory
 	HTTPAddr          string // host:port to listen on
 	RaftAddr          string // host:port to listen on
-	RaftAdvertise     string // host:port peers are told; with PEERS, this node's entry there
+	RaftAdvertise     string // host:port peers are told; this node's entry in PEERS; "" if it is not known
 	Peers             []Peer // in the order of their ids, this node included unless PeersFile leaves it out
 	PeersFile         string // "" for PEERS
 	ReadConsistency   Consistency
@@ -270,15 +270,17 @@ func (e *env) identify(c *Config, sys system) {
 			named, from, peerIDs(c.Peers))
 		return
 	}
-	if host == "" {
-		host = sys.hostIPv4()
-	}
-	c.RaftAdvertise = net.JoinHostPort(host, cmp.Or(port, raftPort))
-	if len(c.Peers) == 0 {
-		c.Peers = []Peer{{ID: c.NodeID, Addr: c.RaftAdvertise}}
-	} else {
+	if len(c.Peers) > 0 {
 		c.Warnings = append(c.Warnings,
 			named+" is not in PEERS_FILE: this node is to leave the cluster")
+	} else if host == "" {
+		host = sys.hostIPv4()
+	}
+	if host != "" { // else it is where the cluster's configuration says
+		c.RaftAdvertise = net.JoinHostPort(host, cmp.Or(port, raftPort))
+	}
+	if len(c.Peers) == 0 {
+		c.Peers = []Peer{{ID: c.NodeID, Addr: c.RaftAdvertise}}
 	}
 }
 

@@ -153,7 +153,7 @@ func unstartedCluster(t testing.TB, n int, store string) *testCluster {
 	}
 	for i := range n {
 		cfg := mustConfig(t, map[string]string{"NODE_ID": fmt.Sprintf("node%d", i+1), "KV_STORE": store, "STATE_DIR": t.TempDir()})
-		cfg.RaftAddr = addrs[i]
+		cfg.RaftAddr, cfg.RaftAdvertise = addrs[i], addrs[i]
 		cfg.Peers = nil
 		for j := range n {
 			addr := addrs[j]

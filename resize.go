@@ -138,14 +138,18 @@ func (p plan) removeOld(node string) (change, bool) {
 	return change{}, false
 }
 
-// addReplacement adds the server that a node of the configuration answers as, if it is not there.
+// addReplacement adds the server that a node of the configuration answers as, if it is not there. To one that is there
+// but has moved the same change gives its new address, and nothing else: if this node leaves the list, those that do
+// not know it find it there.
 func (p plan) addReplacement(node string) (change, bool) {
 	info, answers := p.answers[node]
-	_, _, is := p.present(node)
-	if !answers || info.Cluster != p.mine().Cluster || is || p.leaves(node) {
-		return change{}, false
+	m, _, is := p.present(node)
+	due := !p.leaves(node)
+	if is {
+		due = info.Address != "" && info.Address != m.Address
 	}
-	return change{raft.AddNonvoter, member{Server: info.Server, Address: p.addresses[node]}}, true
+	return change{raft.AddNonvoter, member{Server: info.Server, Address: p.address(node)}},
+		due && answers && info.Cluster == p.mine().Cluster
 }
 
 // addNode adds a node that is in the list and not in the configuration, when each node there has a voter.
@@ -158,7 +162,7 @@ func (p plan) addNode() (change, bool) {
 	for _, node := range p.mine().Peers {
 		info, answers := p.answers[node]
 		if p.agreed && p.byNode[node] == nil && answers && info.Cluster == p.mine().Cluster {
-			return change{raft.AddNonvoter, member{Server: info.Server, Address: p.addresses[node]}}, true
+			return change{raft.AddNonvoter, member{Server: info.Server, Address: p.address(node)}}, true
 		}
 	}
 	return change{}, false

@@ -24,7 +24,7 @@ func TestNextChangeForAList(t *testing.T) {
 		name     string
 		members  []string
 		list     string   // of node1 and, unless said, of all who answer
-		answers  []string // servers of this cluster; "node4#1 blank", "node2#1 of x#1", "node2#1 names node1,node2"
+		answers  []string // servers of this cluster; "node4#1 blank", "node2#1 of x#1", "node2#1 names node1,node2", "node2#1 at host:1"
 		caughtUp []string
 		keeps    bool // the list is from PEERS
 		want     string
@@ -57,6 +57,11 @@ func TestNextChangeForAList(t *testing.T) {
 		{"likewise, and the old one is gone for good", three, "node1,node2,node4", []string{"node2#1", "node4#1"}, nil, false, "AddNonvoter node4#1"},
 		{"the new one is in", append(slices.Clone(three), "node4#1"), "node1,node2,node4", []string{"node2#1", "node4#1"}, nil, false, "RemoveServer node3#1"},
 		{"a non-voter that is not wanted any more", append(slices.Clone(three), "node4#1-"), "node1,node2,node3", []string{"node2#1", "node3#1", "node4#1"}, []string{"node4#1"}, false, "RemoveServer node4#1"},
+		{"one that has moved", three, "node1,node2,node3", []string{"node2#1 at elsewhere:1", "node3#1"}, nil, true, "AddNonvoter node2#1 at elsewhere:1"},
+		{"a leaver that has moved", five, "node1,node2,node3", []string{"node2#1", "node3#1", "node4#1 at elsewhere:1"}, nil, false, "AddNonvoter node4#1 at elsewhere:1"},
+		{"one of another cluster has moved", three, "node1,node2,node3", []string{"node2#1 at elsewhere:1 of x#1", "node3#1"}, nil, true, ""},
+		{"one without a vote has moved", append(slices.Clone(three), "node4#1-"), "node1,node2,node3,node4", []string{"node2#1", "node3#1", "node4#1 at elsewhere:1"}, nil, true, "AddNonvoter node4#1 at elsewhere:1"},
+		{"one more says where it is", one, "node1,node2", []string{"node2#1 at elsewhere:1"}, nil, true, "AddNonvoter node2#1 at elsewhere:1"},
 		{"a leaver that has lost its state is not replaced", five, "node1,node2,node3", []string{"node2#1", "node3#1", "node4#2", "node5#1"}, nil, false, "RemoveServer node4#1"},
 	} {
 		v := view{self: "node1", answers: make(map[string]nodeInfo), silent: make(map[string]error), addresses: make(map[string]string)}
@@ -65,15 +70,19 @@ func TestNextChangeForAList(t *testing.T) {
 		}
 		list := strings.Split(tt.list, ",")
 		for _, answer := range append(tt.answers, "node1#1") {
-			f := append(strings.Fields(answer), "", "")
+			f := append(strings.Fields(answer), "")
 			info := naming(holds(f[0], c, 2, 5), list...)
-			switch f[1] {
-			case "blank":
-				info = naming(blank(f[0]), list...)
-			case "of":
-				info.Cluster = f[2]
-			case "names":
-				info.Peers = strings.Split(f[2], ",")
+			for i, word := range f[1:] {
+				switch word {
+				case "blank":
+					info = naming(blank(f[0]), list...)
+				case "of":
+					info.Cluster = f[i+2]
+				case "names":
+					info.Peers = strings.Split(f[i+2], ",")
+				case "at":
+					info.Address = f[i+2]
+				}
 			}
 			v.answers[nodeOf(f[0])] = info
 		}
@@ -84,6 +93,9 @@ func TestNextChangeForAList(t *testing.T) {
 		got := ""
 		if step, there := p.next(); there {
 			got = fmt.Sprintf("%v %s", step.command, step.Server)
+			if step.Address == "elsewhere:1" {
+				got += " at " + step.Address
+			}
 		} else if p.handsOver() {
 			got = "hand over"
 		}
@@ -286,6 +298,69 @@ func TestNodesAreAddedByALeaderThatLeaves(t *testing.T) {
 	waitFor(t, "the list to be the membership", func() bool {
 		return !c.nodes[stays].drift() && node5.Ready() == nil
 	})
+}
+
+// move has a node that is stopped listen elsewhere. The ways that led to it lead nowhere now.
+func (c *testCluster) move(i int) {
+	cfg := c.nodes[i].cfg
+	cfg.RaftAddr = freeAddr(c.t)
+	cfg.RaftAdvertise = cfg.RaftAddr
+	for pair := range c.links {
+		if pair[1] == i {
+			c.links[pair] = newLink(c.t, cfg.RaftAddr)
+		}
+	}
+}
+
+// The leader is to leave, and has moved since it became a member. The nodes that it adds must find it all the same.
+func TestNodesAreAddedByALeaderThatHasMoved(t *testing.T) {
+	t.Parallel()
+	for name, listed := range map[string]bool{"and was in the list then": true, "and was not in the list any more": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := unstartedCluster(t, 5, storeBolt)
+			for i := range 3 {
+				c.rename([]int{0, 1, 2}, i)
+				c.start(i)
+			}
+			const moved, stays, other = 0, 1, 2
+			c.leader(0, 1, 2)
+			list, now := []int{stays, other, 3, 4}, []int{0, 1, 2}
+			if !listed { // then nobody else can lead: node2 does not reach node1, and node3 is down
+				now = list
+				c.stop(other)
+				c.stop(stays)
+			}
+			c.stop(moved)
+			c.move(moved)
+			c.rename(now, 0, 1, 2)
+			c.start(moved)
+			leader := c.nodes[moved]
+			if listed {
+				waitFor(t, "the node that has moved to follow", func() bool { return leader.Leader() != "" })
+				leader.transport.campaign(nil)
+			} else {
+				c.start(stays)
+			}
+			waitFor(t, "it to lead, and its address to be known", func() bool {
+				members := c.nodes[stays].members()
+				return leader.leadsReady() && len(members) > 0 && members[0].Address == leader.cfg.RaftAddr
+			})
+			if !listed {
+				c.start(other)
+			}
+			c.rename(list, 0, 1, 2, 3, 4)
+			c.start(3)
+			waitFor(t, "node4 to join", func() bool { return c.nodes[3].membership.cluster() != "" })
+			if !leader.leadsReady() {
+				t.Error("another node leads by now: nothing is tested")
+			}
+			c.start(4)
+			waitFor(t, "the list to be the membership", func() bool {
+				return !c.nodes[stays].drift() && c.nodes[3].Ready() == nil && c.nodes[4].Ready() == nil
+			})
+		})
+	}
 }
 
 // The lists of all nodes leave most of a cluster out, and the one node that they keep has lost its state. It and the new ones

@@ -145,11 +145,11 @@ func (s *Store) addresses() map[string]string {
 	for _, m := range s.members() {
 		addresses[nodeOf(m.Server)] = m.Address
 	}
+	if s.cfg.RaftAdvertise != "" {
+		addresses[s.cfg.NodeID] = s.cfg.RaftAdvertise
+	}
 	for _, p := range s.list.get() {
 		addresses[p.ID] = p.Addr
-	}
-	if addresses[s.cfg.NodeID] == "" { // it is not in the list
-		addresses[s.cfg.NodeID] = s.cfg.RaftAdvertise
 	}
 	return addresses
 }

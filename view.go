@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -24,7 +25,8 @@ const (
 type nodeInfo struct {
 	Server  string   `json:"server"`
 	Cluster string   `json:"cluster"`
-	Peers   []string `json:"peers"` // ids in its PEERS, sorted
+	Address string   `json:"address"` // where it listens, "" if it does not know
+	Peers   []string `json:"peers"`   // ids in its PEERS, sorted
 
 	LastTerm  uint64 `json:"last_term"` // of its newest log entry or snapshot
 	LastIndex uint64 `json:"last_index"`
@@ -54,6 +56,9 @@ type view struct {
 }
 
 func (v view) mine() nodeInfo { return v.answers[v.self] }
+
+// address returns where a node that answers says it listens or, if it does not know, where it was asked.
+func (v view) address(node string) string { return cmp.Or(v.answers[node].Address, v.addresses[node]) }
 
 // mostComplete returns the node whose log is the most complete of those in this server's cluster, or in any if it has
 // none; "" if none holds anything.
@@ -116,7 +121,7 @@ func (v view) toBootstrap() []member {
 		if p.ID != v.self && info.Cluster != v.mine().Server {
 			return nil
 		}
-		members = append(members, member{info.Server, p.Addr, true})
+		members = append(members, member{info.Server, v.address(p.ID), true})
 	}
 	return members
 }
@@ -292,7 +297,7 @@ func causeOf(err error) error {
 func (s *Store) info() (nodeInfo, error) {
 	id := s.membership.identity()
 	info := nodeInfo{
-		Server: id.Server, Cluster: id.Cluster, Peers: peerIDs(s.list.get()),
+		Server: id.Server, Cluster: id.Cluster, Address: s.addresses()[s.cfg.NodeID], Peers: peerIDs(s.list.get()),
 		Applied: s.replica.applied.load(), WaitsFor: s.membership.reason(),
 		Commands: s.replica.knownVersion(),
 	}
