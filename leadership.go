@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -158,7 +157,7 @@ func (s *Store) appliedIndex() uint64 { return s.raft.Load().AppliedIndex() }
 
 // commitsWithOthers says whether this node leads and nothing is committed by what it has stored alone. Raft's main
 // thread must ask, as that is where this changes.
-func (s *Store) commitsWithOthers() bool { return s.leadsNow() && s.voters() > 1 }
+func (s *Store) commitsWithOthers() bool { return s.leadsNow() && len(voting(s.members())) > 1 }
 
 // watch publishes every change of Raft's state until the Store shuts down: at once when Raft tells of it, and at the
 // latest after watchInterval, since Raft may leave out what it tells.
@@ -199,14 +198,9 @@ func (s *Store) watch() {
 // followersBefore returns how many followers notice a silent leader before this one. They do so in the order of their
 // names: two that stand at the same time split the votes, and both wait for more than a second. A turn is longer than
 // what their last heartbeats may be apart.
-func (s *Store) followersBefore() (n int) {
+func (s *Store) followersBefore() int {
 	leader, self := s.State().server, s.membership.server()
-	for _, m := range s.members() {
-		if m.Voter && m.Server != leader && m.Server < self {
-			n++
-		}
-	}
-	return n
+	return count(voting(s.members()), func(m member) bool { return m.Server != leader && m.Server < self })
 }
 
 // checkHeartbeats makes a follower see that its leader is silent, so that it stands for election. Raft by itself checks
@@ -221,23 +215,16 @@ func (s *Store) checkHeartbeats(r *raft.Raft) {
 	}
 }
 
-var stateNames = map[raft.RaftState]string{
-	raft.Follower: "follower", raft.Candidate: "candidate", raft.Leader: "leader", raft.Shutdown: "shutdown",
-}
-
 // publishState publishes this node's state, and starts what a change of it asks for. r is nil before Raft runs.
 func (s *Store) publishState(r *raft.Raft) RaftState {
-	now := RaftState{State: "starting"}
+	now := RaftState{State: s.membership.at().String()}
 	if r != nil {
 		_, leader := r.LeaderWithID()
-		now = RaftState{stateNames[r.State()], nodeOf(string(leader)), r.CurrentTerm(), string(leader), false}
+		now.Leader, now.Term, now.server = nodeOf(string(leader)), r.CurrentTerm(), string(leader)
 		now.left = now.Leader == "" && s.hasLeft()
-	}
-	switch s.membership.at() {
-	case stageForming:
-		now.State = "forming"
-	case stageRetired:
-		now.State = "retired"
+		if now.State == "running" {
+			now.State = strings.ToLower(r.State().String())
+		}
 	}
 	before := s.leadership.set(s.ctx, now)
 	if now.State == "leader" && (before.State != "leader" || before.Term != now.Term) {
@@ -286,12 +273,11 @@ func (s *Store) handOver(ctx context.Context, r *raft.Raft) {
 // mostAdvanced returns the other voter with the longest log among those that answer, "" if none does.
 func (s *Store) mostAdvanced(ctx context.Context) (best string) {
 	v, longest := s.askAll(ctx), uint64(0)
-	for _, m := range s.members() {
+	for _, m := range voting(s.members()) {
 		node := nodeOf(m.Server)
-		info, stays := v.answers[node], v.named(node) || !s.list.removes()
-		can := m.Voter && stays && m.Server != s.membership.server() && info.Server == m.Server
-		if can && info.LastIndex > longest {
-			best, longest = m.Server, info.LastIndex
+		can := node != v.self && v.present(m) && (v.listed(node) || !s.list.removes())
+		if last := v.answers[node].LastIndex; can && last > longest {
+			best, longest = m.Server, last
 		}
 	}
 	return best
@@ -329,12 +315,11 @@ func (s *Store) setStuck(stuck bool) {
 func (s *Store) stuckReason() string {
 	next, v := s.raft.Load().CommitIndex()+1, s.recentView()
 	var lacking []string
-	for _, m := range s.members() {
-		if node := nodeOf(m.Server); m.Voter && v.answers[node].LastIndex < next {
+	for _, node := range nodesOf(voting(s.members())) {
+		if v.answers[node].LastIndex < next {
 			lacking = append(lacking, node+" at "+v.addresses[node])
 		}
 	}
-	slices.Sort(lacking)
 	return fmt.Sprintf("replication is stuck: log entry %d has not reached a majority for %v, though heartbeats do, "+
 		"and no write gets past it; nodes without it: [%s]: is the link to them or their disk too slow, "+
 		"or are large packets lost (MTU)?", next, replicationStuckAfter, strings.Join(lacking, ", "))

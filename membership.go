@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -41,6 +42,10 @@ const (
 	stageCaughtUp
 	stageRetired
 )
+
+func (s stage) String() string {
+	return [...]string{"starting", "forming", "running", "running", "retired"}[s]
+}
 
 // How often a node asks the others who they are.
 const (
@@ -105,6 +110,36 @@ func membersOf(c raft.Configuration) []member {
 	return members
 }
 
+func isVoter(m member) bool { return m.Voter }
+
+// voting returns the members that vote.
+func voting(members []member) []member {
+	return slices.DeleteFunc(slices.Clone(members), func(m member) bool { return !m.Voter })
+}
+
+// nodesOf returns the nodes of members, in the order of their ids.
+func nodesOf(members []member) []string {
+	nodes := make([]string, 0, len(members))
+	for _, m := range members {
+		nodes = append(nodes, nodeOf(m.Server))
+	}
+	slices.Sort(nodes)
+	return slices.Compact(nodes)
+}
+
+// isMajority says whether n are more than half of so many.
+func isMajority(n, of int) bool { return n > of/2 }
+
+// count returns of how many of s something is so.
+func count[T any](s []T, so func(T) bool) (n int) {
+	for _, one := range s {
+		if so(one) {
+			n++
+		}
+	}
+	return n
+}
+
 func raftAddress(server, address string) raft.ServerAddress {
 	return raft.ServerAddress(server + "@" + address)
 }
@@ -116,18 +151,35 @@ type membership struct {
 	stable raft.StableStore
 	stage  atomic.Int32 // asked for by each read
 
-	// The next five are for form and manageMembers alone, which run one after the other.
-	neverBegan   twice             // this server's cluster will never begin
-	lostMajority twice             // a majority has lost its state, and this server has the most complete log
-	foreign      string            // nodes of other clusters, as last logged
-	term         uint64            // the term of committed
-	committed    map[string]uint64 // by member: what was committed when, in this term, this leader first saw it
+	// The next three are for form and manageMembers alone, which run one after the other.
+	neverBegan   twice // this server's cluster will never begin
+	lostMajority twice // a majority has lost its state, and this server has the most complete log
+	seen         sight // of this leader
+
+	found atomic.Pointer[findings]
 
 	mu       sync.Mutex // guards what follows
 	id       identity
 	waitsFor string    // for people
 	logged   time.Time // when waitsFor was last logged
-	resizing string    // for people: what keeps the configuration from being what the list says, as the leader sees it
+}
+
+// sight is when a leader first saw the configuration that there is. A server that has executed what the leader had
+// executed then has all that was committed before it became a member.
+type sight struct {
+	term    uint64 // of the leader
+	config  uint64 // index of the configuration
+	applied uint64 // what the leader had executed
+}
+
+// findings are what a leader has made of the last answers of all nodes, for those who ask it. What it found in an
+// earlier term may be wrong. Example: node1 leads, node2 takes over, node3 goes back to an older binary, and node1 leads
+// again.
+type findings struct {
+	term   uint64
+	lowest byte   // the newest version of commands that all voters know; 0 if one did not answer
+	behind string // a node that knows no more than that
+	resize string // for people: what keeps the configuration from being what the list says, "" for nothing
 }
 
 // twice is a condition that counts only when two views, one after the other, say so.
@@ -140,7 +192,9 @@ func (t *twice) again(now bool) bool {
 }
 
 func newMembership(cfg *Config, log hclog.Logger) *membership {
-	return &membership{cfg: cfg, log: log, waitsFor: "the storage is being opened"}
+	m := &membership{cfg: cfg, log: log, waitsFor: "the storage is being opened"}
+	m.found.Store(new(findings))
+	return m
 }
 
 // open reads which server the storage is, or makes it a new one if it holds nothing.
@@ -290,7 +344,7 @@ func (s *Store) form() error {
 			m.setReason("PEERS_FILE may leave out nodes that are a cluster with this one: it waits for them to ask")
 			continue
 		case bootstrap != nil:
-			s.log.Info("bootstraps the cluster", "cluster", id.Server, "nodes", v.mine().Peers)
+			s.log.Info("bootstraps the cluster", "cluster", id.Server, "nodes", v.peers)
 			return m.store(identity{Server: id.Server, Cluster: id.Server, Bootstrap: bootstrap})
 		default:
 			err = s.leaveUnbegun(v)
@@ -388,41 +442,42 @@ func (s *Store) manageMembers() {
 // true if the one after may be due soon.
 func (s *Store) replaceNext(term uint64) (soon bool) {
 	m, v := s.membership, s.askAll(s.ctx)
-	if foreign := v.foreign(); foreign != m.foreign {
-		m.foreign = foreign
-		s.log.Warn("nodes of other clusters", "nodes", foreign, "this-cluster", m.cluster())
-	}
-	applied := s.replica.applied.load()
 	snapshot, err := s.storage.snapshots.newest()
-	if err != nil {
+	mine, answers := v.answers[v.self]
+	if err != nil || !answers { // its disk hangs
 		return false
 	}
-	prevIndex := max(snapshot.ConfigurationIndex, s.replica.config.load()) // a ready leader knows one
-	info := v.mine()
-	info.Members = s.members() // read after prevIndex: if it has changed since, Raft refuses the step
-	v.answers[v.self] = info
-	if m.term != term {
-		m.term, m.committed = term, make(map[string]uint64)
+	now := sight{term, max(snapshot.ConfigurationIndex, s.replica.config.load()), s.replica.applied.load()}
+	if now.term != m.seen.term || now.config != m.seen.config {
+		m.seen = now
 	}
-	for _, member := range info.Members {
-		if _, known := m.committed[member.Server]; !known {
-			m.committed[member.Server] = applied
-		}
-		soon = soon || !member.Voter
-	}
-	s.versions.note(v, term, info.Members)
-	p := v.plan(s.list.removes(), func(server string, applied uint64) bool { return applied >= m.committed[server] })
-	m.setResizing(p.waitsFor())
+	mine.Members = s.members() // read after now.config: if it has changed since, Raft refuses the step
+	v.answers[v.self] = mine
+	p := v.plan(s.list.removes(), m.seen.applied)
+	m.note(p, term)
 	step, due := p.next()
 	switch {
 	case due:
-		err := s.changeMembers(step, prevIndex)
+		err := s.changeMembers(step, now.config)
 		s.log.Info("membership", "change", step.command, "server", step.Server, "error", err)
 	case p.handsOver():
 		s.log.Info("this leader is to leave the cluster, and hands leadership over")
 		s.handOver(s.ctx, s.raft.Load())
 	}
-	return soon || due
+	return due || len(voting(mine.Members)) < len(mine.Members)
+}
+
+// note takes note of what this leader has found, and logs what is new to people.
+func (m *membership) note(p plan, term uint64) {
+	f := &findings{term: term, resize: p.waitsFor()}
+	f.lowest, f.behind = p.lowestVersion()
+	switch before := m.found.Swap(f); f.resize {
+	case before.resize:
+	case "":
+		m.log.Info("the membership is what the list of nodes says")
+	default:
+		m.log.Info("the membership is not what the list of nodes says", "waits-for", f.resize)
+	}
 }
 
 // changeMembers returns when a change of the configuration that has index prevIndex is committed. After an error it may
@@ -455,16 +510,14 @@ func (s *Store) checkMajority() error {
 	if err := s.leaveUnbegun(v); err != nil {
 		return err
 	}
-	lost, present, voters := v.voters(v.self)
 	if m.at() == stageRetired {
-		if isMajority(present, voters) {
+		if voters := voting(v.mine().Members); isMajority(count(voters, v.present), len(voters)) {
 			return errors.New("a majority of the nodes has its state again: start this node again, " +
 				"which had stopped taking part")
 		}
 		return nil
 	}
-	isLost := len(lost) > 0 && !isMajority(voters-len(lost), voters)
-	if m.lostMajority.again(isLost && v.mostComplete() == v.self) {
+	if _, isLost := v.lost(v.self); m.lostMajority.again(isLost && v.mostComplete() == v.self) {
 		return s.retire()
 	}
 	return nil

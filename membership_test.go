@@ -89,7 +89,7 @@ func TestTwoLooksAtEachClusterThatNeverBegan(t *testing.T) {
 		if err := m.store(id); err != nil {
 			t.Fatal(err)
 		}
-		v := view{self: "node2", peers: []Peer{{ID: "node1"}, {ID: "node2"}}, answers: map[string]nodeInfo{
+		v := view{self: "node2", peers: []string{"node1", "node2"}, answers: map[string]nodeInfo{
 			"node1": naming(blank("node1#C"), "node1", "node2"),
 			"node2": naming(joined(id.Server, cluster), "node1", "node2"),
 		}}
@@ -621,8 +621,8 @@ func TestServerOfAnotherClusterStaysOut(t *testing.T) {
 	if diff := cmp.Diff(before, leader.members()); diff != "" {
 		t.Errorf("members (-want +got):\n%s", diff)
 	}
-	if got, want := leader.askAll(t.Context()).foreign(), "node3 of cluster "+foreign; got != want {
-		t.Errorf("the leader sees %q; want %q", got, want)
+	if got, want := leader.Status().Membership.WaitsFor, "node3 is of another cluster, "+foreign; got != want {
+		t.Errorf("the leader says %q; want %q", got, want)
 	}
 	if got := node.membership.cluster(); got != foreign || got == cluster || node.Leader() == leader.cfg.NodeID {
 		t.Errorf("got cluster %s, leader %s; want its own", got, node.Leader())

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -20,186 +19,142 @@ type change struct {
 	member
 }
 
-// plan is what the leader makes of the configuration and of the answers of all nodes.
+// plan is what the leader makes of the configuration, which is mine().Members, and of the answers of all nodes.
 type plan struct {
 	view
-	agreed  bool                // enough nodes name the same nodes as this leader
-	removes bool                // a node that is not named is to leave
-	byNode  map[string][]member // the configuration
-	// caughtUp says whether a server has executed what this leader had committed when it found the server in the
-	// configuration.
-	caughtUp func(server string, applied uint64) bool
+	removes bool   // a node that is not in the list is to leave
+	target  uint64 // the index up to which a server must have executed the log to get a vote
+	agreed  bool   // enough nodes have the same list as this leader
 }
 
-func (v view) plan(removes bool, caughtUp func(server string, applied uint64) bool) plan {
-	p := plan{view: v, agreed: v.agreed(), removes: removes, byNode: make(map[string][]member), caughtUp: caughtUp}
-	for _, m := range v.mine().Members {
-		p.byNode[nodeOf(m.Server)] = append(p.byNode[nodeOf(m.Server)], m)
-	}
-	return p
-}
+func (v view) plan(removes bool, target uint64) plan { return plan{v, removes, target, v.agreed()} }
 
-// named says whether a node is in PEERS or PEERS_FILE, as this node has it.
-func (v view) named(node string) bool { return slices.Contains(v.mine().Peers, node) }
+// listed says whether a node is in this node's list.
+func (v view) listed(node string) bool { return slices.Contains(v.peers, node) }
+
+// sameList says whether a node answers that it has the same list as this one.
+func (v view) sameList(node string) bool { return slices.Equal(v.answers[node].Peers, v.peers) }
+
+// isOurs says whether a node answers as a server of this server's cluster.
+func (v view) isOurs(node string) bool { return v.answers[node].Cluster == v.mine().Cluster }
 
 // agreed says whether a majority of the voters, each asked as the server that votes, and a majority of the nodes in
-// this node's list name the same nodes as this one. So a slip in the list of a minority changes nothing.
+// this node's list have the same list as this one. So a slip in the list of a minority changes nothing.
 func (v view) agreed() bool {
-	same := func(info nodeInfo) bool { return slices.Equal(info.Peers, v.mine().Peers) }
-	voters, agree := 0, 0
-	for _, m := range v.mine().Members {
-		if !m.Voter {
-			continue
-		}
-		voters++
-		if info := v.answers[nodeOf(m.Server)]; info.Server == m.Server && same(info) {
-			agree++
-		}
-	}
-	named := 0
-	for _, node := range v.mine().Peers {
-		info, answers := v.answers[node]
-		if answers && same(info) && (info.Cluster == "" || info.Cluster == v.mine().Cluster) {
-			named++
-		}
-	}
-	return isMajority(agree, voters) && isMajority(named, len(v.mine().Peers))
+	voters := voting(v.mine().Members)
+	agree := count(voters, func(m member) bool { return v.present(m) && v.sameList(nodeOf(m.Server)) })
+	listed := count(v.peers, func(node string) bool {
+		return v.sameList(node) && (v.answers[node].Cluster == "" || v.isOurs(node))
+	})
+	return isMajority(agree, len(voters)) && isMajority(listed, len(v.peers))
 }
 
 // leaves says whether a node is to leave the cluster.
-func (p plan) leaves(node string) bool { return p.removes && p.agreed && !p.named(node) }
+func (p plan) leaves(node string) bool { return p.removes && p.agreed && !p.listed(node) }
+
+// votes says whether a node has a voter, gone or not.
+func (p plan) votes(node string) bool {
+	return slices.ContainsFunc(p.mine().Members, func(m member) bool { return m.Voter && nodeOf(m.Server) == node })
+}
 
 // next returns the next change by which this leader replaces servers that are gone, and brings the configuration to the
-// list of nodes; false if there is none. A server is gone when its node answers as another server of this cluster.
+// list of nodes; false if there is none.
 //
 // The steps for one node are: add the new server as a non-voter; when it has caught up, remove the old voter; make the
 // new one a voter. In this order no step needs more live servers for a majority than the one before. What another
 // leader has begun, and what was itself lost half-way, is finished first. Nodes are added one after the other, and all
 // of them before any is removed.
 func (p plan) next() (change, bool) {
-	for _, step := range []func(node string) (change, bool){p.promote, p.removeOld, p.addReplacement} {
-		for _, node := range slices.Sorted(maps.Keys(p.byNode)) {
-			if c, there := step(node); there {
+	for _, step := range []func(m member) (change, bool){p.promote, p.removeOld, p.addPresent} {
+		for _, m := range p.mine().Members {
+			if c, due := step(m); due {
 				return c, true
 			}
 		}
 	}
-	if c, there := p.addNode(); there {
+	if c, due := p.addNode(); due {
 		return c, true
 	}
 	return p.removeNode()
 }
 
-// present returns the member that a node of the configuration answers as, and its other members; false if it answers
-// as none.
-func (p plan) present(node string) (m member, others []member, is bool) {
-	info, answers := p.answers[node]
-	if !answers || info.Cluster != p.mine().Cluster {
-		return m, p.byNode[node], false
-	}
-	for _, one := range p.byNode[node] {
-		if one.Server == info.Server {
-			m, is = one, true
-		} else {
-			others = append(others, one)
-		}
-	}
-	return m, others, is
-}
-
 // promote makes a non-voter that has caught up a voter, unless its node has one.
-func (p plan) promote(node string) (change, bool) {
-	m, others, is := p.present(node)
-	due := is && !m.Voter && !p.leaves(node) && !slices.ContainsFunc(others, isVoter) &&
-		p.caughtUp(m.Server, p.answers[node].Applied)
-	return change{raft.AddVoter, m}, due
+func (p plan) promote(m member) (change, bool) {
+	node := nodeOf(m.Server)
+	return change{raft.AddVoter, m}, p.caughtUp(m) && !p.votes(node) && !p.leaves(node)
 }
 
-// removeOld removes a server that is gone: a non-voter at once, a voter when the one in its place may become one. A
-// non-voter of a node that is to leave goes, too.
-func (p plan) removeOld(node string) (change, bool) {
-	m, others, is := p.present(node)
+// caughtUp says whether a server answers, and has executed all that it must have for a vote.
+func (p plan) caughtUp(m member) bool {
+	return p.present(m) && p.answers[nodeOf(m.Server)].Applied >= p.target
+}
+
+// removeOld removes a server that is gone when the one in its place is in the configuration: a non-voter at once, a
+// voter when that one may vote. A non-voter of a node that is to leave goes, too.
+func (p plan) removeOld(m member) (change, bool) {
+	node := nodeOf(m.Server)
+	now, is := p.memberAt(node)
+	due := is && now != m && (!m.Voter || now.Voter || p.caughtUp(now))
 	if p.leaves(node) {
-		i := slices.IndexFunc(p.byNode[node], func(m member) bool { return !m.Voter })
-		if i < 0 {
-			return change{}, false
-		}
-		return change{raft.RemoveServer, p.byNode[node][i]}, true
+		due = !m.Voter
 	}
-	if !is {
-		return change{}, false
-	}
-	mayVote := m.Voter || p.caughtUp(m.Server, p.answers[node].Applied)
-	for _, other := range others {
-		if !other.Voter || mayVote {
-			return change{raft.RemoveServer, other}, true
-		}
-	}
-	return change{}, false
+	return change{raft.RemoveServer, m}, due
 }
 
-// addReplacement adds the server that a node of the configuration answers as, if it is not there. To one that is there
-// but has moved the same change gives its new address, and nothing else: if this node leaves the list, those that do
-// not know it find it there.
-func (p plan) addReplacement(node string) (change, bool) {
-	info, answers := p.answers[node]
-	m, _, is := p.present(node)
-	due := !p.leaves(node)
-	if is {
-		due = info.Address != "" && info.Address != m.Address
+// memberAt returns the member that a node answers as; false if it answers as none.
+func (p plan) memberAt(node string) (m member, is bool) {
+	for _, m = range p.mine().Members {
+		if nodeOf(m.Server) == node && p.present(m) {
+			return m, true
+		}
 	}
-	return change{raft.AddNonvoter, member{Server: info.Server, Address: p.address(node)}},
-		due && answers && info.Cluster == p.mine().Cluster
+	return member{}, false
+}
+
+// addPresent adds the server that a member's node answers as, if it is no member. To one that is, but has moved, the
+// same change gives its new address, and nothing else: if this node leaves the list, those that do not know it find it
+// there.
+func (p plan) addPresent(m member) (change, bool) {
+	node := nodeOf(m.Server)
+	now, is := p.memberAt(node)
+	address := p.answers[node].Address
+	moved := is && address != "" && address != now.Address
+	return p.add(node), moved || !is && p.isOurs(node) && !p.leaves(node)
+}
+
+func (p plan) add(node string) change {
+	return change{raft.AddNonvoter, member{Server: p.answers[node].Server, Address: p.address(node)}}
 }
 
 // addNode adds a node that is in the list and not in the configuration, when each node there has a voter.
 func (p plan) addNode() (change, bool) {
-	for node, members := range p.byNode {
-		if !slices.ContainsFunc(members, isVoter) && !p.leaves(node) {
-			return change{}, false
-		}
+	waits := slices.ContainsFunc(nodesOf(p.mine().Members), func(node string) bool {
+		return !p.votes(node) && !p.leaves(node)
+	})
+	i := slices.IndexFunc(p.peers, func(node string) bool { return !p.votes(node) && p.isOurs(node) })
+	if waits || !p.agreed || i < 0 {
+		return change{}, false
 	}
-	for _, node := range p.mine().Peers {
-		info, answers := p.answers[node]
-		if p.agreed && p.byNode[node] == nil && answers && info.Cluster == p.mine().Cluster {
-			return change{raft.AddNonvoter, member{Server: info.Server, Address: p.address(node)}}, true
-		}
-	}
-	return change{}, false
+	return p.add(p.peers[i]), true
 }
 
 // complete says whether each node of the list has a voter that is not gone.
 func (p plan) complete() bool {
-	return !slices.ContainsFunc(p.mine().Peers, func(node string) bool {
-		info, answers := p.answers[node]
-		return !slices.ContainsFunc(p.byNode[node], func(m member) bool {
-			return m.Voter && (!answers || m.Server == info.Server)
-		})
-	})
+	return !slices.ContainsFunc(p.peers, func(node string) bool { return !p.hasVoter(p.mine().Members, node) })
 }
 
 // removeNode removes a node that is not in the list, but not this leader. One that does not answer as its voter goes
 // first: to remove another could leave too few live voters for a majority. Example: of node1 to node5 node3 and node5
 // are down, and the list is node1 to node3. Without node4 two of four would be left, and nothing could be committed.
 func (p plan) removeNode() (change, bool) {
-	if !p.complete() {
+	leavers := slices.DeleteFunc(slices.Clone(p.mine().Members), func(m member) bool {
+		return !p.leaves(nodeOf(m.Server)) || nodeOf(m.Server) == p.self
+	})
+	if len(leavers) == 0 || !p.complete() {
 		return change{}, false
 	}
-	var c change
-	due := false
-	for _, node := range slices.Sorted(maps.Keys(p.byNode)) {
-		if !p.leaves(node) || node == p.self {
-			continue
-		}
-		_, _, answers := p.present(node)
-		if !due || !answers {
-			c, due = change{raft.RemoveServer, p.byNode[node][0]}, true
-		}
-		if !answers {
-			break
-		}
-	}
-	return c, due
+	silent := slices.IndexFunc(leavers, func(m member) bool { return !p.present(m) })
+	return change{raft.RemoveServer, leavers[max(silent, 0)]}, true
 }
 
 // handsOver says whether this leader is all that is left to leave. A voter of the list, which leads next, removes it.
@@ -209,23 +164,24 @@ func (p plan) handsOver() bool { return p.complete() && p.leaves(p.self) }
 func (p plan) waitsFor() string {
 	var parts []string
 	add := func(format string, args ...any) { parts = append(parts, fmt.Sprintf(format, args...)) }
-	for _, node := range p.mine().Peers {
+	members := nodesOf(p.mine().Members)
+	for _, node := range p.peers {
 		info, answers := p.answers[node]
 		switch {
-		case slices.ContainsFunc(p.byNode[node], isVoter):
+		case info.Cluster != "" && !p.isOurs(node):
+			add("%s is of another cluster, %s", node, info.Cluster)
+		case p.votes(node):
 		case !answers:
 			add("%s", p.whySilent(node))
-		case info.Cluster != "" && info.Cluster != p.mine().Cluster:
-			add("%s is of another cluster, %s", node, info.Cluster)
-		case p.byNode[node] != nil:
+		case slices.Contains(members, node):
 			add("%s is catching up", node)
 		default:
 			add("%s is to be added", node)
 		}
 	}
-	for _, node := range slices.Sorted(maps.Keys(p.byNode)) {
+	for _, node := range members {
 		switch {
-		case p.named(node):
+		case p.listed(node):
 		case p.removes:
 			add("%s is to be removed", node)
 		default:
@@ -236,32 +192,11 @@ func (p plan) waitsFor() string {
 		return strings.Join(parts, "; ")
 	}
 	for _, node := range slices.Sorted(maps.Keys(p.answers)) {
-		if other := p.answers[node].Peers; !slices.Equal(other, p.mine().Peers) {
-			add("%s names %s", node, strings.Join(other, ", "))
+		if !p.sameList(node) {
+			add("%s names %s", node, strings.Join(p.answers[node].Peers, ", "))
 		}
 	}
 	return "no majority of the voters and of the list answers and names the same nodes: " + strings.Join(parts, "; ")
-}
-
-// setResizing takes note of what keeps the configuration from being what the list says, and logs what is new.
-func (m *membership) setResizing(reason string) {
-	m.mu.Lock()
-	before := m.resizing
-	m.resizing = reason
-	m.mu.Unlock()
-	switch reason {
-	case before:
-	case "":
-		m.log.Info("the membership is what the list of nodes says")
-	default:
-		m.log.Info("the membership is not what the list of nodes says", "waits-for", reason)
-	}
-}
-
-func (m *membership) waitsToResize() string {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.resizing
 }
 
 // maybeMember says whether there may be a cluster that knows this node, and that this node's PEERS_FILE does not name.
@@ -287,22 +222,3 @@ func (s *Store) hasLeft() bool {
 
 // Leaving says whether this node is to leave the cluster or has left it. Its clients should connect to another one.
 func (s *Store) Leaving() bool { return !s.isListed() || s.State().left }
-
-// waitApplied waits until this node has executed the log up to index. A node that leaves the cluster meanwhile never
-// will.
-func (s *Store) waitApplied(ctx context.Context, index uint64) error {
-	for s.replica.applied.load() < index {
-		step, cancel := context.WithTimeout(ctx, leaderGrace)
-		err := s.replica.applied.wait(step, index)
-		cancel()
-		switch {
-		case err == nil:
-			return nil
-		case ctx.Err() != nil:
-			return ErrNotConfirmed
-		case s.State().left:
-			return ErrLeft
-		}
-	}
-	return nil
-}

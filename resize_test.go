@@ -59,7 +59,6 @@ func TestNextChangeForAList(t *testing.T) {
 		{"a non-voter that is not wanted any more", append(slices.Clone(three), "node4#1-"), "node1,node2,node3", []string{"node2#1", "node3#1", "node4#1"}, []string{"node4#1"}, false, "RemoveServer node4#1"},
 		{"one that has moved", three, "node1,node2,node3", []string{"node2#1 at elsewhere:1", "node3#1"}, nil, true, "AddNonvoter node2#1 at elsewhere:1"},
 		{"a leaver that has moved", five, "node1,node2,node3", []string{"node2#1", "node3#1", "node4#1 at elsewhere:1"}, nil, false, "AddNonvoter node4#1 at elsewhere:1"},
-		{"one of another cluster has moved", three, "node1,node2,node3", []string{"node2#1 at elsewhere:1 of x#1", "node3#1"}, nil, true, ""},
 		{"one without a vote has moved", append(slices.Clone(three), "node4#1-"), "node1,node2,node3,node4", []string{"node2#1", "node3#1", "node4#1 at elsewhere:1"}, nil, true, "AddNonvoter node4#1 at elsewhere:1"},
 		{"one more says where it is", one, "node1,node2", []string{"node2#1 at elsewhere:1"}, nil, true, "AddNonvoter node2#1 at elsewhere:1"},
 		{"a leaver that has lost its state is not replaced", five, "node1,node2,node3", []string{"node2#1", "node3#1", "node4#2", "node5#1"}, nil, false, "RemoveServer node4#1"},
@@ -88,8 +87,8 @@ func TestNextChangeForAList(t *testing.T) {
 		}
 		mine := v.answers["node1"]
 		mine.Ready, mine.Members = true, configured(tt.members...)
-		v.answers["node1"] = mine
-		p := v.plan(!tt.keeps, func(server string, _ uint64) bool { return slices.Contains(tt.caughtUp, server) })
+		v.answers["node1"], v.peers = mine, list
+		p := v.plan(!tt.keeps, catchUp(v, tt.caughtUp))
 		got := ""
 		if step, there := p.next(); there {
 			got = fmt.Sprintf("%v %s", step.command, step.Server)
@@ -221,9 +220,6 @@ func wantLeft(t *testing.T, n *testNode) {
 	}
 	if _, err := n.client.set(ctx, "k1", "2"); !errors.Is(err, ErrLeft) {
 		t.Errorf("got %v from a write; want ErrLeft", err)
-	}
-	if err := n.waitApplied(ctx, n.replica.applied.load()+1); !errors.Is(err, ErrLeft) {
-		t.Errorf("got %v from a read that waits for an entry; want ErrLeft", err)
 	}
 	response := httptest.NewRecorder()
 	n.server.answer(response, httptest.NewRequestWithContext(ctx, http.MethodGet, "/value/k1", http.NoBody))

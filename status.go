@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -57,7 +56,8 @@ func (s *Store) Status() Status {
 		KVStore: s.cfg.KVStore, Version: version, Cluster: s.membership.cluster(), Keys: s.replica.size(),
 		Peers: []PeerStatus{}, PeersDrift: s.drift(),
 	}
-	status.Membership = MembershipStatus{Wanted: peerIDs(s.list.get()), Actual: []string{}}
+	members := s.members()
+	status.Membership = MembershipStatus{Wanted: peerIDs(s.list.get()), Actual: nodesOf(voting(members))}
 	r := s.raft.Load()
 	if r == nil {
 		return status
@@ -68,20 +68,12 @@ func (s *Store) Status() Status {
 	} else if !contact.IsZero() {
 		status.LastContactMS = time.Since(contact).Milliseconds()
 	}
-	v, members := s.recentView(), s.members()
+	v := s.recentView()
 	status.Peers = v.status(members)
-	for _, m := range members {
-		if node := nodeOf(m.Server); m.Voter && !slices.Contains(status.Membership.Actual, node) {
-			status.Membership.Actual = append(status.Membership.Actual, node)
-		}
-	}
-	slices.Sort(status.Membership.Actual)
-	if status.PeersDrift {
-		leader, answers := v.answers[state.Leader]
+	if leader, answers := v.answers[state.Leader]; answers {
 		status.Membership.WaitsFor = leader.Resize
-		if answers && !slices.Equal(leader.Peers, status.Membership.Wanted) {
-			status.Membership.WaitsFor = fmt.Sprintf("%s, which leads, names other nodes than this one: %s",
-				state.Leader, strings.Join(leader.Peers, ", "))
+		if !v.sameList(state.Leader) {
+			status.Membership.WaitsFor = v.otherList(state.Leader)
 		}
 	}
 	return status
@@ -94,6 +86,7 @@ func (s *Store) CaughtUp() bool { return s.membership.at() == stageCaughtUp }
 // Ready returns nil when this node can do its part: it knows the leader, has caught up since it started, and votes.
 // The error says, to people, what is missing.
 func (s *Store) Ready() error {
+	_, votes := s.isMember(s.membership.server())
 	switch {
 	case !s.isListed():
 		return errors.New("this node is not in PEERS_FILE: it is to leave the cluster, or has left it")
@@ -101,7 +94,7 @@ func (s *Store) Ready() error {
 		return errors.New(s.membership.reason())
 	case !s.CaughtUp():
 		return errors.New("this node has not caught up with the leader since it started")
-	case !slices.ContainsFunc(s.members(), func(m member) bool { return m.Voter && m.Server == s.membership.server() }):
+	case !votes:
 		return errors.New("this node has no vote yet: the leader is still bringing it up, " +
 			"or has not removed the server that was here before")
 	case s.stuck.Load():
@@ -128,16 +121,6 @@ func (s *Store) isMember(server string) (member, votes bool) {
 	return false, false
 }
 
-// voters returns the number of voting servers.
-func (s *Store) voters() (n int) {
-	for _, m := range s.members() {
-		if m.Voter {
-			n++
-		}
-	}
-	return n
-}
-
 // addresses says where each node listens: where the list has it, else where the configuration has it or, for a server
 // that has no configuration yet, that of the nodes in the list.
 func (s *Store) addresses() map[string]string {
@@ -156,13 +139,9 @@ func (s *Store) addresses() map[string]string {
 
 // drift says whether ids or voters of the membership are others than those of PEERS. Addresses do not count.
 func (s *Store) drift() bool {
-	members := s.members()
-	voters := make(map[string]bool) // by node
-	for _, m := range members {
-		voters[nodeOf(m.Server)] = voters[nodeOf(m.Server)] || m.Voter
-	}
-	return len(members) > 0 && (len(voters) != len(s.list.get()) ||
-		slices.ContainsFunc(s.list.get(), func(p Peer) bool { return !voters[p.ID] }))
+	members, wanted := s.members(), peerIDs(s.list.get())
+	same := slices.Equal(nodesOf(members), wanted) && slices.Equal(nodesOf(voting(members)), wanted)
+	return len(members) > 0 && !same
 }
 
 // export makes metrics of what this node knows of itself and the cluster.
@@ -177,7 +156,7 @@ func (s *Store) export() {
 	m.flag("has_leader", "1 when this node knows a leader.", func() bool { return s.Leader() != "" })
 	m.flag("peers_drift", "1 when ids or voters of the membership are not what PEERS says.", s.drift)
 	m.flag("peers_file_bad", "1 while PEERS_FILE cannot be used, and an older list is in use.", s.list.bad.Load)
-	m.gauge("voters", "Members of the cluster that vote.", func() float64 { return float64(s.voters()) })
+	m.gauge("voters", "Members of the cluster that vote.", func() float64 { return float64(len(voting(s.members()))) })
 	ofRaft := func(f func(*raft.Raft) uint64) func() float64 {
 		return func() float64 {
 			if r := s.raft.Load(); r != nil {
@@ -223,18 +202,9 @@ func (s *Store) exportStorage() {
 // status returns what /status shows of each node of the configuration.
 func (v view) status(members []member) []PeerStatus {
 	peers := []PeerStatus{}
-	for _, m := range members {
-		node := nodeOf(m.Server)
+	for _, node := range nodesOf(members) {
 		info, answers := v.answers[node]
-		i := slices.IndexFunc(peers, func(p PeerStatus) bool { return p.ID == node })
-		if i < 0 {
-			i = len(peers)
-			peers = append(peers, PeerStatus{
-				ID: node, Address: v.addresses[node], Reachable: answers, AppliedIndex: info.Applied,
-			})
-		}
-		peers[i].Voter = peers[i].Voter || m.Voter && (!answers || info.Server == m.Server)
+		peers = append(peers, PeerStatus{node, v.addresses[node], v.hasVoter(members, node), answers, info.Applied})
 	}
-	slices.SortFunc(peers, func(a, b PeerStatus) int { return strings.Compare(a.ID, b.ID) })
 	return peers
 }

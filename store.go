@@ -76,7 +76,6 @@ type Store struct {
 
 	list       *peerList
 	learned    atomic.Pointer[map[string]string] // addresses that other nodes have told; not changed once stored
-	versions   voterVersions
 	membership *membership
 	replica    *replica
 	leadership *leadership
@@ -244,8 +243,8 @@ func (s *Store) startRaft() (err error) {
 	}
 	r.RegisterObserver(raft.NewObserver(s.observations, false, nil))
 	s.membership.setReason("no leader is known yet")
-	s.membership.advance(stageRunning)
 	s.raft.Store(r)
+	s.membership.advance(stageRunning)
 	s.wg.Go(func() { s.compact(r) })
 	if begins || len(s.members()) == 1 {
 		s.wg.Go(s.firstElection) // nobody else can be the leader yet, so there is nobody to wait for
@@ -342,8 +341,8 @@ func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) err
 	if err != nil {
 		return err
 	}
-	if err := s.waitApplied(ctx, index); err != nil {
-		return err
+	if s.replica.applied.wait(ctx, index) != nil {
+		return ErrNotConfirmed
 	}
 	s.replica.read(f)
 	return nil

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"math"
-	"sync"
 )
 
 // A rolling upgrade runs nodes of two versions side by side. What an older one cannot execute must not get into the log
@@ -38,40 +37,21 @@ func (r *replica) knownVersion() byte {
 	return firstCommandVersion
 }
 
-// voterVersions is what a leader has heard of the versions that the voters know.
-type voterVersions struct {
-	mu     sync.Mutex // guards what follows
-	term   uint64     // in which this node led
-	lowest byte       // of all voters; 0 if one did not answer
-	behind string     // the node of one that knows no more than that
-}
-
-// note takes note of what all nodes have just answered. What a voter answered before does not count: it may be down
-// because it goes back to an older binary.
-func (w *voterVersions) note(v view, term uint64, members []member) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.term, w.lowest, w.behind = term, math.MaxUint8, ""
-	for _, m := range members {
-		info, known := v.answers[nodeOf(m.Server)], byte(0)
-		if info.Server == m.Server {
-			known = info.Commands
+// lowestVersion returns the newest version that all voters know, 0 if one does not answer, and the node of one that
+// knows no more than that. What a voter answered before does not count: it may be down because it goes back to an older
+// binary.
+func (v view) lowestVersion() (lowest byte, behind string) {
+	lowest = math.MaxUint8
+	for _, m := range voting(v.mine().Members) {
+		known := byte(0)
+		if v.present(m) {
+			known = v.answers[nodeOf(m.Server)].Commands
 		}
-		if m.Voter && known < w.lowest {
-			w.lowest, w.behind = known, nodeOf(m.Server)
+		if known < lowest {
+			lowest, behind = known, nodeOf(m.Server)
 		}
 	}
-}
-
-// get returns what note has found in a term. What it found in an earlier one may be wrong: node1 leads, node2 takes
-// over, node3 goes back to an older binary, and node1 leads again.
-func (w *voterVersions) get(term uint64) (lowest byte, behind string) {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if w.term != term {
-		return 0, ""
-	}
-	return w.lowest, w.behind
+	return lowest, behind
 }
 
 // checkVersion returns an error that wraps ErrNotUpgraded, and names a node, if a voter may not know the command.

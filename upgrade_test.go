@@ -105,14 +105,13 @@ func TestVersionsAreOfThisTerm(t *testing.T) {
 	t.Parallel()
 	c := newTestCluster(t, 3, storeMemory)
 	leader := c.nodes[c.leader()]
-	versions := &leader.versions
 	waitFor(t, "the leader to have heard of all versions", func() bool {
 		info, err := leader.info()
 		return err == nil && info.Lowest > 0
 	})
-	versions.mu.Lock()
-	versions.term-- // as if it had heard that when it led before, and not yet looked again
-	versions.mu.Unlock()
+	before := *leader.membership.found.Load()
+	before.term-- // as if it had heard that when it led before, and not yet looked again
+	leader.membership.found.Store(&before)
 	if info, err := leader.info(); err != nil || info.Lowest != 0 || info.Behind != "" {
 		t.Errorf("got version %d (%q), error %v; want none before it has asked in this term", info.Lowest, info.Behind, err)
 	}

@@ -32,23 +32,20 @@ type nodeInfo struct {
 	LastIndex uint64 `json:"last_index"`
 	Applied   uint64 `json:"applied"` // index up to which its state machine has executed the log
 
-	Running bool     `json:"running"` // it runs Raft
 	Ready   bool     `json:"ready"`   // it leads, and has executed all of earlier terms
-	Leader  string   `json:"leader"`  // the server that it takes for the leader, "" for none
 	Members []member `json:"members"` // of its newest configuration
 
-	Commands byte   `json:"commands"` // newest version of commands that it knows
-	Lowest   byte   `json:"lowest"`   // from the leader: the newest version that all voters know; 0: it is not known
-	Behind   string `json:"behind"`   // from the leader: a node that knows no more than that
-
-	WaitsFor string `json:"waits_for"` // for people
-	Resize   string `json:"resize"`    // likewise, from the leader: why the membership is not what its list says
+	Commands byte   `json:"commands"`  // newest version of commands that it knows
+	Lowest   byte   `json:"lowest"`    // from the leader: see findings
+	Behind   string `json:"behind"`    // likewise
+	Resize   string `json:"resize"`    // likewise
+	WaitsFor string `json:"waits_for"` // for people: what keeps it from being of use
 }
 
 // view is what a node sees when it has asked the others, and itself.
 type view struct {
 	self      string              // this node
-	peers     []Peer              // PEERS
+	peers     []string            // ids in this node's PEERS or PEERS_FILE
 	answers   map[string]nodeInfo // by node
 	silent    map[string]error    // why a node that was asked did not answer, or not as it should
 	addresses map[string]string   // where each node was asked
@@ -56,6 +53,17 @@ type view struct {
 }
 
 func (v view) mine() nodeInfo { return v.answers[v.self] }
+
+// present says whether the node of a member answers as this member.
+func (v view) present(m member) bool { return v.answers[nodeOf(m.Server)].Server == m.Server }
+
+// hasVoter says whether a node has a voter among members that is not gone: that answers, or whose node does not.
+func (v view) hasVoter(members []member, node string) bool {
+	_, answers := v.answers[node]
+	return slices.ContainsFunc(members, func(m member) bool {
+		return m.Voter && nodeOf(m.Server) == node && (!answers || v.present(m))
+	})
+}
 
 // address returns where a node that answers says it listens or, if it does not know, where it was asked.
 func (v view) address(node string) string { return cmp.Or(v.answers[node].Address, v.addresses[node]) }
@@ -77,36 +85,35 @@ func (v view) mostComplete() (best string) {
 
 // allEmpty says whether every node of PEERS answers, names the same PEERS and holds nothing.
 func (v view) allEmpty() bool {
-	return !slices.ContainsFunc(v.peers, func(p Peer) bool {
-		info, answers := v.answers[p.ID]
-		return !answers || info.LastIndex > 0 || !slices.Equal(info.Peers, v.mine().Peers)
+	return !slices.ContainsFunc(v.peers, func(node string) bool {
+		return !v.sameList(node) || v.answers[node].LastIndex > 0
 	})
 }
 
 // bootstrapper returns the node that bootstraps the cluster.
-func (v view) bootstrapper() string { return peerIDs(v.peers)[0] }
+func (v view) bootstrapper() string { return slices.Min(v.peers) }
 
 // toJoin returns the cluster that a server of none is to join, "" while there is none. If every node of PEERS answers
 // and holds nothing, it is that of the node that bootstraps. Else it is that of a leader in whose configuration this
 // node is, or which has the same list of nodes and so is about to add this one.
 func (v view) toJoin() string {
-	for _, info := range v.answers {
-		isMember := slices.ContainsFunc(info.Members, func(m member) bool { return nodeOf(m.Server) == v.self })
-		willBe := v.named(v.self) && slices.Equal(info.Peers, v.mine().Peers)
+	for node, info := range v.answers {
+		isMember := slices.Contains(nodesOf(info.Members), v.self)
+		willBe := v.listed(v.self) && v.sameList(node)
 		if info.Ready && (isMember || willBe) {
 			return info.Cluster
 		}
 	}
-	bootstrapped := v.answers[v.bootstrapper()].Server
-	if v.self == v.bootstrapper() || !v.allEmpty() {
+	if v.self == v.bootstrapper() || !v.allEmpty() || slices.ContainsFunc(v.peers, v.joinedAnother) {
 		return ""
 	}
-	for _, p := range v.peers {
-		if c := v.answers[p.ID].Cluster; c != "" && c != bootstrapped {
-			return ""
-		}
-	}
-	return bootstrapped
+	return v.answers[v.bootstrapper()].Server
+}
+
+// joinedAnother says whether a node has joined a cluster that the bootstrapper, which answers, will not begin.
+func (v view) joinedAnother(node string) bool {
+	cluster, bootstrapped := v.answers[node].Cluster, v.answers[v.bootstrapper()].Server
+	return cluster != "" && bootstrapped != "" && cluster != bootstrapped
 }
 
 // toBootstrap returns the configuration with which this server is to begin a cluster, nil while it is not: every other
@@ -116,12 +123,12 @@ func (v view) toBootstrap() []member {
 		return nil
 	}
 	var members []member
-	for _, p := range v.peers {
-		info := v.answers[p.ID]
-		if p.ID != v.self && info.Cluster != v.mine().Server {
+	for _, node := range v.peers {
+		info := v.answers[node]
+		if node != v.self && info.Cluster != v.mine().Server {
 			return nil
 		}
-		members = append(members, member{info.Server, v.address(p.ID), true})
+		members = append(members, member{info.Server, v.address(node), true})
 	}
 	return members
 }
@@ -143,7 +150,19 @@ func (v view) neverBegan() bool {
 	return answers && bootstrapper.Server != v.mine().Cluster && v.allEmpty()
 }
 
-func isVoter(m member) bool { return m.Voter }
+// lost returns the nodes of the voters in a node's configuration that are gone, and whether so many are that no
+// majority can be left. A node that holds something of another cluster says nothing of what it held before.
+func (v view) lost(node string) (nodes []string, majority bool) {
+	of := v.answers[node]
+	voters := voting(of.Members)
+	for _, m := range voters {
+		info, answers := v.answers[nodeOf(m.Server)]
+		if answers && !v.present(m) && (info.LastIndex == 0 || info.Cluster == of.Cluster) {
+			nodes = append(nodes, nodeOf(m.Server))
+		}
+	}
+	return nodes, len(nodes) > 0 && !isMajority(len(voters)-len(nodes), len(voters))
+}
 
 // String says, to people, what keeps this node from being of use, and what they can do about it.
 func (v view) String() string {
@@ -154,17 +173,15 @@ func (v view) String() string {
 	}
 	best := v.mostComplete()
 	if best == "" {
-		return "the cluster has not begun: " + v.problems(false, nil)
+		return "the cluster has not begun: " + v.problems()
 	}
-	lost, _, voters := v.voters(best)
-	reason := v.problems(true, lost)
-	if isMajority(voters-len(lost), voters) || len(lost) == 0 {
-		return "no leader is known: " + reason
+	if _, majority := v.lost(best); !majority {
+		return "no leader is known: " + v.problems()
 	}
 	info := v.answers[best]
-	reason = fmt.Sprintf("a majority of the nodes has lost its state, and nothing can be written or confirmed any "+
+	reason := fmt.Sprintf("a majority of the nodes has lost its state, and nothing can be written or confirmed any "+
 		"more: %s. Node %s has the most complete log (entry %d of term %d)",
-		reason, best, info.LastIndex, info.LastTerm)
+		v.problems(), best, info.LastIndex, info.LastTerm)
 	if info.Applied < info.LastIndex {
 		return reason + " and is about to execute all of it"
 	}
@@ -172,96 +189,66 @@ func (v view) String() string {
 		"move their state directories away, start all nodes, and restore the backup"
 }
 
-// voters returns, of the voters in the configuration of the given node, the nodes of those that are gone, how many
-// answer as themselves, and how many there are.
-func (v view) voters(node string) (lost []string, present, total int) {
-	for _, m := range v.answers[node].Members {
-		info, answers := v.answers[nodeOf(m.Server)]
-		switch {
-		case !m.Voter:
-			continue
-		case answers && info.Server == m.Server:
-			present++
-		case answers:
-			lost = append(lost, nodeOf(m.Server))
-		}
-		total++
-	}
-	return lost, present, total
-}
-
-func isMajority(n, of int) bool { return n > of/2 }
-
 // whyNotFollowing says why this node does not follow a leader that it sees.
 func (v view) whyNotFollowing(node string) string {
-	leader, here := v.answers[node], ""
-	var nodes []string
-	for _, m := range leader.Members {
-		nodes = append(nodes, nodeOf(m.Server))
-		if m.Server == v.mine().Server {
-			here = m.Address
-		}
-	}
-	slices.Sort(nodes)
-	nodes = slices.Compact(nodes)
-	isMember, willBe := slices.Contains(nodes, v.self), slices.Contains(leader.Peers, v.self)
+	leader, mine := v.answers[node], v.mine()
+	nodes := nodesOf(leader.Members)
+	here := slices.IndexFunc(leader.Members, func(m member) bool { return m.Server == mine.Server })
+	isMember := slices.Contains(nodes, v.self)
+	belongs := isMember || slices.Contains(leader.Peers, v.self)
 	switch {
-	case v.mine().Cluster != "" && v.mine().Cluster != leader.Cluster && (isMember || willBe):
+	case belongs && mine.Cluster != "" && !v.isOurs(node):
 		return fmt.Sprintf("%s is of another cluster, which it leads (%s; this node is of %s): to have this node join "+
-			"it, stop this node, move its STATE_DIR away and start it", node, leader.Cluster, v.mine().Cluster)
-	case here != "":
-		return fmt.Sprintf("the leader %s does not reach this node at %s", node, here)
-	case !isMember && !willBe && len(nodes) == 1:
+			"it, stop this node, move its STATE_DIR away and start it", node, leader.Cluster, mine.Cluster)
+	case here >= 0:
+		return fmt.Sprintf("the leader %s does not reach this node at %s", node, leader.Members[here].Address)
+	case !belongs && len(nodes) == 1:
 		return fmt.Sprintf("the cluster that %s leads has only the member %s", node, nodes[0])
-	case !isMember && !willBe:
+	case !belongs:
 		return fmt.Sprintf("the cluster that %s leads has only the members %s", node, strings.Join(nodes, ", "))
-	case !isMember && !slices.Equal(leader.Peers, v.mine().Peers):
-		return fmt.Sprintf("%s, which leads, names other nodes than this one: %s", node,
-			strings.Join(leader.Peers, ", "))
+	case !isMember && !v.sameList(node):
+		return v.otherList(node)
 	}
 	return node + ", which leads, is about to add this node"
 }
 
-// problems says what is wrong with each node. The cluster has begun or not, and the nodes in lost have lost their
-// state.
-func (v view) problems(begun bool, lost []string) string {
+// otherList says that the leader has another list than this node.
+func (v view) otherList(leader string) string {
+	return fmt.Sprintf("%s, which leads, names other nodes than this one: %s", leader,
+		strings.Join(v.answers[leader].Peers, ", "))
+}
+
+// problems says what is wrong with each node.
+func (v view) problems() string {
+	best := v.mostComplete() // "" before the cluster has begun
+	lost, _ := v.lost(best)
 	var parts []string
-	bootstrapped := v.answers[v.bootstrapper()].Server
+	add := func(format string, args ...any) { parts = append(parts, fmt.Sprintf(format, args...)) }
 	for _, node := range slices.Sorted(maps.Keys(v.addresses)) {
-		switch info, answers := v.answers[node]; {
+		info, answers := v.answers[node]
+		listens, named := portOf(v.listens), portOf(v.addresses[node])
+		switch {
 		case slices.Contains(lost, node):
-			parts = append(parts, node+" has lost its state")
-		case node == v.self && answers && portOf(v.listens) != portOf(v.addresses[node]):
-			listens, named := portOf(v.listens), portOf(v.addresses[node])
-			parts = append(parts, fmt.Sprintf("%s listens on %s, PEERS says %s", node, listens, named))
-		case !begun && info.Cluster != "" && bootstrapped != "" && info.Cluster != bootstrapped && info.LastIndex == 0:
-			parts = append(parts, fmt.Sprintf("%s has joined a cluster that %s has not begun: name %[2]s in PEERS as "+
-				"before, or start %[1]s without its state", node, nodeOf(info.Cluster)))
-		case node == v.self && answers:
+			add("%s has lost its state", node)
 		case !answers:
-			parts = append(parts, v.whySilent(node))
-		case info.LastIndex > 0 && info.Cluster != v.answers[v.mostComplete()].Cluster:
-			parts = append(parts, fmt.Sprintf("%s is of another cluster, %s", node, info.Cluster))
-		case !begun && !slices.Equal(info.Peers, v.mine().Peers):
-			parts = append(parts, fmt.Sprintf("%s names other PEERS: %s", node, strings.Join(info.Peers, ", ")))
+			add("%s", v.whySilent(node))
+		case node == v.self && listens != named:
+			add("%s listens on %s, PEERS says %s", node, listens, named)
+		case info.LastIndex > 0 && info.Cluster != v.answers[best].Cluster:
+			add("%s is of another cluster, %s", node, info.Cluster)
+		case best == "" && v.joinedAnother(node):
+			add("%s has joined a cluster that %s has not begun: name %[2]s in PEERS as before, or start %[1]s without "+
+				"its state", node, nodeOf(info.Cluster))
+		case node == v.self:
+		case best == "" && !v.sameList(node):
+			add("%s names other PEERS: %s", node, strings.Join(info.Peers, ", "))
 		}
 	}
-	if first := v.bootstrapper(); !begun && first != v.self && v.answers[first].WaitsFor != "" {
-		parts = append(parts, fmt.Sprintf("%s, which begins the cluster, says: %s", first, v.answers[first].WaitsFor))
+	if first := v.bootstrapper(); best == "" && first != v.self && v.answers[first].WaitsFor != "" {
+		add("%s, which begins the cluster, says: %s", first, v.answers[first].WaitsFor)
 	}
 	if len(parts) == 0 {
 		return "all nodes answer"
-	}
-	return strings.Join(parts, "; ")
-}
-
-// foreign lists the nodes that are of another cluster, and hold something of it.
-func (v view) foreign() string {
-	var parts []string
-	for _, node := range slices.Sorted(maps.Keys(v.answers)) {
-		if info := v.answers[node]; info.LastIndex > 0 && info.Cluster != v.mine().Cluster {
-			parts = append(parts, node+" of cluster "+info.Cluster)
-		}
 	}
 	return strings.Join(parts, "; ")
 }
@@ -306,10 +293,10 @@ func (s *Store) info() (nodeInfo, error) {
 		return info, err
 	}
 	if r := s.raft.Load(); r != nil {
-		_, leader := r.LeaderWithID()
-		info.Lowest, info.Behind = s.versions.get(r.CurrentTerm())
-		info.Resize = s.membership.waitsToResize()
-		info.Running, info.Ready, info.Leader, info.Members = true, s.leadsReady(), string(leader), s.members()
+		info.Ready, info.Members = s.leadsReady(), s.members()
+		if f := s.membership.found.Load(); f.term == r.CurrentTerm() {
+			info.Lowest, info.Behind, info.Resize = f.lowest, f.behind, f.resize
+		}
 	}
 	return info, nil
 }
@@ -335,7 +322,7 @@ func (s *Store) handleWho(context.Context, string, []byte) ([]byte, error) {
 // most.
 func (s *Store) askAll(ctx context.Context) view {
 	v := view{
-		self: s.cfg.NodeID, peers: s.list.get(), addresses: s.addresses(), listens: s.cfg.RaftAddr,
+		self: s.cfg.NodeID, peers: peerIDs(s.list.get()), addresses: s.addresses(), listens: s.cfg.RaftAddr,
 		answers: make(map[string]nodeInfo), silent: make(map[string]error),
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
