@@ -410,9 +410,6 @@ func checkView(t *testing.T, v view) {
 			t.Errorf("bootstraps with %+v", info)
 		}
 	}
-	if v.neverBegan() && !all {
-		t.Error("gives a cluster up without all of its nodes")
-	}
 	step, there := v.plan(false, 0).next()
 	if !there {
 		return

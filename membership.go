@@ -151,9 +151,8 @@ type membership struct {
 	stable raft.StableStore
 	stage  atomic.Int32 // asked for by each read
 
-	// The next three are for form and manageMembers alone, which run one after the other.
-	neverBegan   twice // this server's cluster will never begin
-	lostMajority twice // a majority has lost its state, and this server has the most complete log
+	// The next two are for manageMembers alone.
+	lostMajority bool  // as last seen: a majority has lost its state, and this server has the most complete log
 	seen         sight // of this leader
 
 	found atomic.Pointer[findings]
@@ -180,15 +179,6 @@ type findings struct {
 	lowest byte   // the newest version of commands that all voters know; 0 if one did not answer
 	behind string // a node that knows no more than that
 	resize string // for people: what keeps the configuration from being what the list says, "" for nothing
-}
-
-// twice is a condition that counts only when two views, one after the other, say so.
-type twice bool
-
-func (t *twice) again(now bool) bool {
-	before := bool(*t)
-	*t = twice(now)
-	return before && now
 }
 
 func newMembership(cfg *Config, log hclog.Logger) *membership {
@@ -332,48 +322,24 @@ func (s *Store) form() error {
 			return nil
 		}
 		v := s.askAll(s.ctx)
-		cluster, bootstrap := v.toJoin(), v.toBootstrap()
-		var err error
-		switch {
+		switch cluster, bootstrap := v.toJoin(), v.toBootstrap(); {
 		case v.hasBegun():
 			return nil
 		case id.Cluster == "" && cluster != "":
 			s.log.Info("joins the cluster", "cluster", cluster)
-			err = m.store(identity{Server: id.Server, Cluster: cluster})
+			if err := m.store(identity{Server: id.Server, Cluster: cluster}); err != nil {
+				return err
+			}
 		case bootstrap != nil && s.maybeMember():
 			m.setReason("PEERS_FILE may leave out nodes that are a cluster with this one: it waits for them to ask")
 			continue
 		case bootstrap != nil:
 			s.log.Info("bootstraps the cluster", "cluster", id.Server, "nodes", v.peers)
 			return m.store(identity{Server: id.Server, Cluster: id.Server, Bootstrap: bootstrap})
-		default:
-			err = s.leaveUnbegun(v)
-		}
-		if err != nil {
-			return err
 		}
 		m.setReason(v.String())
 	}
 	return s.ctx.Err()
-}
-
-// leaveUnbegun makes this a new server when its cluster will never begin: node2 has joined the cluster of node1#A, and
-// node1 has lost its disk before anybody else held an entry. Two views must say so, one after the other: then node1#A
-// was gone before the second, in which nobody holds anything. An error ends the process; it does so where Raft runs
-// already, and the next start makes this a new server.
-func (s *Store) leaveUnbegun(v view) error {
-	m := s.membership
-	if !m.neverBegan.again(v.neverBegan()) {
-		return nil
-	}
-	if s.raft.Load() != nil {
-		return errors.New("the cluster that this node had joined never began, and the node holds nothing: " +
-			"start it again")
-	}
-	m.neverBegan = false // it says nothing about the cluster that the new server will join
-	s.log.Warn("the cluster that this node had joined never began; the node goes on as a new server",
-		"cluster", m.cluster())
-	return m.store(identity{Server: newServerName(s.cfg.NodeID)})
 }
 
 // bootstrap begins a log with the cluster's first configuration, if it is empty, as raft.BootstrapCluster does. That
@@ -507,9 +473,6 @@ func (s *Store) checkMajority() error {
 		return nil
 	}
 	m.setReason(v.String())
-	if err := s.leaveUnbegun(v); err != nil {
-		return err
-	}
 	if m.at() == stageRetired {
 		if voters := voting(v.mine().Members); isMajority(count(voters, v.present), len(voters)) {
 			return errors.New("a majority of the nodes has its state again: start this node again, " +
@@ -517,7 +480,10 @@ func (s *Store) checkMajority() error {
 		}
 		return nil
 	}
-	if _, isLost := v.lost(v.self); m.lostMajority.again(isLost && v.mostComplete() == v.self) {
+	_, isLost := v.lost(v.self)
+	before := m.lostMajority
+	m.lostMajority = isLost && v.mostComplete() == v.self
+	if before && m.lostMajority {
 		return s.retire()
 	}
 	return nil

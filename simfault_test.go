@@ -6,6 +6,7 @@ import (
 	"raftstarter/test/history"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/raft"
@@ -224,7 +225,28 @@ func (s *sim) heal() {
 			s.cure()
 		}
 	}
+	s.soon(simReadyLimit, func() bool { return s.allReady() || len(s.unbegun()) > 0 })
+	if !s.allReady() && len(s.unbegun()) > 0 {
+		time.Sleep(2 * time.Second)
+		for _, r := range s.unbegun() {
+			r.crash(true, false)
+			r.node.comeBack(s.upTo(time.Second))
+		}
+	}
 	s.await(simReadyLimit, "all nodes to be ready", s.allReady)
+}
+
+// unbegun returns the nodes that people are told to start without their state, as they have joined a cluster that never
+// began.
+func (s *sim) unbegun() (told []*simRun) {
+	for _, n := range s.nodes {
+		if r := n.run.Load(); r != nil {
+			if err := r.store.Ready(); err != nil && strings.Contains(err.Error(), "else start "+n.id+" without its state") {
+				told = append(told, r)
+			}
+		}
+	}
+	return told
 }
 
 var simAdvice = regexp.MustCompile(`a majority of the nodes has lost its state, .* Node (\w+) has the most complete log`)

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"runtime"
-	"strings"
 	"sync/atomic"
 	"time"
 
@@ -251,9 +250,9 @@ func (r *simRun) crashAt(steps int64) {
 	r.steps.trap.Store(&trap)
 }
 
-// stops is called when the node stops by itself, which it may only where its cluster never began.
+// stops is called when the node stops by itself, which it may not.
 func (r *simRun) stops(err error) {
-	if !r.dead.Load() && !strings.Contains(err.Error(), "never began") {
+	if !r.dead.Load() {
 		r.node.sim.t.Errorf("%s stops: %v", r.node.id, err)
 	}
 	r.node.sim.log.note(r.node.id, err.Error())

@@ -110,10 +110,10 @@ func (v view) toJoin() string {
 	return v.answers[v.bootstrapper()].Server
 }
 
-// joinedAnother says whether a node has joined a cluster that the bootstrapper, which answers, will not begin.
+// joinedAnother says whether a node has joined a cluster that the bootstrapper will not begin, if that one answers.
 func (v view) joinedAnother(node string) bool {
-	cluster, bootstrapped := v.answers[node].Cluster, v.answers[v.bootstrapper()].Server
-	return cluster != "" && bootstrapped != "" && cluster != bootstrapped
+	cluster := v.answers[node].Cluster
+	return cluster != "" && cluster != v.answers[v.bootstrapper()].Server
 }
 
 // toBootstrap returns the configuration with which this server is to begin a cluster, nil while it is not: every other
@@ -141,13 +141,6 @@ func (v view) hasBegun() bool {
 		}
 	}
 	return false
-}
-
-// neverBegan says whether this server has joined a cluster that will never begin: every node of PEERS answers and holds
-// nothing, and the server that would have begun it has lost its state.
-func (v view) neverBegan() bool {
-	bootstrapper, answers := v.answers[nodeOf(v.mine().Cluster)]
-	return answers && bootstrapper.Server != v.mine().Cluster && v.allEmpty()
 }
 
 // lost returns the nodes of the voters in a node's configuration that are gone, and whether so many are that no
@@ -236,9 +229,9 @@ func (v view) problems() string {
 			add("%s listens on %s, PEERS says %s", node, listens, named)
 		case info.LastIndex > 0 && info.Cluster != v.answers[best].Cluster:
 			add("%s is of another cluster, %s", node, info.Cluster)
-		case best == "" && v.joinedAnother(node):
-			add("%s has joined a cluster that %s has not begun: name %[2]s in PEERS as before, or start %[1]s without "+
-				"its state", node, nodeOf(info.Cluster))
+		case v.allEmpty() && v.joinedAnother(node):
+			add("%s has joined a cluster that %s was to begin and has not: correct PEERS if it named other nodes then, "+
+				"else start %[1]s without its state", node, nodeOf(info.Cluster))
 		case node == v.self:
 		case best == "" && !v.sameList(node):
 			add("%s names other PEERS: %s", node, strings.Join(info.Peers, ", "))

@@ -163,33 +163,19 @@ func TestWhetherAClusterHasBegun(t *testing.T) {
 	const c = testCluster1
 	mine, other := joined("node2#1", c), joined("node3#1", c)
 	for _, tt := range []struct {
-		name              string
-		answers           []nodeInfo
-		begun, neverBegan bool
+		name    string
+		answers []nodeInfo
+		begun   bool
 	}{
-		{"of no cluster, all blank", []nodeInfo{blank("node1#1"), blank("node2#1"), blank("node3#1")}, false, false},
-		{"of no cluster, one holds an entry", []nodeInfo{blank("node2#1"), holds("node3#1", c, 1, 1)}, false, false},
-		{"nobody holds an entry yet", []nodeInfo{blank("node1#1"), mine, other}, false, false},
-		{"this one holds an entry", []nodeInfo{holds("node2#1", c, 1, 1)}, true, false},
-		{"another does", []nodeInfo{mine, holds("node3#1", c, 1, 1)}, true, false},
-		{"another does, of another cluster", []nodeInfo{mine, holds("node3#1", "x#1", 1, 1)}, false, false},
-		{"who was to begin it is gone", []nodeInfo{blank("node1#2"), mine, other}, false, true},
-		{"likewise, but one is silent", []nodeInfo{blank("node1#2"), mine}, false, false},
-		{
-			"likewise, but one holds an entry",
-			[]nodeInfo{blank("node1#2"), mine, holds("node3#1", "x#1", 1, 1)},
-			false, false,
-		},
-		{
-			"likewise, but one names other PEERS",
-			[]nodeInfo{blank("node1#2"), mine, naming(other, "node1", "node3")},
-			false, false,
-		},
-		{"who is to begin it is silent", []nodeInfo{mine, other}, false, false},
+		{"of no cluster, all blank", []nodeInfo{blank("node1#1"), blank("node2#1"), blank("node3#1")}, false},
+		{"of no cluster, one holds an entry", []nodeInfo{blank("node2#1"), holds("node3#1", c, 1, 1)}, false},
+		{"nobody holds an entry yet", []nodeInfo{blank("node1#1"), mine, other}, false},
+		{"this one holds an entry", []nodeInfo{holds("node2#1", c, 1, 1)}, true},
+		{"another does", []nodeInfo{mine, holds("node3#1", c, 1, 1)}, true},
+		{"another does, of another cluster", []nodeInfo{mine, holds("node3#1", "x#1", 1, 1)}, false},
 	} {
-		v := newView("node2", 3, tt.answers...)
-		if begun, neverBegan := v.hasBegun(), v.neverBegan(); begun != tt.begun || neverBegan != tt.neverBegan {
-			t.Errorf("%s: got begun %v, never began %v; want %v, %v", tt.name, begun, neverBegan, tt.begun, tt.neverBegan)
+		if got := newView("node2", 3, tt.answers...).hasBegun(); got != tt.begun {
+			t.Errorf("%s: got %v; want %v", tt.name, got, tt.begun)
 		}
 	}
 }
@@ -425,16 +411,29 @@ func TestReasonsForPeople(t *testing.T) {
 			"who was to begin the cluster has left the list",
 			[]nodeInfo{joined("node1#1", "node0#1"), blank("node2#1"), joined("node3#1", "node0#1")},
 			nil,
-			"the cluster has not begun: node1 has joined a cluster that node0 has not begun: name node0 in PEERS as before, or " +
-				"start node1 without its state; node3 has joined a cluster that node0 has not begun: name node0 in PEERS as before, or " +
-				"start node3 without its state",
+			"the cluster has not begun: node1 has joined a cluster that node0 was to begin and has not: correct PEERS " +
+				"if it named other nodes then, else start node1 without its state; node3 has joined a cluster that node0 was to begin " +
+				"and has not: correct PEERS if it named other nodes then, else start node3 without its state",
 		},
 		{
 			"who was to begin the cluster is not the first of the list any more",
 			[]nodeInfo{blank("node1#1"), joined("node2#1", "node3#1"), blank("node3#1")},
 			nil,
-			"the cluster has not begun: node2 has joined a cluster that node3 has not begun: name node3 in PEERS as before, or " +
-				"start node2 without its state",
+			"the cluster has not begun: node2 has joined a cluster that node3 was to begin and has not: correct PEERS " +
+				"if it named other nodes then, else start node2 without its state",
+		},
+		{
+			"who was to begin the cluster has lost its state",
+			[]nodeInfo{blank("node1#2"), joined("node2#1", c), blank("node3#2")},
+			nil,
+			"the cluster has not begun: node2 has joined a cluster that node1 was to begin and has not: correct PEERS " +
+				"if it named other nodes then, else start node2 without its state",
+		},
+		{
+			"likewise, and one that may hold something is silent",
+			[]nodeInfo{blank("node1#2"), joined("node2#1", c)},
+			nil,
+			"the cluster has not begun: node3 at host3:12000: connection refused",
 		},
 		{
 			"all have joined",
