@@ -448,6 +448,12 @@ func TestReasonsForPeople(t *testing.T) {
 			"no leader is known: node2 is of another cluster, x#1",
 		},
 		{
+			"a majority holds the state of another cluster, which says nothing of what it held before",
+			[]nodeInfo{holds("node1#1", c, 2, 9, all...), holds("node2#9", "x#1", 2, 3), holds("node3#9", "x#1", 2, 3)},
+			nil,
+			"no leader is known: node2 is of another cluster, x#1; node3 is of another cluster, x#1",
+		},
+		{
 			"one leads itself alone",
 			[]nodeInfo{blank("node1#1"), naming(leading("node2#1", "x#1", "node2#1"), "node2"), blank("node3#1")},
 			nil,
