@@ -122,7 +122,7 @@ func (s *Store) isMember(server string) (member, votes bool) {
 }
 
 // addresses says where each node listens: where the list has it, else where the configuration has it or, for a server
-// that has no configuration yet, that of the nodes in the list.
+// that has no configuration yet, that of the nodes in the list. Of itself a node that is in no list knows better.
 func (s *Store) addresses() map[string]string {
 	addresses := maps.Clone(*s.learned.Load())
 	for _, m := range s.members() {
