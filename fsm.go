@@ -158,6 +158,9 @@ func (m *kvMachine) Restore(source io.Reader) (install func(), err error) {
 	if err := d.end(); err != nil {
 		return nil, err
 	}
+	// Load leaves nodes that use half of their memory. To write to a node of a copy is to copy it, without the rest.
+	items = items.Copy()
+	items.ScanMut(func(string, Item) bool { return true })
 	return func() {
 		m.items, m.lastTag = items, lastTag
 		m.feed.reset(uint64(lastTag))
