@@ -185,6 +185,7 @@ func (n *node) run(listener net.Listener) error {
 		case <-ready:
 			ready = nil // once
 			n.log.Info("ready: " + localURL(n.cfg))
+			go debug.FreeOSMemory() // reading the state and the log leaves much garbage
 		case s := <-n.sig.stop:
 			if !open {
 				return nil // nothing has been done that could be left half done
