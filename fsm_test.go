@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"io"
 	"maps"
@@ -71,6 +72,58 @@ func TestCommandRoundTrip(t *testing.T) {
 			t.Fatalf("commands differ (-want +got):\n%s", diff)
 		}
 	})
+}
+
+// The bytes of commands and snapshots are formats: nodes of another version of this program read them. TestTxnFormat has
+// those of a transaction.
+func TestCommandFormat(t *testing.T) {
+	pairs := []Pair{{"a", "1"}, {"bc", `"v"`}}
+	for golden, want := range map[string]command{
+		// version, operation, condition; pairs
+		"01 01 00" + "02 0161 0131 026263 03227622": {op: opSet, pairs: pairs},
+		"01 02 00" + "01 0161":                      {op: opDelete, pairs: []Pair{{"a", ""}}},
+		"01 01 01 02 ac02 07" + "01 0161 0131":      {op: opSet, condition: Condition{Match: &Tags{List: []Tag{300, 7}}}, pairs: pairs[:1]},
+		"01 01 0c 00" + "01 0161 0131":              {op: opSet, condition: Condition{NoneMatch: &Tags{Any: true}}, pairs: pairs[:1]},
+		"01 02 07 00 01 ac02" + "01 0161":           {op: opDelete, condition: Condition{Match: &Tags{Any: true}, NoneMatch: &Tags{List: []Tag{300}}}, pairs: []Pair{{"a", ""}}},
+	} {
+		b, err := hex.DecodeString(strings.ReplaceAll(golden, " ", ""))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if written := want.encode(); !bytes.Equal(written, b) {
+			t.Errorf("got %x written; want %x", written, b)
+		}
+		if got, err := decodeCommand(b); err != nil {
+			t.Errorf("%s: got error %v; want none", golden, err)
+		} else if diff := cmp.Diff(want, got, sameCommands); diff != "" {
+			t.Errorf("%s read (-want +got):\n%s", golden, diff)
+		}
+	}
+
+	// last tag, number of keys; for each key and value with their lengths, and the tag
+	b, err := hex.DecodeString("000000000000012c" + "0000000000000002" + "0161" + "0131" + "07" + "026263" + "03227622" + "ac02")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := newMachine()
+	install, err := m.Restore(bytes.NewReader(b))
+	if err != nil {
+		t.Fatal(err)
+	}
+	install()
+	a, _ := m.items.Get("a")
+	bc, _ := m.items.Get("bc")
+	if want := (Item{"1", 7}); a != want || bc != (Item{`"v"`, 300}) || m.lastTag != 300 || m.Len() != 2 {
+		t.Errorf("got %v, %v, last tag %d, %d keys; want what was written", a, bc, m.lastTag, m.Len())
+	}
+	var written bytes.Buffer
+	if err := m.Snapshot()(&written); err != nil || !bytes.Equal(written.Bytes(), b) {
+		t.Errorf("got %x, %v written; want %x", written.Bytes(), err, b)
+	}
+	result, err := m.Apply(command{op: opDelete, pairs: []Pair{{"a", ""}}}.encode(), testTime)
+	if err != nil || hex.EncodeToString(result) != "000000000000012d" {
+		t.Errorf("got result %x, %v; want the tag 301", result, err)
+	}
 }
 
 // checkDecoded makes sure that bytes which are not those of an encoder are refused or are a whole command all the same:

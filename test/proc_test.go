@@ -180,9 +180,15 @@ func (p *proc) read(path string) string {
 // peakMemory returns the most that the process ever had in memory, in bytes. Only Linux tells it.
 func (p *proc) peakMemory() int {
 	p.t.Helper()
-	found := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindStringSubmatch(p.read(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)))
+	return p.memory("VmHWM")
+}
+
+// memory returns a field of what Linux says of the process's memory, in bytes.
+func (p *proc) memory(field string) int {
+	p.t.Helper()
+	found := regexp.MustCompile(field + `:\s+(\d+) kB`).FindStringSubmatch(p.read(fmt.Sprintf("/proc/%d/status", p.cmd.Process.Pid)))
 	if found == nil {
-		p.t.Fatal("its peak is not known")
+		p.t.Fatalf("its %s is not known", field)
 	}
 	kib, _ := strconv.Atoi(found[1])
 	return kib << 10
