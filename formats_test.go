@@ -46,8 +46,8 @@ func checkFormat(t *testing.T, f format) {
 func TestFormats(t *testing.T) {
 	members := []member{{"node1#A", "host1:12000", true}, {"node2#B", "[::1]:12000", false}}
 	who := nodeInfo{
-		Server: "node1#A", Cluster: "node1#A", Peers: []string{"node1", "node2"}, LastTerm: 7, LastIndex: 300, Applied: 299,
-		Running: true, Ready: true, Leader: "node1#A", Members: members, Commands: 2, Lowest: 1, Behind: "node2", WaitsFor: "w", Resize: "r",
+		Server: "node1#A", Cluster: "node1#A", Address: "host1:12000", Peers: []string{"node1", "node2"},
+		LastTerm: 7, LastIndex: 300, Applied: 299, Ready: true, Members: members, Commands: 2, Lowest: 1, Behind: "node2", WaitsFor: "w", Resize: "r",
 	}
 	frames := func(b []byte) (any, error) {
 		f, err := readFrame(bufio.NewReader(bytes.NewReader(b)))
@@ -115,9 +115,9 @@ func TestFormats(t *testing.T) {
 		"outcome not in time":      {"03 00", outcomeOfError(ErrNotInTime), readGoldenOutcome, []any{ErrNotInTime.Error(), uint64(0), [][]byte(nil)}},
 		"outcome unknown":          {"04 00", outcomeOfError(ErrUnknownOutcome), readGoldenOutcome, []any{ErrUnknownOutcome.Error(), uint64(0), [][]byte(nil)}},
 		"who a node is": {
-			`{"server":"node1#A","cluster":"node1#A","peers":["node1","node2"],"last_term":7,"last_index":300,"applied":299,"running":true,"ready":true,` +
-				`"leader":"node1#A","members":[{"server":"node1#A","address":"host1:12000","voter":true},{"server":"node2#B","address":"[::1]:12000","voter":false}],` +
-				`"commands":2,"lowest":1,"behind":"node2","waits_for":"w","resize":"r"}`,
+			`{"server":"node1#A","cluster":"node1#A","address":"host1:12000","peers":["node1","node2"],"last_term":7,"last_index":300,"applied":299,"ready":true,` +
+				`"members":[{"server":"node1#A","address":"host1:12000","voter":true},{"server":"node2#B","address":"[::1]:12000","voter":false}],` +
+				`"commands":2,"lowest":1,"behind":"node2","resize":"r","waits_for":"w"}`,
 			func() []byte { b, _ := json.Marshal(who); return b },
 			func(b []byte) (got any, err error) {
 				var info nodeInfo

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
+
+	"raftstarter/test/link"
 )
 
 // What the leader node1 does for a list of nodes. Servers are <node>#<number of its state>; those with "-" have no vote.
@@ -303,7 +305,7 @@ func (c *testCluster) move(i int) {
 	cfg.RaftAdvertise = cfg.RaftAddr
 	for pair := range c.links {
 		if pair[1] == i {
-			c.links[pair] = newLink(c.t, cfg.RaftAddr)
+			c.links[pair] = link.New(c.t, cfg.RaftAddr, isRaft)
 		}
 	}
 }
