@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"raftstarter/test/link"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -13,8 +14,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/raft"
-
-	"raftstarter/test/link"
 )
 
 // What the leader node1 does for a list of nodes. Servers are <node>#<number of its state>; those with "-" have no vote.
