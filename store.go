@@ -225,6 +225,7 @@ func (s *Store) startRaft() (err error) {
 	conf.HeartbeatTimeout, conf.LeaderLeaseTimeout = heartbeatTimeout, leaseTimeout
 	conf.ElectionTimeout = electionTimeout
 	conf.MaxAppendEntries, conf.CommitTimeout = maxAppendEntries, commitTimeout
+	conf.BatchApplyCh = true // so that the entries of a batch are stored and sent together
 	// When to take a snapshot, and what stays of the log, is decided by bytes as well: see compact, and log.go. Raft by
 	// itself would take the same snapshot again and again when the log is empty.
 	conf.SnapshotThreshold, conf.TrailingLogs = math.MaxUint64, 0
@@ -312,12 +313,21 @@ func withCount(ctx context.Context, count *atomic.Int32) context.Context {
 	return context.WithValue(ctx, countKey{}, count)
 }
 
-// propose appends an entry of these commands to Raft's log; it returns nil when this node does not lead.
-func (s *Store) propose(commands [][]byte) raft.ApplyFuture {
+// propose appends entries to Raft's log; it returns nil when this node does not lead. Raft stores and sends together
+// what it gets at once.
+func (s *Store) propose(batch []entry) []raft.ApplyFuture {
 	if !s.leadsNow() || s.handingOver.Load() {
 		return nil
 	}
-	return s.raft.Load().Apply(encodeEntry(time.Now(), commands), requestTimeout)
+	encoded := make([][]byte, len(batch))
+	for i, e := range batch {
+		encoded[i] = encodeEntry(time.Now(), e.commands())
+	}
+	futures := make([]raft.ApplyFuture, len(batch))
+	for i := range batch {
+		futures[i] = s.raft.Load().Apply(encoded[i], requestTimeout)
+	}
+	return futures
 }
 
 // Read calls f, which reads the state machine, while no command is executed. With Linearizable, f sees every command

@@ -13,7 +13,9 @@ import (
 )
 
 const (
-	maxBatchBytes = 512 << 10             // of commands in one log entry, but for a single larger one
+	maxEntryBytes = 32 << 10              // of commands in one log entry, but for a single larger write
+	maxBatchBytes = 1 << 20               // of the entries of one batch
+	maxForwards   = callsPerPeer / 2      // entries of a batch that another node than the leader takes
 	maxWaiting    = 32 << 20              // bytes of commands that may wait; beyond it the node is overloaded
 	maxLinger     = 10 * time.Millisecond // that a batch waits for the commands that are expected
 	maxCredit     = 16                    // batches that may do so in vain, after as many that did not
@@ -50,10 +52,44 @@ func newWrite(commands ...[]byte) *write {
 	return w
 }
 
+// entry is what goes into one log entry together, and has one outcome.
+type entry []*write
+
+// count returns the number of its commands.
+func (e entry) count() (n int) {
+	for _, w := range e {
+		n += len(w.commands)
+	}
+	return n
+}
+
+// commands returns those of all its writes.
+func (e entry) commands() [][]byte {
+	commands := make([][]byte, 0, e.count())
+	for _, w := range e {
+		commands = append(commands, w.commands...)
+	}
+	return commands
+}
+
+// share gives every write its part of the outcome of all.
+func (e entry) share(all outcome) {
+	if all.err == nil && len(all.results) != e.count() {
+		all = outcome{err: ErrUnknownOutcome}
+	}
+	for _, w := range e {
+		part := outcome{index: all.index, err: all.err}
+		if all.err == nil {
+			part.results, all.results = all.results[:len(w.commands)], all.results[len(w.commands):]
+		}
+		w.done <- part
+	}
+}
+
 // proposer is what writes needs of its node. The Store is one.
 type proposer interface {
-	// propose appends an entry of these commands to Raft's log; it returns nil when this node does not lead.
-	propose(commands [][]byte) raft.ApplyFuture
+	// propose appends entries to Raft's log; it returns nil when this node does not lead.
+	propose(batch []entry) []raft.ApplyFuture
 	// leadsNow says whether this node is the leader.
 	leadsNow() bool
 	// callLeader sends the leader a call; see Store.callLeader.
@@ -124,9 +160,9 @@ func (b *writes) run(ctx context.Context) {
 // commitNext waits for the batch before and starts to commit the next, in a goroutine that ends when its outcome is
 // known or ctx ends. It returns false when no command waits, or ctx has ended.
 func (b *writes) commitNext(ctx context.Context) bool {
-	slot := b.forwarding
+	slot, most := b.forwarding, maxForwards
 	if b.node.leadsNow() {
-		slot = b.committing
+		slot, most = b.committing, maxAppendEntries
 	}
 	select {
 	case slot <- struct{}{}:
@@ -136,7 +172,7 @@ func (b *writes) commitNext(ctx context.Context) bool {
 		return false
 	}
 	b.linger(ctx)
-	batch := b.take()
+	batch := b.take(most)
 	if len(batch) == 0 {
 		<-slot
 		return false
@@ -189,13 +225,13 @@ func (b *writes) outlook() (count, expected int, limit time.Duration) {
 
 // learn takes note of a batch that is done, before its clients hear of it: they and those who wait now are likely to be
 // there for the next.
-func (b *writes) learn(batch []*write, took time.Duration) {
+func (b *writes) learn(batch []entry, took time.Duration) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.took = took
 	b.expected = b.count
-	for _, w := range batch {
-		b.expected += len(w.commands)
+	for _, e := range batch {
+		b.expected += e.count()
 	}
 }
 
@@ -235,20 +271,25 @@ func (b *writes) add(w *write) error {
 	return nil
 }
 
-// take returns the next batch: all that wait, up to maxBatchBytes.
-func (b *writes) take() []*write {
+// take returns the next batch: what waits for longest, as most entries at most.
+func (b *writes) take(most int) (batch []entry) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	size, n := 0, 0
-	for ; n < len(b.waiting); n++ {
-		if size += b.waiting[n].bytes; size > maxBatchBytes && n > 0 {
+	for total := 0; len(b.waiting) > 0 && len(batch) < most; {
+		n, bytes := 0, 0
+		for n < len(b.waiting) && (n == 0 || bytes+b.waiting[n].bytes <= maxEntryBytes) {
+			bytes += b.waiting[n].bytes
+			n++
+		}
+		if total += bytes; total > maxBatchBytes && len(batch) > 0 {
 			break
 		}
-		b.count -= len(b.waiting[n].commands)
-		b.bytes -= b.waiting[n].bytes
+		next := entry(b.waiting[:n:n])
+		batch, b.waiting = append(batch, next), b.waiting[n:]
+		b.count -= next.count()
+		b.bytes -= bytes
 	}
-	batch := b.waiting[:n:n]
-	if b.waiting = b.waiting[n:]; len(b.waiting) == 0 {
+	if len(b.waiting) == 0 {
 		b.waiting = nil
 	}
 	return batch
@@ -278,55 +319,46 @@ func (b *writes) wait(ctx context.Context, w *write) outcome {
 	}
 }
 
-// commit gives every write of a batch its outcome: the leader appends one log entry, any other node forwards to the
-// leader what was not forwarded to it.
-func (b *writes) commit(ctx context.Context, batch []*write) {
+// commit gives every write of a batch its outcome: the leader appends the entries, any other node forwards to the
+// leader what was not forwarded to it, each entry in a call of its own.
+func (b *writes) commit(ctx context.Context, batch []entry) {
 	began := time.Now()
-	if future := b.node.propose(commandsOf(batch)); future != nil {
-		all := b.await(ctx, future)
-		b.learn(batch, time.Since(began))
-		share(batch, all)
-		return
+	futures := b.node.propose(batch)
+	if futures == nil {
+		batch = refuseForwarded(batch)
 	}
-	own := batch[:0]
-	for _, w := range batch {
-		if w.forwarded {
-			w.done <- outcome{err: ErrNotLeader}
+	outcomes := make([]outcome, len(batch))
+	var wg sync.WaitGroup
+	for i, e := range batch {
+		if futures != nil {
+			outcomes[i] = b.await(ctx, futures[i])
 		} else {
-			own = append(own, w)
+			wg.Go(func() { outcomes[i] = b.forward(e.commands()) })
 		}
 	}
-	if len(own) > 0 {
-		all := b.forward(commandsOf(own))
-		b.learn(own, time.Since(began))
-		share(own, all)
+	wg.Wait()
+	b.learn(batch, time.Since(began))
+	for i, e := range batch {
+		e.share(outcomes[i])
 	}
 }
 
-func commandsOf(batch []*write) [][]byte {
-	commands := make([][]byte, 0, len(batch))
-	for _, w := range batch {
-		commands = append(commands, w.commands...)
-	}
-	return commands
-}
-
-// share gives every write its part of the outcome of all.
-func share(batch []*write, all outcome) {
-	n := 0
-	for _, w := range batch {
-		n += len(w.commands)
-	}
-	if all.err == nil && len(all.results) != n {
-		all = outcome{err: ErrUnknownOutcome}
-	}
-	for _, w := range batch {
-		part := outcome{index: all.index, err: all.err}
-		if all.err == nil {
-			part.results, all.results = all.results[:len(w.commands)], all.results[len(w.commands):]
+// refuseForwarded gives the writes that another node has forwarded their outcome, and returns the others.
+func refuseForwarded(batch []entry) (own []entry) {
+	for _, e := range batch {
+		var rest entry
+		for _, w := range e {
+			if w.forwarded {
+				w.done <- outcome{err: ErrNotLeader}
+			} else {
+				rest = append(rest, w)
+			}
 		}
-		w.done <- part
+		if len(rest) > 0 {
+			own = append(own, rest)
+		}
 	}
+	return own
 }
 
 // await returns the outcome of a log entry when it has one, or ctx ends.
@@ -363,9 +395,9 @@ func (b *writes) forward(commands [][]byte) outcome {
 // handleApply executes commands that another node forwarded to this one. It answers with an error only when none of
 // them can have been executed.
 func (b *writes) handleApply(ctx context.Context, _ string, request []byte) ([]byte, error) {
-	// A batch is no longer than that with the lengths of its commands; only a single command is. A message of nothing
-	// but empty ones would take a hundred times its size in memory.
-	if size, n := binary.Uvarint(request); len(request) > 2*maxBatchBytes && size != uint64(len(request)-n) {
+	// An entry is no longer than that with the lengths of its commands, nor was it in older versions; only a single
+	// command is. A message of nothing but empty ones would take a hundred times its size in memory.
+	if size, n := binary.Uvarint(request); len(request) > 1<<20 && size != uint64(len(request)-n) {
 		return nil, errors.New("the commands are more than a batch")
 	}
 	commands, err := decodeCommands(request)

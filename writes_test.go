@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -356,7 +357,7 @@ func TestLearnsBeforeItAnswers(t *testing.T) {
 			}
 			w := newWrite([]byte("command"))
 			w.done = make(chan outcome) // so that it is not answered until somebody listens
-			go b.commit(t.Context(), []*write{w})
+			go b.commit(t.Context(), []entry{{w}})
 			synctest.Wait()
 			if b.expected != 1 {
 				t.Errorf("leads %v: got %d commands expected before the answer; want 1", leads, b.expected)
@@ -370,16 +371,35 @@ func TestLearnsBeforeItAnswers(t *testing.T) {
 
 func TestBatchHasABound(t *testing.T) {
 	w := newWrites(&testProposer{}, newMetrics(), hclog.NewNullLogger())
-	for _, size := range []int{maxBatchBytes - 1, 1, 1, maxBatchBytes * 2, 1} {
-		if err := w.add(newWrite(make([]byte, size))); err != nil {
-			t.Fatal(err)
+	add := func(sizes ...int) {
+		t.Helper()
+		for _, size := range sizes {
+			if err := w.add(newWrite(make([]byte, size))); err != nil {
+				t.Fatal(err)
+			}
 		}
 	}
-	for _, want := range []int{2, 1, 1, 1, 0} {
-		if got := len(w.take()); got != want {
-			t.Errorf("got a batch of %d; want %d", got, want)
+	take := func(most int, want ...int) {
+		t.Helper()
+		var got []int
+		for _, e := range w.take(most) {
+			got = append(got, len(e))
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("got a batch of entries with %v commands; want %v", got, want)
 		}
 	}
+	add(maxEntryBytes-1, 1, 1, maxEntryBytes*2, 1)
+	take(3, 2, 1, 1)
+	take(3, 1)
+	take(3)
+	const fit = maxBatchBytes / maxEntryBytes
+	add(slices.Repeat([]int{maxEntryBytes}, fit+1)...)
+	take(fit+1, slices.Repeat([]int{1}, fit)...)
+	add(maxBatchBytes, maxBatchBytes*2)
+	take(2, 1)
+	take(2, 1)
+	take(2, 1)
 	if w.bytes != 0 {
 		t.Errorf("got %d bytes waiting; want none", w.bytes)
 	}
@@ -388,6 +408,49 @@ func TestBatchHasABound(t *testing.T) {
 	}
 	if err := w.add(newWrite(make([]byte, 1))); !errors.Is(err, ErrOverloaded) {
 		t.Errorf("one too many: got %v; want %v", err, ErrOverloaded)
+	}
+}
+
+// The entries of a batch are committed one by one, and so they may end.
+func TestEntriesOfABatchHaveOutcomesOfTheirOwn(t *testing.T) {
+	// The first byte of a command says what becomes of it.
+	futures := map[byte]*fakeFuture{
+		'a': {index: 7, results: [][]byte{[]byte("result")}},
+		'b': {index: 8, err: raft.ErrLeadershipLost},
+		'c': {err: raft.ErrNotLeader},
+	}
+	want := map[byte]error{'a': nil, 'b': ErrUnknownOutcome, 'c': ErrNotLeader}
+	for _, leads := range []bool{true, false} {
+		b := newWrites(&testProposer{}, newMetrics(), hclog.NewNullLogger())
+		proposerOf(b).onPropose = func(commands [][]byte) raft.ApplyFuture {
+			if !leads {
+				return nil
+			}
+			return futures[commands[0][0]]
+		}
+		proposerOf(b).onCall = func(_ byte, request []byte, _ time.Duration) ([]byte, error) {
+			commands, err := decodeCommands(request)
+			if err != nil {
+				return nil, err
+			}
+			return encodeOutcome(b.await(t.Context(), futures[commands[0][0]])), nil
+		}
+		var writes []*write
+		for command := range want {
+			w := newWrite(append([]byte{command}, make([]byte, maxEntryBytes)...))
+			if err := b.add(w); err != nil {
+				t.Fatal(err)
+			}
+			writes = append(writes, w)
+		}
+		b.commit(t.Context(), b.take(len(want)))
+		for _, w := range writes {
+			command := w.commands[0][0]
+			if o := <-w.done; !errors.Is(o.err, want[command]) || o.err == nil && o.index != futures[command].index {
+				t.Errorf("leads %v, command %c: got index %d, error %v; want index %d, error %v",
+					leads, command, o.index, o.err, futures[command].index, want[command])
+			}
+		}
 	}
 }
 
@@ -463,8 +526,15 @@ type testProposer struct {
 	onCall    func(op byte, request []byte, timeout time.Duration) ([]byte, error)
 }
 
-func (p *testProposer) propose(commands [][]byte) raft.ApplyFuture { return p.onPropose(commands) }
-func (p *testProposer) leadsNow() bool                             { return p.leads() }
+func (p *testProposer) propose(batch []entry) (futures []raft.ApplyFuture) {
+	for _, e := range batch {
+		if future := p.onPropose(e.commands()); future != nil {
+			futures = append(futures, future)
+		}
+	}
+	return futures
+}
+func (p *testProposer) leadsNow() bool { return p.leads() }
 func (p *testProposer) callLeader(op byte, request []byte, timeout time.Duration) ([]byte, error) {
 	return p.onCall(op, request, timeout)
 }
