@@ -482,7 +482,10 @@ func (s *Store) checkMajority() error {
 	}
 	_, isLost := v.lost(v.self)
 	before := m.lostMajority
-	m.lostMajority = isLost && v.mostComplete() == v.self
+	// What a server knows of others is old when they have gone on without it. Example: node3 has left, node1 and node2 are
+	// all that it knows, node1 is replaced, and node2 is silent for a moment.
+	isMember, _ := s.isMember(m.server())
+	m.lostMajority = isLost && isMember && v.mostComplete() == v.self
 	if before && m.lostMajority {
 		return s.retire()
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"reflect"
 	"runtime"
 	"sync/atomic"
 	"time"
@@ -291,11 +292,31 @@ func (r *simRun) crashes(loses, silently bool) (crashed bool) {
 		cancel()
 		if r.running {
 			_ = r.store.Shutdown(ctx)
+			time.Sleep(time.Millisecond) // until nobody is at work any more
+			answerEntries(r.store.raft.Load())
 		} else {
 			r.store.cancel()
 		}
 	}()
 	return true
+}
+
+// answerEntries answers the entries that Raft has not taken from its queue (raft.Config.BatchApplyCh) before it shut
+// down. A process that ends has no use for the answers; here somebody would wait for them for ever.
+func answerEntries(r *raft.Raft) {
+	if r == nil {
+		return
+	}
+	entries := unexported(reflect.ValueOf(r).Elem(), "applyCh")
+	for entry, taken := entries.TryRecv(); taken; entry, taken = entries.TryRecv() {
+		unexported(entry.Elem(), "errCh").TrySend(reflect.ValueOf(&raft.ErrRaftShutdown).Elem())
+	}
+}
+
+// unexported returns a field of a struct of another package.
+func unexported(v reflect.Value, field string) reflect.Value {
+	f := v.FieldByName(field)
+	return reflect.NewAt(f.Type(), f.Addr().UnsafePointer()).Elem()
 }
 
 // comeBack starts a node that has crashed, after a while.
