@@ -13,7 +13,7 @@ import (
 )
 
 const (
-	maxEntryBytes = 32 << 10              // of commands in one log entry, but for a single larger write
+	maxEntryBytes = 128 << 10             // of commands in one log entry, but for a single larger write
 	maxBatchBytes = 1 << 20               // of the entries of one batch
 	maxForwards   = callsPerPeer / 2      // entries of a batch that another node than the leader takes
 	maxWaiting    = 32 << 20              // bytes of commands that may wait; beyond it the node is overloaded
