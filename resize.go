@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"slices"
@@ -222,3 +223,22 @@ func (s *Store) hasLeft() bool {
 
 // Leaving says whether this node is to leave the cluster or has left it. Its clients should connect to another one.
 func (s *Store) Leaving() bool { return !s.isListed() || s.State().left }
+
+// waitApplied waits until this node has executed the log up to index. A node that leaves the cluster meanwhile never
+// will.
+func (s *Store) waitApplied(ctx context.Context, index uint64) error {
+	for s.replica.applied.load() < index {
+		step, cancel := context.WithTimeout(ctx, leaderGrace)
+		err := s.replica.applied.wait(step, index)
+		cancel()
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return ErrNotConfirmed
+		case s.State().left:
+			return ErrLeft
+		}
+	}
+	return nil
+}

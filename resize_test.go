@@ -222,6 +222,9 @@ func wantLeft(t *testing.T, n *testNode) {
 	if _, err := n.client.set(ctx, "k1", "2"); !errors.Is(err, ErrLeft) {
 		t.Errorf("got %v from a write; want ErrLeft", err)
 	}
+	if err := n.waitApplied(ctx, n.replica.applied.load()+1); !errors.Is(err, ErrLeft) {
+		t.Errorf("got %v from a read that waits for an entry; want ErrLeft", err)
+	}
 	response := httptest.NewRecorder()
 	n.server.answer(response, httptest.NewRequestWithContext(ctx, http.MethodGet, "/value/k1", http.NoBody))
 	if response.Code != http.StatusServiceUnavailable || response.Header().Get("Connection") != "close" {

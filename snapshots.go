@@ -76,12 +76,19 @@ func (s *snapshotStore) do(op string, call func() error) error {
 	return err
 }
 
+// Create begins a snapshot. All but the newest one go before it, so that there are never three on the disk.
 func (s *snapshotStore) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
 	configurationIndex uint64, t raft.Transport,
 ) (raft.SnapshotSink, error) {
 	sink := &snapshotSink{store: s, index: index, term: term}
-	return sink, s.do("begin a snapshot", func() (err error) {
-		sink.SnapshotSink, err = s.store.Create(version, index, term, configuration, configurationIndex, t)
+	return sink, s.do("begin a snapshot", func() error {
+		list, err := s.store.List()
+		for _, old := range list[min(1, len(list)):] { // there is only one in memory
+			err = errors.Join(err, os.RemoveAll(filepath.Join(s.dir, old.ID)))
+		}
+		if err == nil {
+			sink.SnapshotSink, err = s.store.Create(version, index, term, configuration, configurationIndex, t)
+		}
 		return err
 	})
 }

@@ -272,6 +272,20 @@ func TestOnlyTheNewestSnapshotIsNeeded(t *testing.T) {
 	}
 }
 
+// Three would take three times the state's size on the disk.
+func TestOlderSnapshotGoesBeforeAThirdIsWritten(t *testing.T) {
+	dir := t.TempDir()
+	s := openTestStorage(t, storeBolt, dir)
+	writeSnapshot(t, s.snapshots, 9, framed("nine"))
+	newest := writeSnapshot(t, s.snapshots, 10, framed("ten"))
+	sink := newSnapshot(t, s.snapshots, 11, framed("eleven"))
+	defer sink.Cancel()
+	entries, err := os.ReadDir(filepath.Join(dir, snapshotsDir))
+	if err != nil || len(entries) != 2 || entries[0].Name() != newest {
+		t.Errorf("got %v, %v; want %s, and the one that is being written", entries, err, newest)
+	}
+}
+
 // Raft only logs that a snapshot could not be written, and goes on.
 func TestSnapshotThatCannotBeWrittenStopsTheNode(t *testing.T) {
 	dir := t.TempDir()

@@ -351,8 +351,8 @@ func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) err
 	if err != nil {
 		return err
 	}
-	if s.replica.applied.wait(ctx, index) != nil {
-		return ErrNotConfirmed
+	if err := s.waitApplied(ctx, index); err != nil {
+		return err
 	}
 	s.replica.read(f)
 	return nil
