@@ -134,18 +134,19 @@ func TestLockOfAPausedHolder(t *testing.T) {
 		return of[who]
 	}
 	work := `while true; do curl -s "$RESOURCE/$WHO/$LOCK_TOKEN"; sleep 0.02; done`
-	first := lock(t, n, work, "WHO=first", "RESOURCE="+resource)
+	const lease = 6 * time.Second
+	first := lockFor(t, n, lease, work, "WHO=first", "RESOURCE="+resource)
 	waitFor(t, "the first to work", func() bool { return count(accepted, "first") > 0 })
-	second := lock(t, n, work, "WHO=second", "RESOURCE="+resource)
-	time.Sleep(3 * time.Second) // longer than the lease, which is renewed
+	second := lockFor(t, n, lease, work, "WHO=second", "RESOURCE="+resource)
+	time.Sleep(lease + time.Second) // the lease is renewed
 	if count(accepted, "second") > 0 {
 		t.Fatal("the second works beside the first")
 	}
 	_ = first.cmd.Process.Signal(syscall.SIGSTOP) // its command goes on, as one does that nobody can stop in time
 	paused := time.Now()
 	waitFor(t, "the second to work", func() bool { return count(accepted, "second") > 0 })
-	if took := time.Since(paused); took < time.Second || took > 6*time.Second {
-		t.Errorf("the lock was taken over after %v; want about a lease of 2 s", took)
+	if took := time.Since(paused); took < lease/2 || took > 2*lease {
+		t.Errorf("the lock was taken over after %v; want about a lease of %v", took, lease)
 	}
 	mu.Lock()
 	late := accepted["first"]

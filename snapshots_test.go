@@ -279,7 +279,7 @@ func TestOlderSnapshotGoesBeforeAThirdIsWritten(t *testing.T) {
 	writeSnapshot(t, s.snapshots, 9, framed("nine"))
 	newest := writeSnapshot(t, s.snapshots, 10, framed("ten"))
 	sink := newSnapshot(t, s.snapshots, 11, framed("eleven"))
-	defer sink.Cancel()
+	defer func() { _ = sink.Cancel() }()
 	entries, err := os.ReadDir(filepath.Join(dir, snapshotsDir))
 	if err != nil || len(entries) != 2 || entries[0].Name() != newest {
 		t.Errorf("got %v, %v; want %s, and the one that is being written", entries, err, newest)
