@@ -263,11 +263,7 @@ func (b *writes) add(w *write) error {
 	b.waiting = append(b.waiting, w)
 	b.count += len(w.commands)
 	b.bytes += w.bytes
-	awaited := len(b.waiting) == 1 || b.count >= b.expected || b.bytes >= maxBatchBytes
 	b.mu.Unlock()
-	if !awaited {
-		return nil
-	}
 	select {
 	case b.wake <- struct{}{}:
 	default:
