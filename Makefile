@@ -7,7 +7,7 @@ run: ## run one node, at localhost:11000
 	go run .
 
 cluster: ## run a cluster of three nodes on this machine
-	go build -o ./tmp/app && go tool goreman -logtime=false -set-ports=false start
+	go build -o ./tmp/app && go tool goreman -logtime=false -set-ports=false -exit-on-stop=false start
 
 test: ## run all tests
 	go test ./...

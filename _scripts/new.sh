@@ -57,7 +57,7 @@ Counters over HTTP, replicated with Raft. Any node answers any request.
     curl -d 1 localhost:11000/counter/visits
     curl localhost:11000/counters
 
-A cluster: \`go build -o ./tmp/app && go tool goreman start\` runs three nodes, which answer on ports 11001 to 11003.
+A cluster: \`go build -o ./tmp/app && go tool goreman -exit-on-stop=false start\` runs three nodes, which answer on ports 11001 to 11003.
 
 - [docs/fork.md](docs/fork.md): how to change the state machine (fsm.go) and its HTTP API (http.go)
 - [docs/configuration.md](docs/configuration.md), [docs/operations.md](docs/operations.md), [docs/metrics.md](docs/metrics.md)

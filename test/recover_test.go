@@ -1,0 +1,151 @@
+package test
+
+import (
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// recipe is docs/operations.md, where node1 and node2 have lost their state and node3 has not.
+type recipe struct {
+	t     *testing.T
+	text  string
+	dir   string           // where its commands run
+	nodes map[string]*proc // by the port that the recipe gives them
+}
+
+func newRecipe(t *testing.T, nodes map[string]*proc) *recipe {
+	t.Helper()
+	text, err := os.ReadFile("../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &recipe{t, string(text), t.TempDir(), nodes}
+}
+
+// run runs the command block that begins so, at the nodes of this test, and returns what it prints.
+func (r *recipe) run(begin string) string {
+	r.t.Helper()
+	block := regexp.MustCompile("(?s)```sh\n *(" + regexp.QuoteMeta(begin) + ".*?)\n *```").FindStringSubmatch(r.text)
+	if block == nil {
+		r.t.Fatalf("docs/operations.md has no command that begins with %q", begin)
+	}
+	script := block[1]
+	for port, p := range r.nodes {
+		script = strings.ReplaceAll(script, "localhost:"+port, strings.TrimPrefix(p.url(), "http://"))
+	}
+	cmd := exec.CommandContext(r.t.Context(), "bash", "-c", script)
+	cmd.Dir = r.dir
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		r.t.Fatalf("%s: %v: %s", script, err, out)
+	}
+	return string(out)
+}
+
+// What people are told to do when a majority has lost its state, with the commands that they are told to use: every
+// write that was acknowledged is there again.
+func TestProcessRecovery(t *testing.T) {
+	t.Parallel()
+	if _, err := exec.LookPath("curl"); err != nil {
+		t.Fatal("the recipe needs curl")
+	}
+	for _, tt := range []struct {
+		name, store string
+		file        bool // PEERS_FILE
+		moved       bool // the nodes without state have other addresses
+		renamed     bool // after the recovery they have other names
+	}{
+		{"two directories are lost", storeBolt, false, false, false},
+		{"two nodes in memory restart", storeMemory, false, false, false},
+		{"two machines are gone", storeBolt, false, true, true},
+		{"two machines are gone, with a file", storeBolt, true, true, false},
+		{"two machines are gone, in memory with a file", storeMemory, true, true, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			nodes := newProcs(t, map[string]string{"KV_STORE": tt.store})
+			peers := nodes[0].env["PEERS"]
+			tell := func(peers string) {
+				for _, p := range nodes {
+					p.env["PEERS"] = peers
+					if tt.file {
+						delete(p.env, "PEERS")
+						p.env["PEERS_FILE"] = filepath.Join(filepath.Dir(p.env["STATE_DIR"]), "peers")
+						if err := os.WriteFile(p.env["PEERS_FILE"], []byte(peers), 0o600); err != nil {
+							t.Fatal(err)
+						}
+					}
+				}
+			}
+			tell(peers)
+			startAll(nodes...)
+			left, lost := pick(nodes, false)
+			for i := range 100 {
+				lost[i%2].put(fmt.Sprint("k", i), fmt.Sprint(i))
+			}
+			for _, p := range lost {
+				p.signal(syscall.SIGKILL)
+			}
+			for _, p := range lost {
+				p.exits(-1, stopLimit)
+				if err := os.RemoveAll(p.env["STATE_DIR"]); err != nil {
+					t.Fatal(err)
+				}
+				if tt.moved {
+					old := p.name + "@" + p.env["RAFT_ADDR"] + ":" + p.env["RAFT_PORT"]
+					p.env["RAFT_PORT"] = ownPort(t)
+					peers = strings.Replace(peers, old, p.name+"@"+p.env["RAFT_ADDR"]+":"+p.env["RAFT_PORT"], 1)
+				}
+			}
+			tell(peers)
+			if tt.moved && !tt.file {
+				left.end(syscall.SIGTERM, exitOK)
+				left.start()
+			}
+			for _, p := range lost {
+				p.start()
+				p.await(http.StatusOK, http.MethodGet, "/livez", "")
+			}
+
+			r := newRecipe(t, map[string]*proc{"11001": lost[0], "11002": lost[1], "11003": left})
+			waitFor(t, "the advice", func() bool {
+				return strings.Contains(r.run("curl -s localhost:11001/readyz"), "Node "+left.name+" has the most complete log") &&
+					strings.Contains(r.run("curl -s localhost:11001/readyz"), "save its backup")
+			})
+			if out := r.run("curl -fsS -o backup 'localhost:11003/backup?consistency=stale'"); out != "{}\n" {
+				t.Fatalf("got %q for the last line of the backup; want {}", out)
+			}
+			for _, p := range nodes {
+				p.end(syscall.SIGTERM, exitOK)
+				if tt.store == storeBolt {
+					if err := os.Rename(p.env["STATE_DIR"], p.env["STATE_DIR"]+".lost"); err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			if tt.renamed {
+				for i, p := range lost {
+					name := fmt.Sprintf("node%d", 4+i)
+					peers = strings.Replace(peers, p.name+"@", name+"@", 1)
+					p.name, p.env["NODE_ID"] = name, name
+				}
+				tell(peers)
+			}
+			startAll(nodes...)
+			for _, p := range nodes {
+				p.has("k1", "null", "")
+			}
+			r.run("while IFS= read -r line")
+			for i := range 100 {
+				nodes[i%3].has(fmt.Sprint("k", i), fmt.Sprint(i), "")
+			}
+		})
+	}
+}
