@@ -41,13 +41,22 @@ const (
 // lastRequests is for how long a node that stops still answers requests on connections that are kept alive.
 const lastRequests = 500 * time.Millisecond
 
-// ballastBytes are allocated and never touched, so they take no memory. The garbage collector counts them, and lets as
-// much more garbage pile up before it runs: with a small state under load it would else run dozens of times a second.
-// It counts them towards GOMEMLIMIT, too, which is therefore raised by as much.
-const ballastBytes = 24 << 20
+// The garbage collector runs when garbagePercent of what is in use has piled up as garbage. That bounds memory by the
+// state; Go's own 100 would have a node with much data hold as much garbage again. Whoever sets GOGC has it.
+//
+// ballastBytes are allocated and never touched, so they take no memory. The collector counts them as in use: with a
+// small state under load it would else run dozens of times a second. It counts them towards GOMEMLIMIT, too, which is
+// therefore raised by as much.
+const (
+	garbagePercent = 60
+	ballastBytes   = 40 << 20
+)
 
 func main() {
 	ballast := make([]byte, ballastBytes)
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(garbagePercent)
+	}
 	if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 {
 		debug.SetMemoryLimit(limit + ballastBytes)
 	}
