@@ -90,6 +90,10 @@ func TestProcessRecovery(t *testing.T) {
 			for i := range 100 {
 				lost[i%2].put(fmt.Sprint("k", i), fmt.Sprint(i))
 			}
+			waitFor(t, left.name+" to have all of it", func() bool { // two of three are enough for a write
+				answer, err := left.ask(http.MethodGet, "/key/k99?consistency=stale", "")
+				return err == nil && answer.body == `{"k99":99}`
+			})
 			for _, p := range lost {
 				p.signal(syscall.SIGKILL)
 			}
