@@ -158,7 +158,8 @@ func (m *kvMachine) Restore(source io.Reader) (install func(), err error) {
 	if err := d.end(); err != nil {
 		return nil, err
 	}
-	// Load leaves nodes that use half of their memory. To write to a node of a copy is to copy it, without the rest.
+	// A node that is split shares its memory with its other half. So the nodes that Load leaves would hold on to values
+	// of their neighbours when these have others. Writing to a copy of the map gives each node memory of its own.
 	items = items.Copy()
 	items.ScanMut(func(string, Item) bool { return true })
 	return func() {

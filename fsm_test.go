@@ -10,10 +10,13 @@ import (
 	"math"
 	"math/rand/v2"
 	"reflect"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
+	"weak"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
@@ -521,6 +524,45 @@ func TestMachineKeepsNothingOfTheSnapshot(t *testing.T) {
 	if diff := cmp.Diff(stateOf(machine), stateOf(restored)); diff != "" {
 		t.Errorf("states differ (-want +got):\n%s", diff)
 	}
+}
+
+func TestRestoredMachineKeepsNoOldValues(t *testing.T) {
+	const keys = 1000
+	value := strings.Repeat("1", 256)
+	setAll := func(m *kvMachine) {
+		for i := range keys {
+			applyTag(t, m, setCommand(Pair{fmt.Sprint(i), value}))
+		}
+	}
+	m := newMachine()
+	setAll(m)
+	var snapshot bytes.Buffer
+	if err := m.Snapshot()(&snapshot); err != nil {
+		t.Fatal(err)
+	}
+	restored := newMachine()
+	install, err := restored.Restore(&snapshot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	install()
+	var old []weak.Pointer[byte]
+	restored.items.Scan(func(_ string, item Item) bool {
+		old = append(old, weak.Make(unsafe.StringData(item.Value)))
+		return true
+	})
+	setAll(restored)
+	runtime.GC()
+	kept := 0
+	for _, p := range old {
+		if p.Value() != nil {
+			kept++
+		}
+	}
+	if kept > 0 {
+		t.Errorf("got %d of %d old values that are still in memory; want none", kept, len(old))
+	}
+	runtime.KeepAlive(restored)
 }
 
 func TestMachineRefusesSnapshotsThatMakeNoSense(t *testing.T) {
