@@ -24,7 +24,7 @@ const (
 
 const (
 	maxCallBytes  = maxBodyBytes + 1<<20 // the largest command there can be, and what goes with it
-	callsPerPeer  = 16                   // under way at once, so there are no more connections to one peer than that
+	callsPerPeer  = 8                    // under way at once, so there are no more connections to one peer than that
 	writeTimeout  = 3 * time.Second      // for the other node to read an answer of ours
 	callFrameHead = 4 + 1
 )
