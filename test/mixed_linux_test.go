@@ -19,7 +19,7 @@ import (
 	"time"
 )
 
-// An hour of it, as for the figures in RELIABILITY.md:
+// An hour of it, as for the figures in PERFORMANCE.md:
 // go test -v -run TestMixedSizes/boltdb -mixed.for=1h -timeout=2h ./test
 var mixedTime = flag.Duration("mixed.for", 8*time.Second, "how long TestMixedSizes writes to each of its clusters")
 
@@ -93,21 +93,26 @@ func writeMixedSizes(t *testing.T, store string) { //nolint:thelper // it is the
 		if time.Since(m.began) < next {
 			continue
 		}
+		for _, p := range m.nodes { // the one that was restarted before, too
+			p.await(http.StatusOK, http.MethodGet, "/readyz", "")
+		}
 		p := m.nodes[restarts%len(m.nodes)]
 		if restarts%2 == 0 {
 			p.end(syscall.SIGKILL, -1)
 		} else {
 			p.end(syscall.SIGTERM, exitOK)
 		}
-		startAll(p)
+		p.start() // what it takes to be ready is sampled, too
 		restarts++
 		next = time.Since(m.began) + m.pause()
 	}
 	clients.Wait()
-	t.Logf("%s, %v: %d writes of %d MiB in all, %d restarts; largest state %d MiB", store, m.length, m.writes.Load(), m.sent.Load()>>20, restarts, m.largest>>20)
+	t.Logf("%s, %v: %d writes of %d MiB in all, %d restarts; largest state %d MiB",
+		store, m.length, m.writes.Load(), m.sent.Load()>>20, restarts, m.largest>>20)
 	for _, what := range slices.Sorted(maps.Keys(m.maxima)) {
 		most := m.maxima[what]
-		t.Logf("%s: at most %d MiB, on %s after %v, when the state was %d MiB", what, most.bytes>>20, most.node, most.after.Round(time.Second), most.state>>20)
+		t.Logf("%s: at most %d MiB, on %s after %v, when the state was %d MiB",
+			what, most.bytes>>20, most.node, most.after.Round(time.Second), most.state>>20)
 	}
 	for _, what := range []string{diskBeyond, memoryBeyond} {
 		if most := m.maxima[what]; most.bytes > mixedSlack {
