@@ -2,7 +2,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"fmt"
 	"io"
 	"net"
@@ -234,16 +233,7 @@ func TestSnapshotOfTheLargestMember(t *testing.T) {
 	body := `{"` + strings.Repeat(`\u0001`, maxKeyBytes) + `":` + value + `}`
 	want(t, n, 200, http.MethodPost, "/key", body+strings.Repeat(" ", maxBodyBytes+backupSlack-len(body)))
 	m := n.machine.(*kvMachine)
-	var snapshot bytes.Buffer
-	if err := m.Snapshot()(&snapshot); err != nil {
-		t.Fatal(err)
-	}
-	restored := newMachine()
-	install, err := restored.Restore(&snapshot)
-	if err != nil {
-		t.Fatal(err)
-	}
-	install()
+	restored := restoredFrom(t, m)
 	if item, _ := restored.items.Get(key); item.Value != value {
 		t.Errorf("got %d bytes back; want %d", len(item.Value), len(value))
 	}

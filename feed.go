@@ -162,8 +162,8 @@ func (f *feed) planWakeUp() {
 	}
 }
 
-// wakeReaders wakes the readers that are concerned by what is new, and moves the others past it. To look for a prefix in
-// sorted keys is so quick that a thousand readers whom nothing concerns cost next to nothing.
+// wakeReaders wakes the readers that are concerned by what is new, and moves the others past it. To look for a prefix
+// in sorted keys is so quick that a thousand readers whom nothing concerns cost next to nothing.
 func (f *feed) wakeReaders() {
 	f.mu.Lock()
 	from, last := max(f.looked, f.base), f.last
@@ -243,9 +243,9 @@ func (f *feed) open(prefix string, since *uint64) (*cursor, error) {
 // atLineStart says whether the cursor is between two lines.
 func (c *cursor) atLineStart() bool { return c.part == 0 && c.off == 0 }
 
-// read copies lines after the cursor into buf, as far as they fit. The last one may go on with the next call. The error is
-// errTooOld for a reader that fell behind. The reader keeps no memory of the feed between calls, so one that is stuck
-// takes no more than buf.
+// read copies lines after the cursor into buf, as far as they fit. The last one may go on with the next call. The error
+// is errTooOld for a reader that fell behind. The reader keeps no memory of the feed between calls, so one that is
+// stuck takes no more than buf.
 func (f *feed) read(c *cursor, buf []byte) (n int, err error) {
 	var records [feedPiece]*record
 	for {
@@ -277,8 +277,8 @@ func (f *feed) next(c *cursor, records []*record) (n int, err error) {
 	return n, nil
 }
 
-// wait returns a channel that is closed when there may be more for a reader, at the next wake-up or a later one. The wait
-// ends with the next call of read, or of close.
+// wait returns a channel that is closed when there may be more for a reader, at the next wake-up or a later one. The
+// wait ends with the next call of read, or of close.
 func (f *feed) wait(c *cursor) <-chan struct{} {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -363,16 +363,7 @@ func TestTags(t *testing.T) {
 		m := newMachine()
 		applyTag(t, m, setCommand(Pair{"a", "1"}))
 		applyTag(t, m, deleteCommand("a"))
-		var snapshot bytes.Buffer
-		if err := m.Snapshot()(&snapshot); err != nil {
-			t.Fatal(err)
-		}
-		restored := newMachine()
-		install, err := restored.Restore(&snapshot)
-		if err != nil {
-			t.Fatal(err)
-		}
-		install()
+		restored := restoredFrom(t, m)
 		// Not at the time of this command, although it is the first that this machine executes.
 		if got := applyTagAt(t, restored, setCommand(Pair{"a", "1"}), testTime.Add(time.Hour)); got != first+2 {
 			t.Errorf("got tag %d; want %d", got, first+2)
@@ -536,16 +527,7 @@ func TestRestoredMachineKeepsNoOldValues(t *testing.T) {
 	}
 	m := newMachine()
 	setAll(m)
-	var snapshot bytes.Buffer
-	if err := m.Snapshot()(&snapshot); err != nil {
-		t.Fatal(err)
-	}
-	restored := newMachine()
-	install, err := restored.Restore(&snapshot)
-	if err != nil {
-		t.Fatal(err)
-	}
-	install()
+	restored := restoredFrom(t, m)
 	var old []weak.Pointer[byte]
 	restored.items.Scan(func(_ string, item Item) bool {
 		old = append(old, weak.Make(unsafe.StringData(item.Value)))
@@ -747,3 +729,19 @@ func (s *countingSink) Write(p []byte) (int, error) {
 func (s *countingSink) ID() string    { return "test" }
 func (s *countingSink) Close() error  { return nil }
 func (s *countingSink) Cancel() error { return nil }
+
+// restoredFrom returns a machine with the state of m, by way of a snapshot.
+func restoredFrom(t *testing.T, m *kvMachine) *kvMachine {
+	t.Helper()
+	var snapshot bytes.Buffer
+	if err := m.Snapshot()(&snapshot); err != nil {
+		t.Fatal(err)
+	}
+	restored := newMachine()
+	install, err := restored.Restore(&snapshot)
+	if err != nil {
+		t.Fatal(err)
+	}
+	install()
+	return restored
+}

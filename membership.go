@@ -172,8 +172,8 @@ type sight struct {
 }
 
 // findings are what a leader has made of the last answers of all nodes, for those who ask it. What it found in an
-// earlier term may be wrong. Example: node1 leads, node2 takes over, node3 goes back to an older binary, and node1 leads
-// again.
+// earlier term may be wrong. Example: node1 leads, node2 takes over, node3 goes back to an older binary, and node1
+// leads again.
 type findings struct {
 	term   uint64
 	lowest byte   // the newest version of commands that all voters know; 0 if one did not answer
@@ -480,12 +480,8 @@ func (s *Store) checkMajority() error {
 		}
 		return nil
 	}
-	_, isLost := v.lost(v.self)
 	before := m.lostMajority
-	// What a server knows of others is old when they have gone on without it. Example: node3 has left, node1 and node2 are
-	// all that it knows, node1 is replaced, and node2 is silent for a moment.
-	isMember, _ := s.isMember(m.server())
-	m.lostMajority = isLost && isMember && v.mostComplete() == v.self
+	m.lostMajority = v.toRetire()
 	if before && m.lostMajority {
 		return s.retire()
 	}

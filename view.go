@@ -157,6 +157,16 @@ func (v view) lost(node string) (nodes []string, majority bool) {
 	return nodes, len(nodes) > 0 && !isMajority(len(voters)-len(nodes), len(voters))
 }
 
+// toRetire says whether this server is to show all that it holds, since a majority has lost its state: it is the member
+// with the most complete log. One that is no member knows the others as they were when they went on without it.
+// Example: node3 has left, node1 and node2 are all that it knows, node1 is replaced, and node2 is silent for a moment.
+func (v view) toRetire() bool {
+	mine := v.mine()
+	isMember := slices.ContainsFunc(mine.Members, func(m member) bool { return m.Server == mine.Server })
+	_, majority := v.lost(v.self)
+	return isMember && majority && v.mostComplete() == v.self
+}
+
 // String says, to people, what keeps this node from being of use, and what they can do about it.
 func (v view) String() string {
 	for _, node := range slices.Sorted(maps.Keys(v.answers)) {

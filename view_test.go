@@ -331,6 +331,27 @@ func catchUp(v view, servers []string) (target uint64) {
 	return 5
 }
 
+func TestWhoRetires(t *testing.T) {
+	const c = testCluster1
+	three := []string{"node1#1", "node2#1", "node3#1"}
+	mine := holds("node3#1", c, 2, 9, three...)
+	for _, tt := range []struct {
+		name    string
+		answers []nodeInfo
+		want    bool
+	}{
+		{"a majority is gone", []nodeInfo{mine, blank("node1#2"), blank("node2#2")}, true},
+		{"they are silent", []nodeInfo{mine}, false},
+		{"one is gone", []nodeInfo{mine, blank("node1#2")}, false},
+		{"another has more", []nodeInfo{mine, holds("node1#2", c, 3, 8), blank("node2#2")}, false},
+		{"others have gone on without this one", []nodeInfo{holds("node3#1", c, 2, 9, three[:2]...), blank("node1#2")}, false},
+	} {
+		if got := newView("node3", 3, tt.answers...).toRetire(); got != tt.want {
+			t.Errorf("%s: got %v; want %v", tt.name, got, tt.want)
+		}
+	}
+}
+
 func TestMostComplete(t *testing.T) {
 	const c = testCluster1
 	for _, tt := range []struct {

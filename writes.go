@@ -395,10 +395,10 @@ func (b *writes) forward(commands [][]byte) outcome {
 // handleApply executes commands that another node forwarded to this one. It answers with an error only when none of
 // them can have been executed.
 func (b *writes) handleApply(ctx context.Context, _ string, request []byte) ([]byte, error) {
-	// An entry is no longer than that with the lengths of its commands, nor was it in older versions; only a single
-	// command is. A message of nothing but empty ones would take a hundred times its size in memory.
-	if size, n := binary.Uvarint(request); len(request) > 1<<20 && size != uint64(len(request)-n) {
-		return nil, errors.New("the commands are more than a batch")
+	// An entry is no longer than that with the lengths of its commands; only a single command is. A message of nothing
+	// but empty ones would take a hundred times its size in memory.
+	if size, n := binary.Uvarint(request); len(request) > maxBatchBytes && size != uint64(len(request)-n) {
+		return nil, errors.New("the commands are more than an entry")
 	}
 	commands, err := decodeCommands(request)
 	if err != nil {
