@@ -10,11 +10,11 @@ import (
 )
 
 // These bound the log in bytes, on the disk and in memory. A snapshot is due when the log since the last one is larger
-// than the state: then writing the state costs no more than what was written anyway. After a snapshot some of the log
-// stays, since a follower that is a little behind catches up from it with less than the whole state.
+// than half the state: then snapshots write at most twice as much as the log. After a snapshot some of the log stays,
+// since a follower that is a little behind catches up from it with less than the whole state.
 const (
-	maxLogBytes    = 16 << 20 // a larger log makes a snapshot due, if it is larger than the state, too
-	maxTailBytes   = 4 << 20  // of the log stay after a snapshot, or half the state's size if that is more
+	maxLogBytes    = 16 << 20 // a larger log makes a snapshot due, if it is larger than half the state, too
+	maxTailBytes   = 4 << 20  // of the log stay after a snapshot, or a quarter of the state's size if that is more
 	maxCachedBytes = 4 << 20  // of the newest entries are also in memory
 	entryOverhead  = 128      // bytes of an entry beside its data
 )
@@ -31,8 +31,9 @@ type logStore struct {
 	stateSize     atomic.Int64  // bytes of the state when it was last written, sent or received
 	due           chan struct{} // holds a token when the log has become too large
 
-	mu    sync.Mutex // guards sizes
-	sizes logSizes
+	mu      sync.Mutex // guards what follows
+	sizes   logSizes
+	started bool // entries have been stored
 }
 
 // newLogStore returns the log in store. Before Raft uses it newSnapshotStore must have told it the newest snapshot.
@@ -43,26 +44,6 @@ func newLogStore(store raft.LogStore, cfg *Config, node storageNode) *logStore {
 	}
 }
 
-// readSizes reads the entries after the newest snapshot when the node starts, to know their sizes. Those before it
-// count for nothing: they can only be deleted.
-func (s *logStore) readSizes() error {
-	first, err1 := s.FirstIndex()
-	last, err2 := s.LastIndex()
-	if err := errors.Join(err1, err2); err != nil || last == 0 {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for i := max(first, s.snapshotIndex.Load()+1); i <= last; i++ {
-		entry := new(raft.Log)
-		if err := s.LogStore.GetLog(i, entry); err != nil {
-			return fmt.Errorf("read log entry %d: %w", i, err)
-		}
-		s.sizes.add(entry)
-	}
-	return nil
-}
-
 func (s *logStore) StoreLog(l *raft.Log) error { return s.StoreLogs([]*raft.Log{l}) }
 
 func (s *logStore) StoreLogs(l []*raft.Log) error {
@@ -70,6 +51,7 @@ func (s *logStore) StoreLogs(l []*raft.Log) error {
 		return err
 	}
 	s.mu.Lock()
+	s.started = true
 	for _, entry := range l {
 		s.sizes.add(entry)
 	}
@@ -84,14 +66,26 @@ func (s *logStore) StoreLogs(l []*raft.Log) error {
 }
 
 // GetLog reads the newest entries from memory. On a leader some of them are not on the disk yet.
+//
+// When Raft starts it reads, in order, all entries after the newest snapshot, before it stores any. So their sizes
+// become known. Those of entries before them count for nothing: they can only be deleted.
 func (s *logStore) GetLog(index uint64, l *raft.Log) error {
 	s.mu.Lock()
 	cached := s.sizes.cachedEntry(index)
 	s.mu.Unlock()
-	if cached == nil {
-		return s.LogStore.GetLog(index, l)
+	if cached != nil {
+		*l = *cached
+		return nil
 	}
-	*l = *cached
+	if err := s.LogStore.GetLog(index, l); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.started && index == max(s.sizes.next, s.snapshotIndex.Load()+1) {
+		entry := *l
+		s.sizes.add(&entry)
+	}
 	return nil
 }
 
@@ -100,7 +94,7 @@ func (s *logStore) GetLog(index uint64, l *raft.Log) error {
 func (s *logStore) isSnapshotDue(threshold uint64) bool {
 	limit := int64(maxLogBytes)
 	if !s.inMemory {
-		limit = max(limit, s.stateSize.Load())
+		limit = max(limit, s.stateSize.Load()/2)
 	}
 	after := s.snapshotIndex.Load() + 1
 	s.mu.Lock()
@@ -145,7 +139,7 @@ func (s *logStore) DeleteRange(first, last uint64) error {
 	}
 	if last <= s.snapshotIndex.Load() {
 		s.mu.Lock()
-		last = min(last, s.sizes.tail(s.trailingLogs, max(maxTailBytes, s.stateSize.Load()/2))-1)
+		last = min(last, s.sizes.tail(s.trailingLogs, max(maxTailBytes, s.stateSize.Load()/4))-1)
 		s.mu.Unlock()
 		if last < first {
 			return nil

@@ -104,9 +104,9 @@ func TestSnapshotIsDueByBytesAndEntries(t *testing.T) {
 	}{
 		{"little", false, 0, 16, 0, false},
 		{"more than 16 MiB", false, 0, 18, 0, true},
-		{"more than 16 MiB, less than the state", false, 20 * mib, 18, 0, false},
-		{"more than the state", false, 20 * mib, 22, 0, true},
-		{"less than the state, in memory", true, 20 * mib, 18, 0, true},
+		{"more than 16 MiB, less than half the state", false, 40 * mib, 18, 0, false},
+		{"more than half the state", false, 40 * mib, 22, 0, true},
+		{"less than half the state, in memory", true, 40 * mib, 18, 0, true},
 		{"fewer entries", false, 0, 8, 8, false},
 		{"so many entries", false, 0, 9, 8, true},
 		{"none", false, 0, 1, 8, false},
@@ -128,7 +128,11 @@ func TestSnapshotIsDueByBytesAndEntries(t *testing.T) {
 		again := newLogStore(e.LogStore, &Config{TrailingLogs: 100}, nil) // a restart
 		again.inMemory = tt.inMemory
 		again.stateSize.Store(tt.state)
-		if err := errors.Join(again.setSnapshot(1, 2), again.readSizes()); err != nil || again.isSnapshotDue(tt.count) != tt.want {
+		err := again.setSnapshot(1, 2)
+		for i := 2; i <= tt.entries; i++ { // as Raft does
+			err = errors.Join(err, again.GetLog(uint64(i), new(raft.Log)))
+		}
+		if err != nil || again.isSnapshotDue(tt.count) != tt.want {
 			t.Errorf("%s: got due %v, error %v after a restart; want %v", tt.name, !tt.want, err, tt.want)
 		}
 		if err := e.setSnapshot(uint64(tt.entries), 2); err != nil || e.isSnapshotDue(1) {
@@ -160,7 +164,7 @@ func TestWhatStaysOfTheLogIsBounded(t *testing.T) {
 	}{
 		{"by entries", 5, 0, 100, 16},
 		{"by bytes", 100, 0, mib, 18},
-		{"by a large state's size", 100, 20 * mib, mib, 12},
+		{"by a large state's size", 100, 40 * mib, mib, 12},
 		{"not at all", 100, 0, 100, 1},
 		{"to nothing", 0, 0, 100, 0},
 		{"to nothing, by bytes", 100, 0, 5 * mib, 0},

@@ -48,9 +48,6 @@ func newSnapshotStore(store raft.SnapshotStore, dir string, w *watchdog, log *lo
 	if err == nil && newest.Index > 0 {
 		err = s.setNewest(newest.ID, newest.Index, newest.Term, newest.Size)
 	}
-	if err == nil {
-		err = log.readSizes()
-	}
 	return s, err
 }
 
