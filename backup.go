@@ -27,8 +27,15 @@ func (a *api) getBackup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := readState(w, r, a.store, query, func() {}); err != nil {
+	consistency, err := readConsistency(a.store, query)
+	if err != nil {
 		return err
+	}
+	salvage := consistency == Stale && a.store.LacksMajority()
+	if !salvage {
+		if err := readState(w, r, a.store, query, func() {}); err != nil {
+			return err
+		}
 	}
 	w.Header().Set("Content-Type", ndjsonType)
 	if r.Method == http.MethodHead {
@@ -40,7 +47,17 @@ func (a *api) getBackup(w http.ResponseWriter, r *http.Request) error {
 	default:
 		return statusError(http.StatusServiceUnavailable, "%d backups are under way: try again later", maxBackups)
 	}
-	return a.writeBackup(w, a.capture(w), query.Get("prefix"))
+	state, index := a.capture(w)
+	if salvage { // what people save when the others are lost lacks nothing that this node has
+		err := a.store.ReadLog(index, func(command []byte, at time.Time) error {
+			_, err := state.Apply(command, at)
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return a.writeBackup(w, state.items, query.Get("prefix"))
 }
 
 // writeBackup writes the lines. An error after the first of them ends the connection, so that the client sees that

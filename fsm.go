@@ -60,13 +60,19 @@ func (c Condition) met(tag Tag) bool {
 
 // kvMachine is the map with its counter of tags. It is a StateMachine.
 type kvMachine struct {
-	items   *btree.Map[string, Item] // copied in constant time, for a snapshot or a listing
-	lastTag Tag                      // the last one given out
-	feed    *feed                    // of its changes; no part of the state
+	items   *btree.Map[string, Item]
+	lastTag Tag   // the last one given out
+	feed    *feed // of its changes; no part of the state
 }
 
 func newMachine() *kvMachine {
 	return &kvMachine{items: new(btree.Map[string, Item]), feed: newFeed()}
+}
+
+// clone returns a copy in constant time: the two share every tree node that neither has written to since. Its feed is
+// empty.
+func (m *kvMachine) clone() *kvMachine {
+	return &kvMachine{items: m.items.Copy(), lastTag: m.lastTag, feed: newFeed()}
 }
 
 // Len returns the number of keys.

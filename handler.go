@@ -56,16 +56,24 @@ func applyCommand(w http.ResponseWriter, r *http.Request, store *Store, command 
 	return result.Data, nil
 }
 
+// readConsistency returns what a request asks for with ?consistency=, or else what READ_CONSISTENCY says.
+func readConsistency(store *Store, query url.Values) (Consistency, error) {
+	if !query.Has("consistency") {
+		return store.cfg.ReadConsistency, nil
+	}
+	consistency, err := parseConsistency(query.Get("consistency"))
+	if err != nil {
+		return "", badRequest("consistency: %v", err)
+	}
+	return consistency, nil
+}
+
 // readState calls read, which may look at the state machine until it returns and must keep none of its maps and slices.
-// Before that it waits for what the request asks for with ?consistency=, or else READ_CONSISTENCY says. query is what
-// readQuery has returned.
+// Before that it waits for what the request's consistency asks for. query is what readQuery has returned.
 func readState(w http.ResponseWriter, r *http.Request, store *Store, query url.Values, read func()) error {
-	consistency := store.cfg.ReadConsistency
-	if query.Has("consistency") {
-		var err error
-		if consistency, err = parseConsistency(query.Get("consistency")); err != nil {
-			return badRequest("consistency: %v", err)
-		}
+	consistency, err := readConsistency(store, query)
+	if err != nil {
+		return err
 	}
 	if consistency == Stale && !store.CaughtUp() { // asked before the read: it may catch up meanwhile
 		w.Header().Set("Raft-Stale", "since-start")

@@ -27,7 +27,7 @@ const (
 
 // RaftState is where this node stands, as far as it knows.
 type RaftState struct {
-	State  string // "starting", "forming", "follower", "candidate", "leader", "retired" or "shutdown"
+	State  string // "starting", "forming", "follower", "candidate", "leader" or "shutdown"
 	Leader string // the leader's node id, "" when there is none
 	Term   uint64
 

@@ -68,11 +68,12 @@ func (r *replica) read(f func()) {
 	f()
 }
 
-// capture runs f while nothing else uses the machine.
-func (r *replica) capture(f func()) {
+// capture runs f while nothing else uses the machine, and returns the index of the last entry that it has executed.
+func (r *replica) capture(f func()) (index uint64) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	f()
+	return r.applied.load()
 }
 
 // size returns the machine's Len.
@@ -99,8 +100,8 @@ func (r *replica) Apply(entry *raft.Log) any {
 			return nil
 		}
 	}
-	r.mu.Unlock()
 	r.applied.advance(entry.Index)
+	r.mu.Unlock()
 	r.metrics.apply.Observe(time.Since(began).Seconds())
 	r.metrics.batch.Observe(float64(len(commands)))
 	return results
@@ -158,8 +159,8 @@ func (r *replica) restore(source io.Reader) error {
 	r.mu.Lock()
 	install()
 	r.maxVersion.Store(uint32(maxVersion))
-	r.mu.Unlock()
 	r.applied.advance(index)
+	r.mu.Unlock()
 	return nil
 }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -29,8 +28,6 @@ import (
 //	forming   it runs no Raft: it is in no cluster, or in one of which nobody that answers holds an entry yet
 //	running   it is in a cluster that has begun, and runs Raft
 //	caught up since this start it has executed all that a leader had committed
-//	retired   a majority of the voters has lost its state: this server runs no Raft any more, and shows all that it
-//	          has to those who save it
 //
 // Nothing is decided about a node that does not answer. "Membership" in DESIGN.md has the rules and why they are safe.
 type stage int
@@ -40,11 +37,10 @@ const (
 	stageForming
 	stageRunning
 	stageCaughtUp
-	stageRetired
 )
 
 func (s stage) String() string {
-	return [...]string{"starting", "forming", "running", "running", "retired"}[s]
+	return [...]string{"starting", "forming", "running", "running"}[s]
 }
 
 // How often a node asks the others who they are.
@@ -151,10 +147,7 @@ type membership struct {
 	stable raft.StableStore
 	stage  atomic.Int32 // asked for by each read
 
-	// The next two are for manageMembers alone.
-	lostMajority bool  // as last seen: a majority has lost its state, and this server has the most complete log
-	seen         sight // of this leader
-
+	seen  sight // of this leader; for manageMembers alone
 	found atomic.Pointer[findings]
 
 	mu       sync.Mutex // guards what follows
@@ -306,7 +299,7 @@ func (s *Store) self() (server, cluster string) {
 
 // authorize lets Raft's messages and calls in only while Raft runs.
 func (s *Store) authorize(h hello) error {
-	if h.kind != kindAsk && (s.raft.Load() == nil || s.membership.at() == stageRetired) {
+	if h.kind != kindAsk && s.raft.Load() == nil {
 		return errNoRaft
 	}
 	return nil
@@ -393,9 +386,8 @@ func (s *Store) manageMembers() {
 				interval = changeInterval
 			}
 		case state.Leader == "":
-			if err := s.checkMajority(); err != nil {
-				s.stopProcess(err)
-				return
+			if v := s.askAll(s.ctx); s.Leader() == "" {
+				s.membership.setReason(v.String())
 			}
 		}
 		if members := s.members(); len(members) > 0 {
@@ -463,52 +455,4 @@ func (s *Store) changeMembers(step change, prevIndex uint64) error {
 	ctx, cancel := context.WithTimeout(s.ctx, changeTimeout)
 	defer cancel()
 	return within(ctx, future.Error)
-}
-
-// checkMajority finds out why no leader is known, says so to people, and retires this server when a majority of the
-// voters has lost its state. Two views must say so, one after the other. An error ends the process.
-func (s *Store) checkMajority() error {
-	m, v := s.membership, s.askAll(s.ctx)
-	if s.Leader() != "" {
-		return nil
-	}
-	m.setReason(v.String())
-	if m.at() == stageRetired {
-		if voters := voting(v.mine().Members); isMajority(count(voters, v.present), len(voters)) {
-			return errors.New("a majority of the nodes has its state again: start this node again, " +
-				"which had stopped taking part")
-		}
-		return nil
-	}
-	before := m.lostMajority
-	m.lostMajority = v.toRetire()
-	if before && m.lostMajority {
-		return s.retire()
-	}
-	return nil
-}
-
-// retire stops Raft and executes all that the log holds, also what nobody may have committed: nothing can be committed
-// any more, and what stale reads answer from now on is all there is to save. Nothing that is stored changes, so a
-// restart undoes it.
-func (s *Store) retire() error {
-	s.log.Warn("a majority of the nodes has lost its state: this node takes part in nothing any more, " +
-		"and executes all of its log to be saved")
-	s.membership.advance(stageRetired)
-	stop := s.raft.Load().Shutdown()
-	if err := within(s.ctx, stop.Error); err != nil {
-		return fmt.Errorf("stop raft: %w", err)
-	}
-	last, err := s.storage.logs.LastIndex()
-	for i := s.replica.applied.load() + 1; err == nil && i <= last; i++ {
-		var entry raft.Log
-		if err = s.storage.logs.GetLog(i, &entry); err == nil && entry.Type == raft.LogCommand {
-			s.replica.Apply(&entry)
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("execute the log: %w", err)
-	}
-	s.replica.applied.advance(last)
-	return nil
 }

@@ -30,7 +30,7 @@ var (
 )
 
 // simTotals is what all simulations came to.
-var simTotals struct{ clusters, crashes, losses, faults, deaths, cures, unserved, ops, elapsed atomic.Int64 }
+var simTotals struct{ clusters, crashes, losses, faults, deaths, cures, unexecuted, ops, elapsed atomic.Int64 }
 
 func reportTotals(t *testing.T) {
 	t.Helper()
@@ -38,7 +38,7 @@ func reportTotals(t *testing.T) {
 	t.Logf("%d clusters lived for %v; %d faults, %d crashes, %d of them with all state lost; %d operations checked", s.clusters.Load(),
 		time.Duration(s.elapsed.Load()).Round(time.Second), s.faults.Load(), s.crashes.Load(), s.losses.Load(), s.ops.Load())
 	t.Logf("%d clusters lost a majority, and people brought %d back; the nodes that they saved had %d acknowledged writes in the log that "+
-		"they did not serve", s.deaths.Load(), s.cures.Load(), s.unserved.Load())
+		"they did not serve", s.deaths.Load(), s.cures.Load(), s.unexecuted.Load())
 }
 
 func TestSimulation(t *testing.T) {

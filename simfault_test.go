@@ -274,31 +274,33 @@ func (s *sim) advised() (named *simNode) {
 // cure does what the nodes advise people to do when a majority has lost its state: save what the named node still
 // answers, start all anew without state, and write back what was saved.
 func (s *sim) cure() {
-	var saved []testPair
 	named := s.advised()
 	if named == nil {
 		return
 	}
 	r := named.run.Load()
 	s.log.note(named.id, "is saved")
-	read := func() bool {
-		saved = nil
-		if r.store.Read(context.Background(), Stale, func() {}) != nil {
-			return false
-		}
-		for key, item := range r.client.list() {
-			saved = append(saved, testPair{key, item.Value})
-		}
-		return true
+	if !r.store.LacksMajority() {
+		s.t.Errorf("%s, whose state is to be saved, sees a majority", named.id)
 	}
-	if !s.soon(staleAfter+time.Second, read) {
-		s.t.Errorf("%s, whose state is to be saved, cannot be read", named.id)
-	}
-	unserved := r.disk.valuesAfter(r.store.replica.applied.load())
+	var copied *testMachine
+	index := r.store.Capture(func() { copied = r.client.machine.clone() })
+	unexecuted := r.disk.valuesAfter(index)
 	for _, op := range s.h.all() {
-		if out := op.Output.(history.Answer); out.Known && !out.Failed && unserved[op.Input.(history.Op).Value] {
-			simTotals.unserved.Add(1)
+		if out := op.Output.(history.Answer); out.Known && !out.Failed && unexecuted[op.Input.(history.Op).Value] {
+			simTotals.unexecuted.Add(1)
 		}
+	}
+	err := r.store.ReadLog(index, func(command []byte, at time.Time) error {
+		_, err := copied.Apply(command, at)
+		return err
+	})
+	if err != nil {
+		s.t.Errorf("%s, whose state is to be saved, cannot read its log: %v", named.id, err)
+	}
+	var saved []testPair
+	for key, item := range copied.items {
+		saved = append(saved, testPair{key, item.Value})
 	}
 	s.mu.Lock()
 	for _, p := range saved {

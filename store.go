@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -359,8 +360,40 @@ func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) err
 }
 
 // Capture calls f while neither a command is executed nor a Read's func runs, to make a copy of the state machine that
-// shares memory with it. What f sees is this node's, and at least as new as what a Read before it has seen.
-func (s *Store) Capture(f func()) { s.replica.capture(f) }
+// shares memory with it. What f sees is this node's, and at least as new as what a Read before it has seen. The index
+// is that of the last log entry that has been executed in it.
+func (s *Store) Capture(f func()) (index uint64) { return s.replica.capture(f) }
+
+// LacksMajority says whether this node knows no leader and less than a majority of the voters answers. Then what it
+// has in its log, and has not executed, may be all that is left of a command that was acknowledged.
+func (s *Store) LacksMajority() bool {
+	return s.raft.Load() != nil && s.Leader() == "" && !s.recentView().hasMajority(s.members())
+}
+
+// ReadLog calls f with each command in this node's log after an index, executed or not, and with the time that
+// StateMachine.Apply gets. It is for a copy of the state machine that is to be saved when LacksMajority: nobody can say
+// which of the commands have been acknowledged, and of the last ones some may never be executed. It returns f's error,
+// or ErrNoLeader if the log has changed meanwhile.
+func (s *Store) ReadLog(after uint64, f func(command []byte, at time.Time) error) error {
+	last, err := s.storage.logs.LastIndex()
+	for i := after + 1; err == nil && i <= last; i++ {
+		var entry raft.Log
+		if err = s.storage.logs.GetLog(i, &entry); err != nil {
+			return ErrNoLeader // a snapshot or another leader's entries have taken its place; other errors end the process
+		}
+		if entry.Type != raft.LogCommand {
+			continue
+		}
+		at, commands, err := decodeEntry(entry.Data)
+		for _, c := range commands {
+			err = cmp.Or(err, f(c, at))
+		}
+		if err != nil {
+			return fmt.Errorf("log entry %d: %w", i, err)
+		}
+	}
+	return err
+}
 
 // Current returns a channel that is closed when, for the first time since its start, this node has had all that a
 // leader had committed.

@@ -157,14 +157,10 @@ func (v view) lost(node string) (nodes []string, majority bool) {
 	return nodes, len(nodes) > 0 && !isMajority(len(voters)-len(nodes), len(voters))
 }
 
-// toRetire says whether this server is to show all that it holds, since a majority has lost its state: it is the member
-// with the most complete log. One that is no member knows the others as they were when they went on without it.
-// Example: node3 has left, node1 and node2 are all that it knows, node1 is replaced, and node2 is silent for a moment.
-func (v view) toRetire() bool {
-	mine := v.mine()
-	isMember := slices.ContainsFunc(mine.Members, func(m member) bool { return m.Server == mine.Server })
-	_, majority := v.lost(v.self)
-	return isMember && majority && v.mostComplete() == v.self
+// hasMajority says whether a majority of the voters among members answers, or there is none.
+func (v view) hasMajority(members []member) bool {
+	voters := voting(members)
+	return len(voters) == 0 || isMajority(count(voters, v.present), len(voters))
 }
 
 // String says, to people, what keeps this node from being of use, and what they can do about it.
@@ -178,18 +174,20 @@ func (v view) String() string {
 	if best == "" {
 		return "the cluster has not begun: " + v.problems()
 	}
-	if _, majority := v.lost(best); !majority {
-		return "no leader is known: " + v.problems()
-	}
 	info := v.answers[best]
-	reason := fmt.Sprintf("a majority of the nodes has lost its state, and nothing can be written or confirmed any "+
-		"more: %s. Node %s has the most complete log (entry %d of term %d)",
-		v.problems(), best, info.LastIndex, info.LastTerm)
-	if info.Applied < info.LastIndex {
-		return reason + " and is about to execute all of it"
+	advice := fmt.Sprintf("Node %s has the most complete log (entry %d of term %d): save its backup, which is what it "+
+		"answers with ?consistency=stale; stop all nodes, move their state directories away, start all nodes, and "+
+		"restore the backup", best, info.LastIndex, info.LastTerm)
+	_, lost := v.lost(best)
+	switch {
+	case lost:
+		return "a majority of the nodes has lost its state, and nothing can be written or confirmed any more: " +
+			v.problems() + ". " + advice
+	case !v.hasMajority(info.Members):
+		return "no leader is known: " + v.problems() + ". Only if a majority will never come back: " + advice +
+			"; PEERS may name other nodes then"
 	}
-	return reason + ": save its backup, which is what it answers with ?consistency=stale; stop all nodes, " +
-		"move their state directories away, start all nodes, and restore the backup"
+	return "no leader is known: " + v.problems()
 }
 
 // whyNotFollowing says why this node does not follow a leader that it sees.

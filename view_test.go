@@ -331,27 +331,6 @@ func catchUp(v view, servers []string) (target uint64) {
 	return 5
 }
 
-func TestWhoRetires(t *testing.T) {
-	const c = testCluster1
-	three := []string{"node1#1", "node2#1", "node3#1"}
-	mine := holds("node3#1", c, 2, 9, three...)
-	for _, tt := range []struct {
-		name    string
-		answers []nodeInfo
-		want    bool
-	}{
-		{"a majority is gone", []nodeInfo{mine, blank("node1#2"), blank("node2#2")}, true},
-		{"they are silent", []nodeInfo{mine}, false},
-		{"one is gone", []nodeInfo{mine, blank("node1#2")}, false},
-		{"another has more", []nodeInfo{mine, holds("node1#2", c, 3, 8), blank("node2#2")}, false},
-		{"others have gone on without this one", []nodeInfo{holds("node3#1", c, 2, 9, three[:2]...), blank("node1#2")}, false},
-	} {
-		if got := newView("node3", 3, tt.answers...).toRetire(); got != tt.want {
-			t.Errorf("%s: got %v; want %v", tt.name, got, tt.want)
-		}
-	}
-}
-
 func TestMostComplete(t *testing.T) {
 	const c = testCluster1
 	for _, tt := range []struct {
@@ -382,10 +361,20 @@ func TestMostComplete(t *testing.T) {
 
 // recipe is what people are told when a majority has lost its state.
 func recipe(lost, node string, index, term int) string {
-	return fmt.Sprintf("a majority of the nodes has lost its state, and nothing can be written or confirmed any more: %s. "+
-		"Node %s has the most complete log (entry %d of term %d): save its backup, which is what it answers with "+
+	return "a majority of the nodes has lost its state, and nothing can be written or confirmed any more: " + lost + ". " +
+		advice(node, index, term)
+}
+
+// recipeIf is what people are told when a majority is silent, or of another cluster.
+func recipeIf(problems, node string, index, term int) string {
+	return "no leader is known: " + problems + ". Only if a majority will never come back: " + advice(node, index, term) +
+		"; PEERS may name other nodes then"
+}
+
+func advice(node string, index, term int) string {
+	return fmt.Sprintf("Node %s has the most complete log (entry %d of term %d): save its backup, which is what it answers with "+
 		"?consistency=stale; stop all nodes, move their state directories away, start all nodes, and restore the backup",
-		lost, node, index, term)
+		node, index, term)
 }
 
 func TestReasonsForPeople(t *testing.T) {
@@ -472,7 +461,7 @@ func TestReasonsForPeople(t *testing.T) {
 			"a majority holds the state of another cluster, which says nothing of what it held before",
 			[]nodeInfo{holds("node1#1", c, 2, 9, all...), holds("node2#9", "x#1", 2, 3), holds("node3#9", "x#1", 2, 3)},
 			nil,
-			"no leader is known: node2 is of another cluster, x#1; node3 is of another cluster, x#1",
+			recipeIf("node2 is of another cluster, x#1; node3 is of another cluster, x#1", "node1", 9, 2),
 		},
 		{
 			"one leads itself alone",
@@ -536,13 +525,13 @@ func TestReasonsForPeople(t *testing.T) {
 			"a majority is not there",
 			[]nodeInfo{holds("node1#1", c, 2, 9, all...)},
 			nil,
-			"no leader is known: node2 at host2:12000: connection refused; node3 at host3:12000: connection refused",
+			recipeIf("node2 at host2:12000: connection refused; node3 at host3:12000: connection refused", "node1", 9, 2),
 		},
 		{
 			"one has lost its state, one is not there",
 			[]nodeInfo{holds("node1#1", c, 2, 9, all...), blank("node2#2")},
 			nil,
-			"no leader is known: node2 has lost its state; node3 at host3:12000: connection refused",
+			recipeIf("node2 has lost its state; node3 at host3:12000: connection refused", "node1", 9, 2),
 		},
 		{
 			"a majority has lost its state",

@@ -59,14 +59,13 @@ func TestProcessRecovery(t *testing.T) {
 	for _, tt := range []struct {
 		name, store string
 		file        bool // PEERS_FILE
-		moved       bool // the nodes without state have other addresses
-		renamed     bool // after the recovery they have other names
+		gone        bool // the nodes without state start only after the recovery, elsewhere, under other names
+		restarted   bool // the node that is left has restarted
 	}{
-		{"two directories are lost", storeBolt, false, false, false},
+		{"two directories are lost", storeBolt, false, false, true},
 		{"two nodes in memory restart", storeMemory, false, false, false},
 		{"two machines are gone", storeBolt, false, true, true},
-		{"two machines are gone, with a file", storeBolt, true, true, false},
-		{"two machines are gone, in memory with a file", storeMemory, true, true, true},
+		{"two machines are gone, in memory with a file", storeMemory, true, true, false},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -102,31 +101,41 @@ func TestProcessRecovery(t *testing.T) {
 				if err := os.RemoveAll(p.env["STATE_DIR"]); err != nil {
 					t.Fatal(err)
 				}
-				if tt.moved {
-					old := p.name + "@" + p.env["RAFT_ADDR"] + ":" + p.env["RAFT_PORT"]
-					p.env["RAFT_PORT"] = ownPort(t)
-					peers = strings.Replace(peers, old, p.name+"@"+p.env["RAFT_ADDR"]+":"+p.env["RAFT_PORT"], 1)
+			}
+			if tt.restarted {
+				left.end(syscall.SIGKILL, -1)
+				left.start()
+				left.await(http.StatusOK, http.MethodGet, "/livez", "")
+			}
+			ports := map[string]*proc{"11001": left, "11003": left}
+			if !tt.gone {
+				ports["11001"] = lost[0]
+				for _, p := range lost {
+					p.start()
+					p.await(http.StatusOK, http.MethodGet, "/livez", "")
 				}
 			}
-			tell(peers)
-			if tt.moved && !tt.file {
-				left.end(syscall.SIGTERM, exitOK)
-				left.start()
-			}
-			for _, p := range lost {
-				p.start()
-				p.await(http.StatusOK, http.MethodGet, "/livez", "")
-			}
 
-			r := newRecipe(t, map[string]*proc{"11001": lost[0], "11002": lost[1], "11003": left})
+			r := newRecipe(t, ports)
 			waitFor(t, "the advice", func() bool {
-				return strings.Contains(r.run("curl -s localhost:11001/readyz"), "Node "+left.name+" has the most complete log") &&
-					strings.Contains(r.run("curl -s localhost:11001/readyz"), "save its backup")
+				advice := r.run("curl -s localhost:11001/readyz")
+				return strings.Contains(advice, "Node "+left.name+" has the most complete log") &&
+					strings.Contains(advice, "save its backup") && strings.Contains(advice, "Only if") == tt.gone
 			})
 			if out := r.run("curl -fsS -o backup 'localhost:11003/backup?consistency=stale'"); out != "{}\n" {
 				t.Fatalf("got %q for the last line of the backup; want {}", out)
 			}
-			for _, p := range nodes {
+			started := nodes
+			if tt.gone {
+				started = []*proc{left}
+				for i, p := range lost {
+					name, address := fmt.Sprintf("node%d", 4+i), "@"+p.env["RAFT_ADDR"]+":"
+					old := p.name + address + p.env["RAFT_PORT"]
+					p.name, p.env["NODE_ID"], p.env["RAFT_PORT"] = name, name, ownPort(t)
+					peers = strings.Replace(peers, old, name+address+p.env["RAFT_PORT"], 1)
+				}
+			}
+			for _, p := range started {
 				p.end(syscall.SIGTERM, exitOK)
 				if tt.store == storeBolt {
 					if err := os.Rename(p.env["STATE_DIR"], p.env["STATE_DIR"]+".lost"); err != nil {
@@ -134,14 +143,7 @@ func TestProcessRecovery(t *testing.T) {
 					}
 				}
 			}
-			if tt.renamed {
-				for i, p := range lost {
-					name := fmt.Sprintf("node%d", 4+i)
-					peers = strings.Replace(peers, p.name+"@", name+"@", 1)
-					p.name, p.env["NODE_ID"] = name, name
-				}
-				tell(peers)
-			}
+			tell(peers)
 			startAll(nodes...)
 			for _, p := range nodes {
 				p.has("k1", "null", "")
