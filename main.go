@@ -49,7 +49,7 @@ const lastRequests = 500 * time.Millisecond
 // therefore raised by as much.
 const (
 	garbagePercent = 40
-	ballastBytes   = 100 << 20
+	ballastBytes   = 60 << 20
 )
 
 func main() {
