@@ -31,11 +31,8 @@ func (a *api) getBackup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	salvage := consistency == Stale && a.store.LacksMajority()
-	if !salvage {
-		if err := readState(w, r, a.store, query, func() {}); err != nil {
-			return err
-		}
+	if err := readState(w, r, a.store, query, func() {}); err != nil {
+		return err
 	}
 	w.Header().Set("Content-Type", ndjsonType)
 	if r.Method == http.MethodHead {
@@ -47,16 +44,24 @@ func (a *api) getBackup(w http.ResponseWriter, r *http.Request) error {
 	default:
 		return statusError(http.StatusServiceUnavailable, "%d backups are under way: try again later", maxBackups)
 	}
-	state, index := a.capture(w)
-	if salvage { // what people save when the others are lost lacks nothing that this node has
-		err := a.store.ReadLog(index, func(command []byte, at time.Time) error {
+	var state *kvMachine
+	capture := func() { state = a.machine.clone() }
+	if consistency == Stale { // what people save when the others are lost lacks nothing that this node has
+		err = a.store.CaptureAll(r.Context(), capture, func(command []byte, at time.Time) error {
+			if w.Header().Get("Raft-Tag") == "" {
+				setRaftTag(w, state.lastTag)
+				_ = http.NewResponseController(w).Flush() // a long log takes time
+			}
 			_, err := state.Apply(command, at)
 			return err
 		})
-		if err != nil {
-			return err
-		}
+	} else {
+		a.store.Capture(capture)
 	}
+	if err != nil {
+		return err
+	}
+	setRaftTag(w, state.lastTag)
 	return a.writeBackup(w, state.items, query.Get("prefix"))
 }
 

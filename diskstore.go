@@ -34,6 +34,9 @@ type diskStore struct {
 	metrics  *metrics
 	node     storageNode
 
+	open   sync.RWMutex // held for reading by each call to db, for writing to set closed
+	closed bool         // the caller is about to close db, or has
+
 	mu      sync.Mutex  // guards what follows
 	pending []*raft.Log // consecutive; storePending may be storing the first of them
 	failed  bool        // nothing more will be stored
@@ -56,10 +59,27 @@ func newDiskStore(db database, path string, w *watchdog, m *metrics, node storag
 // do makes a call to the database, and stops the process if that fails. The call does little, so it has a time limit.
 // The op names it in messages.
 func (d *diskStore) do(op string, call func() error) error {
+	d.open.RLock()
+	defer d.open.RUnlock()
+	if d.closed {
+		return errClosed
+	}
 	err := d.watchdog.watch(op, lostTicks, func() error { return recovered(d.path, call) })
 	if err != nil && !isNotFound(err) {
 		d.node.fail(fmt.Errorf("storage: %s: %w", op, err))
 	}
+	return err
+}
+
+// errClosed is what a call gets after close: of somebody who was reading when the node stopped.
+var errClosed = errors.New("the storage is closed")
+
+// close waits until all log entries are on the disk, and ends all calls. Raft must have stopped.
+func (d *diskStore) close() error {
+	err := d.waitAllStored()
+	d.open.Lock()
+	defer d.open.Unlock()
+	d.closed = true
 	return err
 }
 

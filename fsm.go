@@ -62,18 +62,16 @@ func (c Condition) met(tag Tag) bool {
 type kvMachine struct {
 	items   *btree.Map[string, Item]
 	lastTag Tag   // the last one given out
-	feed    *feed // of its changes; no part of the state
+	feed    *feed // of its changes; no part of the state. nil for none
 }
 
 func newMachine() *kvMachine {
 	return &kvMachine{items: new(btree.Map[string, Item]), feed: newFeed()}
 }
 
-// clone returns a copy in constant time: the two share every tree node that neither has written to since. Its feed is
-// empty.
-func (m *kvMachine) clone() *kvMachine {
-	return &kvMachine{items: m.items.Copy(), lastTag: m.lastTag, feed: newFeed()}
-}
+// clone returns a copy in constant time: the two share every tree node that neither has written to since. It has no
+// feed.
+func (m *kvMachine) clone() *kvMachine { return &kvMachine{items: m.items.Copy(), lastTag: m.lastTag} }
 
 // Len returns the number of keys.
 func (m *kvMachine) Len() int { return m.items.Len() }
@@ -117,7 +115,9 @@ func (m *kvMachine) write(set, remove []Pair, at time.Time) []byte {
 			changes = append(changes, keyChange{key: p.Key, deleted: true})
 		}
 	}
-	m.feed.add(uint64(m.lastTag), changes)
+	if m.feed != nil {
+		m.feed.add(uint64(m.lastTag), changes)
+	}
 	return binary.BigEndian.AppendUint64(nil, uint64(m.lastTag))
 }
 

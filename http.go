@@ -179,19 +179,14 @@ func (a *api) listKeys(w http.ResponseWriter, r *http.Request) error {
 	case <-ctx.Done():
 		return statusError(http.StatusServiceUnavailable, "too many listings are under way")
 	}
-	state, _ := a.capture(w)
+	var state *kvMachine
+	a.store.Capture(func() { state = a.machine.clone() })
+	setRaftTag(w, state.lastTag)
 	page, next := l.page(state.items)
 	if next != "" {
 		w.Header().Set("Link", next)
 	}
 	return writeLarge(w, jsonType, len(page), bytes.NewReader(page))
-}
-
-// capture returns a copy of the state, and the index of the last log entry in it. The answer gets the header Raft-Tag.
-func (a *api) capture(w http.ResponseWriter) (state *kvMachine, index uint64) {
-	index = a.store.Capture(func() { state = a.machine.clone() })
-	setRaftTag(w, state.lastTag)
-	return state, index
 }
 
 func readListing(r *http.Request) (l listing, err error) {

@@ -10,7 +10,7 @@ import (
 )
 
 // These bound the log in bytes, on the disk and in memory. A snapshot is due when the log since the last one is larger
-// than half the state: then snapshots write at most twice as much as the log. After a snapshot some of the log stays,
+// than half the state: then snapshots write two to three times as much as the log. After a snapshot some of the log stays,
 // since a follower that is a little behind catches up from it with less than the whole state.
 const (
 	maxLogBytes    = 16 << 20 // a larger log makes a snapshot due, if it is larger than half the state, too
@@ -29,11 +29,13 @@ type logStore struct {
 
 	snapshotIndex atomic.Uint64 // last entry that the newest snapshot covers
 	stateSize     atomic.Int64  // bytes of the state when it was last written, sent or received
+	received      atomic.Bool   // in memory, the newest snapshot is what a leader sent: a second copy of the state
 	due           chan struct{} // holds a token when the log has become too large
 
-	mu      sync.Mutex // guards what follows
-	sizes   logSizes
-	started bool // entries have been stored
+	started atomic.Bool // Raft has begun to change the log
+
+	mu    sync.Mutex // guards sizes
+	sizes logSizes
 }
 
 // newLogStore returns the log in store. Before Raft uses it newSnapshotStore must have told it the newest snapshot.
@@ -47,11 +49,11 @@ func newLogStore(store raft.LogStore, cfg *Config, node storageNode) *logStore {
 func (s *logStore) StoreLog(l *raft.Log) error { return s.StoreLogs([]*raft.Log{l}) }
 
 func (s *logStore) StoreLogs(l []*raft.Log) error {
+	s.started.Store(true)
 	if err := s.LogStore.StoreLogs(l); err != nil {
 		return err
 	}
 	s.mu.Lock()
-	s.started = true
 	for _, entry := range l {
 		s.sizes.add(entry)
 	}
@@ -67,7 +69,7 @@ func (s *logStore) StoreLogs(l []*raft.Log) error {
 
 // GetLog reads the newest entries from memory. On a leader some of them are not on the disk yet.
 //
-// When Raft starts it reads, in order, all entries after the newest snapshot, before it stores any. So their sizes
+// When Raft starts it reads, in order, all entries after the newest snapshot, before it changes any. So their sizes
 // become known. Those of entries before them count for nothing: they can only be deleted.
 func (s *logStore) GetLog(index uint64, l *raft.Log) error {
 	s.mu.Lock()
@@ -82,7 +84,7 @@ func (s *logStore) GetLog(index uint64, l *raft.Log) error {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.started && index == max(s.sizes.next, s.snapshotIndex.Load()+1) {
+	if !s.started.Load() && index == max(s.sizes.next, s.snapshotIndex.Load()+1) {
 		entry := *l
 		s.sizes.add(&entry)
 	}
@@ -90,7 +92,7 @@ func (s *logStore) GetLog(index uint64, l *raft.Log) error {
 }
 
 // isSnapshotDue says whether a snapshot is due: the log since the newest snapshot has too many bytes, or at least
-// threshold entries; 0 is no threshold.
+// threshold entries (0 is no threshold), or any where it replaces a second copy of the state.
 func (s *logStore) isSnapshotDue(threshold uint64) bool {
 	limit := int64(maxLogBytes)
 	if !s.inMemory {
@@ -99,7 +101,8 @@ func (s *logStore) isSnapshotDue(threshold uint64) bool {
 	after := s.snapshotIndex.Load() + 1
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.sizes.bytesFrom(after) > limit || threshold > 0 && s.sizes.next >= after+threshold
+	return s.sizes.bytesFrom(after) > limit || threshold > 0 && s.sizes.next >= after+threshold ||
+		s.received.Load() && s.sizes.next > after
 }
 
 // setSnapshot records the newest snapshot by its last entry, and deletes entries that contradict it. Raft itself would
@@ -133,6 +136,7 @@ func (s *logStore) setSnapshot(index, term uint64) error {
 // by bytes. Of the newest none may go that has been executed: then this node has executed what the leader does not
 // have, and must stop.
 func (s *logStore) DeleteRange(first, last uint64) error {
+	s.started.Store(true)
 	end, err := s.LastIndex()
 	if err != nil || end == 0 || last == 0 { // an empty log. raft.InmemStore would count its indexes below 0
 		return err

@@ -231,6 +231,31 @@ func TestMemorySnapshotIsKeptAsItWasCaptured(t *testing.T) {
 	}
 }
 
+// What the leader has sent is a second copy of the state in memory. The next entry has this node take its own, which is none.
+func TestReceivedSnapshotIsReplaced(t *testing.T) {
+	for _, store := range []string{storeMemory, storeBolt} {
+		st := openTestStorage(t, store, t.TempDir())
+		r := newTestReplica(t, newTestMachine())
+		sink := newSnapshot(t, st.snapshots, 1, "sent by the leader")
+		if err := sink.Close(); err != nil || st.log.isSnapshotDue(0) {
+			t.Errorf("%s: got error %v, due %v before there is another entry; want neither", store, err, st.log.isSnapshotDue(0))
+		}
+		storeBytes(t, st.log, 2, 1, 100)
+		if got, want := st.log.isSnapshotDue(0), store == storeMemory; got != want {
+			t.Errorf("%s: got due %v; want %v", store, got, want)
+		}
+		applySet(r, 2, testPair{"a", "1"})
+		captured, err := r.Snapshot()
+		if err == nil {
+			err = captured.Persist(newSnapshot(t, st.snapshots, 2, ""))
+		}
+		storeBytes(t, st.log, 3, 1, 100)
+		if err != nil || st.log.isSnapshotDue(0) {
+			t.Errorf("%s: got error %v, due %v after one of its own; want neither", store, err, st.log.isSnapshotDue(0))
+		}
+	}
+}
+
 // Each node of a cluster bounds its own log, whatever the others do.
 func TestEveryNodeBoundsItsLog(t *testing.T) {
 	t.Parallel()

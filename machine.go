@@ -287,6 +287,15 @@ func decodeEntry(b []byte) (at time.Time, commands [][]byte, err error) {
 	return at, commands, err
 }
 
+// executeEntry calls execute with each command of an entry, until one returns an error.
+func executeEntry(b []byte, execute func(command []byte, at time.Time) error) error {
+	at, commands, err := decodeEntry(b)
+	for i := 0; err == nil && i < len(commands); i++ {
+		err = execute(commands[i], at)
+	}
+	return err
+}
+
 func appendCommands(b []byte, commands [][]byte) []byte {
 	for _, c := range commands {
 		b = appendString(b, c)

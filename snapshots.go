@@ -158,6 +158,7 @@ type snapshotSink struct {
 	index  uint64 // of the last entry that it covers
 	term   uint64 // of that entry
 	size   int64  // bytes that have been written
+	late   bool   // they are written later, when somebody reads them
 	closed bool
 }
 
@@ -168,8 +169,9 @@ func (s *snapshotSink) Write(p []byte) (n int, err error) {
 }
 
 func (s *snapshotSink) writeLater(write func(io.Writer) error) bool {
-	late, ok := s.SnapshotSink.(lateSink)
-	return ok && late.writeLater(write)
+	sink, ok := s.SnapshotSink.(lateSink)
+	s.late = ok && sink.writeLater(write)
+	return s.late
 }
 
 // Close completes the snapshot, unless there is a newer one. Example: this node is writing its own snapshot up to
@@ -187,6 +189,7 @@ func (s *snapshotSink) Close() error {
 	if err := s.store.do("complete a snapshot", s.SnapshotSink.Close); err != nil {
 		return err
 	}
+	s.store.log.received.Store(s.store.dir == "" && !s.late)
 	return s.store.setNewest(s.ID(), s.index, s.term, s.size)
 }
 

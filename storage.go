@@ -100,13 +100,12 @@ func newStorage(cfg *Config, logs raft.LogStore, stable raft.StableStore, snapsh
 	return s, err
 }
 
-// close closes the storage when all of the log is on the disk. Raft must have stopped: a call after close is an error,
-// which stops the process.
+// close closes the storage when all of the log is on the disk. Raft must have stopped.
 func (s *storage) close() error {
 	if s.db == nil {
 		return nil
 	}
-	err := s.disk.waitAllStored()
+	err := s.disk.close()
 	s.watchdog.stop()
 	return errors.Join(err, s.db.Close())
 }

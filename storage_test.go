@@ -356,7 +356,8 @@ func TestStorageFailsStop(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.close(); err != nil {
+	defer s.watchdog.stop()
+	if err := s.db.Close(); err != nil {
 		t.Fatal(err)
 	}
 	for name, call := range map[string]func() error{

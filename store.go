@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -336,7 +335,7 @@ func (s *Store) propose(batch []entry) []raft.ApplyFuture {
 // of those in errors.go, and f was not called then.
 func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) error {
 	if consistency == Stale {
-		if at := s.membership.at(); at < stageCaughtUp && time.Since(s.started) < staleAfter {
+		if s.isStarting() {
 			return ErrStarting
 		}
 		s.replica.read(f)
@@ -359,40 +358,63 @@ func (s *Store) Read(ctx context.Context, consistency Consistency, f func()) err
 	return nil
 }
 
-// Capture calls f while neither a command is executed nor a Read's func runs, to make a copy of the state machine that
-// shares memory with it. What f sees is this node's, and at least as new as what a Read before it has seen. The index
-// is that of the last log entry that has been executed in it.
-func (s *Store) Capture(f func()) (index uint64) { return s.replica.capture(f) }
-
-// LacksMajority says whether this node knows no leader and less than a majority of the voters answers. Then what it
-// has in its log, and has not executed, may be all that is left of a command that was acknowledged.
-func (s *Store) LacksMajority() bool {
-	return s.raft.Load() != nil && s.Leader() == "" && !s.recentView().hasMajority(s.members())
+// isStarting says whether this node may soon have more than it has now: it has not caught up since its start, which was
+// a moment ago, and no majority has lost its state.
+func (s *Store) isStarting() bool {
+	if s.membership.at() == stageCaughtUp || time.Since(s.started) >= staleAfter {
+		return false
+	}
+	if s.raft.Load() == nil {
+		return true
+	}
+	_, lost := s.recentView().lost(s.cfg.NodeID)
+	return !lost
 }
 
-// ReadLog calls f with each command in this node's log after an index, executed or not, and with the time that
-// StateMachine.Apply gets. It is for a copy of the state machine that is to be saved when LacksMajority: nobody can say
-// which of the commands have been acknowledged, and of the last ones some may never be executed. It returns f's error,
-// or ErrNoLeader if the log has changed meanwhile.
-func (s *Store) ReadLog(after uint64, f func(command []byte, at time.Time) error) error {
+// Capture calls f while neither a command is executed nor a Read's func runs, to make a copy of the state machine that
+// shares memory with it. What f sees is this node's, and at least as new as what a Read before it has seen.
+func (s *Store) Capture(f func()) { s.replica.capture(f) }
+
+// CaptureAll is Capture. Where this node sees no majority it then calls execute with each command that is in the log and
+// not in what was captured: what is there may be all that is left of a command that was acknowledged. Of the last ones
+// nobody can say that, and some may never be executed. The error is execute's, ErrStarting while Raft does not run,
+// ErrNotInTime when ctx ends, or ErrNoLeader if the log may have changed meanwhile, as a majority is there again.
+func (s *Store) CaptureAll(ctx context.Context, capture func(), execute func(command []byte, at time.Time) error) error {
+	r := s.raft.Load()
+	if r == nil {
+		return ErrStarting
+	}
+	contact := r.LastContact()
+	snapshot := s.storage.log.snapshotIndex.Load()
+	index := max(s.replica.capture(capture), snapshot) // Raft's own entries, with which a snapshot may end, count for Raft alone
+	if s.seesMajority() {
+		return nil
+	}
 	last, err := s.storage.logs.LastIndex()
-	for i := after + 1; err == nil && i <= last; i++ {
+	for ; err == nil && index < last; index++ {
+		if ctx.Err() != nil {
+			return ErrNotInTime
+		}
 		var entry raft.Log
-		if err = s.storage.logs.GetLog(i, &entry); err != nil {
-			return ErrNoLeader // a snapshot or another leader's entries have taken its place; other errors end the process
+		if s.storage.logs.GetLog(index+1, &entry) != nil { // another has taken its place; other errors end the process
+			return ErrNoLeader
 		}
-		if entry.Type != raft.LogCommand {
-			continue
-		}
-		at, commands, err := decodeEntry(entry.Data)
-		for _, c := range commands {
-			err = cmp.Or(err, f(c, at))
-		}
-		if err != nil {
-			return fmt.Errorf("log entry %d: %w", i, err)
+		if entry.Type == raft.LogCommand {
+			err = executeEntry(entry.Data, execute)
 		}
 	}
+	if _, leader := r.LeaderWithID(); err == nil && (leader != "" || r.LastContact() != contact) {
+		return ErrNoLeader
+	}
 	return err
+}
+
+// seesMajority says whether this node sees a leader or a majority of the voters, or is not one of the members itself.
+func (s *Store) seesMajority() bool {
+	v := s.recentView()
+	leader := v.leader()
+	member, _ := s.isMember(s.membership.server())
+	return s.Leader() != "" || leader != "" && v.isOurs(leader) || !member || v.hasMajority(s.members())
 }
 
 // Current returns a channel that is closed when, for the first time since its start, this node has had all that a

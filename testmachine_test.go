@@ -195,6 +195,15 @@ func (c *testClient) get(ctx context.Context, key string, consistency Consistenc
 	return item, err
 }
 
+// copyAll returns all that a node has, as it is saved where there is no majority.
+func copyAll(ctx context.Context, store *Store, machine *testMachine) (all *testMachine, err error) {
+	err = store.CaptureAll(ctx, func() { all = machine.clone() }, func(command []byte, at time.Time) error {
+		_, err := all.Apply(command, at)
+		return err
+	})
+	return all, err
+}
+
 // list returns what this node has, be it stale.
 func (c *testClient) list() (items map[string]testItem) {
 	c.store.Capture(func() { items = maps.Clone(c.machine.items) })

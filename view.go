@@ -157,37 +157,50 @@ func (v view) lost(node string) (nodes []string, majority bool) {
 	return nodes, len(nodes) > 0 && !isMajority(len(voters)-len(nodes), len(voters))
 }
 
-// hasMajority says whether a majority of the voters among members answers, or there is none.
+// hasMajority says whether a majority of the voters among members answers.
 func (v view) hasMajority(members []member) bool {
 	voters := voting(members)
-	return len(voters) == 0 || isMajority(count(voters, v.present), len(voters))
+	return isMajority(count(voters, v.present), len(voters))
+}
+
+// leader returns a node, other than this one, that leads and is ready; "" if there is none.
+func (v view) leader() string {
+	for _, node := range slices.Sorted(maps.Keys(v.answers)) {
+		if v.answers[node].Ready && node != v.self {
+			return node
+		}
+	}
+	return ""
 }
 
 // String says, to people, what keeps this node from being of use, and what they can do about it.
 func (v view) String() string {
-	for _, node := range slices.Sorted(maps.Keys(v.answers)) {
-		if v.answers[node].Ready && node != v.self {
-			return v.whyNotFollowing(node)
-		}
+	if leader := v.leader(); leader != "" {
+		return v.whyNotFollowing(leader)
 	}
 	best := v.mostComplete()
 	if best == "" {
 		return "the cluster has not begun: " + v.problems()
 	}
+	// A node that is no member knows the others as they were when they went on without it.
 	info := v.answers[best]
-	advice := fmt.Sprintf("Node %s has the most complete log (entry %d of term %d): save its backup, which is what it "+
-		"answers with ?consistency=stale; stop all nodes, move their state directories away, start all nodes, and "+
-		"restore the backup", best, info.LastIndex, info.LastTerm)
-	_, lost := v.lost(best)
-	switch {
-	case lost:
-		return "a majority of the nodes has lost its state, and nothing can be written or confirmed any more: " +
-			v.problems() + ". " + advice
-	case !v.hasMajority(info.Members):
+	isMember := slices.ContainsFunc(info.Members, func(m member) bool { return m.Server == info.Server })
+	if !isMember || v.hasMajority(info.Members) {
+		return "no leader is known: " + v.problems()
+	}
+	most := "the most complete log"
+	if len(v.silent) > 0 {
+		most += " of those that answer"
+	}
+	advice := fmt.Sprintf("Node %s has %s (entry %d of term %d): save its backup, which is what it answers with "+
+		"?consistency=stale; stop all nodes, move their state directories away, start all nodes, and restore the backup",
+		best, most, info.LastIndex, info.LastTerm)
+	if _, lost := v.lost(best); !lost {
 		return "no leader is known: " + v.problems() + ". Only if a majority will never come back: " + advice +
 			"; PEERS may name other nodes then"
 	}
-	return "no leader is known: " + v.problems()
+	return "a majority of the nodes has lost its state, and nothing can be written or confirmed any more: " +
+		v.problems() + ". " + advice
 }
 
 // whyNotFollowing says why this node does not follow a leader that it sees.

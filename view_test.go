@@ -360,21 +360,21 @@ func TestMostComplete(t *testing.T) {
 }
 
 // recipe is what people are told when a majority has lost its state.
-func recipe(lost, node string, index, term int) string {
+func recipe(lost, most string, index, term int) string {
 	return "a majority of the nodes has lost its state, and nothing can be written or confirmed any more: " + lost + ". " +
-		advice(node, index, term)
+		advice(most, index, term)
 }
 
 // recipeIf is what people are told when a majority is silent, or of another cluster.
-func recipeIf(problems, node string, index, term int) string {
-	return "no leader is known: " + problems + ". Only if a majority will never come back: " + advice(node, index, term) +
+func recipeIf(problems, most string, index, term int) string {
+	return "no leader is known: " + problems + ". Only if a majority will never come back: " + advice(most, index, term) +
 		"; PEERS may name other nodes then"
 }
 
-func advice(node string, index, term int) string {
-	return fmt.Sprintf("Node %s has the most complete log (entry %d of term %d): save its backup, which is what it answers with "+
+func advice(most string, index, term int) string {
+	return fmt.Sprintf("Node %s (entry %d of term %d): save its backup, which is what it answers with "+
 		"?consistency=stale; stop all nodes, move their state directories away, start all nodes, and restore the backup",
-		node, index, term)
+		most, index, term)
 }
 
 func TestReasonsForPeople(t *testing.T) {
@@ -461,7 +461,7 @@ func TestReasonsForPeople(t *testing.T) {
 			"a majority holds the state of another cluster, which says nothing of what it held before",
 			[]nodeInfo{holds("node1#1", c, 2, 9, all...), holds("node2#9", "x#1", 2, 3), holds("node3#9", "x#1", 2, 3)},
 			nil,
-			recipeIf("node2 is of another cluster, x#1; node3 is of another cluster, x#1", "node1", 9, 2),
+			recipeIf("node2 is of another cluster, x#1; node3 is of another cluster, x#1", "node1 has the most complete log", 9, 2),
 		},
 		{
 			"one leads itself alone",
@@ -525,25 +525,38 @@ func TestReasonsForPeople(t *testing.T) {
 			"a majority is not there",
 			[]nodeInfo{holds("node1#1", c, 2, 9, all...)},
 			nil,
-			recipeIf("node2 at host2:12000: connection refused; node3 at host3:12000: connection refused", "node1", 9, 2),
+			recipeIf("node2 at host2:12000: connection refused; node3 at host3:12000: connection refused", "node1 has the most complete log of those that answer", 9, 2),
 		},
 		{
 			"one has lost its state, one is not there",
 			[]nodeInfo{holds("node1#1", c, 2, 9, all...), blank("node2#2")},
 			nil,
-			recipeIf("node2 has lost its state; node3 at host3:12000: connection refused", "node1", 9, 2),
+			recipeIf("node2 has lost its state; node3 at host3:12000: connection refused", "node1 has the most complete log of those that answer", 9, 2),
 		},
 		{
 			"a majority has lost its state",
 			[]nodeInfo{holds("node1#1", c, 2, 9, all...), blank("node2#2"), blank("node3#2")},
 			nil,
-			recipe("node2 has lost its state; node3 has lost its state", "node1", 9, 2),
+			recipe("node2 has lost its state; node3 has lost its state", "node1 has the most complete log", 9, 2),
 		},
 		{
 			"a majority has, asks one of it",
 			[]nodeInfo{blank("node1#2"), holds("node2#1", c, 3, 7, all...), blank("node3#2")},
 			nil,
-			recipe("node1 has lost its state; node3 has lost its state", "node2", 7, 3),
+			recipe("node1 has lost its state; node3 has lost its state", "node2 has the most complete log", 7, 3),
+		},
+		{
+			"two of three have, and one that may have more is silent",
+			[]nodeInfo{holds("node1#1", c, 2, 9, append(all, "node4#1")...), blank("node2#2"), blank("node3#2")},
+			map[string]error{"node4": &dialError{"node4", context.DeadlineExceeded}},
+			recipe("node2 has lost its state; node3 has lost its state; node4 at host4:12000: no answer",
+				"node1 has the most complete log of those that answer", 9, 2),
+		},
+		{
+			"a node that has left, and the others are silent",
+			[]nodeInfo{holds("node1#1", c, 2, 9, all[1:]...)},
+			nil,
+			"no leader is known: node2 at host2:12000: connection refused; node3 at host3:12000: connection refused",
 		},
 		{
 			"an old server beside a new one is not lost",
@@ -554,7 +567,7 @@ func TestReasonsForPeople(t *testing.T) {
 	} {
 		v := newView("node1", 3, tt.answers...)
 		for node, err := range tt.silent {
-			v.silent[node] = err
+			v.silent[node], v.addresses[node] = err, "host"+strings.TrimPrefix(node, "node")+":12000"
 		}
 		if diff := cmp.Diff(tt.want, v.String()); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", tt.name, diff)

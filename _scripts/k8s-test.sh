@@ -317,7 +317,7 @@ backup "$(pod_url raftstarter-0)" "$tmp/before"
 start=$(now)
 kubectl delete pvc state-raftstarter-1 state-raftstarter-2 --wait=false
 kubectl delete pod raftstarter-1 raftstarter-2 --grace-period=0 --force 2>/dev/null
-advice() { curl -sS -m 5 "$(pod_url "$1")/readyz" >"$tmp/advice" && grep -q "save its backup" "$tmp/advice"; }
+advice() { curl -sS -m 5 "$(pod_url "$1")/readyz" >"$tmp/advice" && grep -q "has lost its state, .*save its backup" "$tmp/advice"; }
 until_true 120 "raftstarter-1 says what to do" advice raftstarter-1
 until_true 30 "raftstarter-0 says what to do" advice raftstarter-0
 took 120 "$start" "the advice is there: $(<"$tmp/advice")"
