@@ -142,8 +142,8 @@ func (d *diskStore) GetLog(index uint64, l *raft.Log) error {
 		if err == nil && stored.Index != index {
 			err = fmt.Errorf("log entry %d says that it is entry %d", index, stored.Index)
 		}
-		if err == nil && stored.Type == raft.LogCommand {
-			err = checkEntry(stored.Data) // else it might be sent to others, and all would stop
+		if err == nil {
+			err = checkStored(&stored) // else it might be sent to others, and all would stop
 		}
 		if err != nil {
 			return damaged(d.path, err)
@@ -151,6 +151,18 @@ func (d *diskStore) GetLog(index uint64, l *raft.Log) error {
 		*l = stored
 		return nil
 	})
+}
+
+// checkStored says whether an entry can be what was stored: a command has a checksum, and what Raft itself writes into
+// the log to begin a term or to wait for an index has no data, as a command with a damaged type would.
+func checkStored(l *raft.Log) error {
+	switch {
+	case l.Type == raft.LogCommand:
+		return checkEntry(l.Data)
+	case l.Type == raft.LogConfiguration, len(l.Data) == 0 && (l.Type == raft.LogNoop || l.Type == raft.LogBarrier):
+		return nil
+	}
+	return fmt.Errorf("log entry %d of type %d has %d bytes", l.Index, l.Type, len(l.Data))
 }
 
 func (d *diskStore) StoreLog(l *raft.Log) error {

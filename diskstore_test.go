@@ -238,3 +238,34 @@ func TestPendingEntriesGather(t *testing.T) {
 		t.Errorf("got %d entries still pending", len(d.pending))
 	}
 }
+
+// A command whose type is damaged must not be taken for an entry of Raft's own, which nobody executes, nor reach Raft, which
+// panics on a type that it does not know.
+func TestEntryWithADamagedType(t *testing.T) {
+	command := encodeEntry(time.Now(), [][]byte{testSet(testPair{"k", "1"})})
+	for _, tt := range []struct {
+		logType raft.LogType
+		data    []byte
+		ok      bool
+	}{
+		{raft.LogCommand, command, true},
+		{raft.LogNoop, nil, true},
+		{raft.LogBarrier, nil, true},
+		{raft.LogConfiguration, []byte("members"), true},
+		{raft.LogCommand, nil, false},
+		{raft.LogNoop, command, false},
+		{raft.LogBarrier, command, false},
+		{raft.LogAddPeerDeprecated, command, false},
+		{0x40, command, false},
+	} {
+		node, store := &testStorageNode{}, raft.NewInmemStore()
+		d := newDiskStore(store, "raft.db", nil, newMetrics(), node)
+		if err := store.StoreLog(&raft.Log{Index: 1, Term: 1, Type: tt.logType, Data: tt.data}); err != nil {
+			t.Fatal(err)
+		}
+		err := d.GetLog(1, new(raft.Log))
+		if (err == nil) != tt.ok || (len(node.failed) == 0) != tt.ok {
+			t.Errorf("type %d with %d bytes: got error %v, failures %v; want none: %v", tt.logType, len(tt.data), err, node.failed, tt.ok)
+		}
+	}
+}

@@ -112,15 +112,11 @@ func (p plan) memberAt(node string) (m member, is bool) {
 	return member{}, false
 }
 
-// addPresent adds the server that a member's node answers as, if it is no member. To one that is, but has moved, the
-// same change gives its new address, and nothing else: if this node leaves the list, those that do not know it find it
-// there.
+// addPresent adds the server that a member's node answers as, if it is no member.
 func (p plan) addPresent(m member) (change, bool) {
 	node := nodeOf(m.Server)
-	now, is := p.memberAt(node)
-	address := p.answers[node].Address
-	moved := is && address != "" && address != now.Address
-	return p.add(node), moved || !is && p.isOurs(node) && !p.leaves(node)
+	_, is := p.memberAt(node)
+	return p.add(node), !is && p.isOurs(node) && !p.leaves(node)
 }
 
 func (p plan) add(node string) change {

@@ -184,7 +184,7 @@ func TestStorageKeepsItsStateWhenOpenedAgain(t *testing.T) {
 			castVote(t, s.stable, 9, "node1")
 			err := errors.Join(
 				s.stable.SetUint64([]byte("CurrentTerm"), 9),
-				s.logs.StoreLogs([]*raft.Log{{Type: raft.LogNoop, Index: 4, Term: 8, Data: []byte("four")}, {Type: raft.LogNoop, Index: 5, Term: 9, Data: []byte("five")}}),
+				s.logs.StoreLogs([]*raft.Log{{Type: raft.LogConfiguration, Index: 4, Term: 8, Data: []byte("four")}, {Type: raft.LogNoop, Index: 5, Term: 9, Data: []byte("five")}}),
 			)
 			if err != nil {
 				t.Fatal(err)
