@@ -29,7 +29,8 @@ type peerList struct {
 // newPeerList returns the list that cfg was loaded with.
 func newPeerList(cfg *Config, log hclog.Logger) *peerList {
 	l := &peerList{path: cfg.PeersFile, log: log, handled: "\x00nothing yet"}
-	l.now.Store(&cfg.Peers)
+	peers := cfg.Peers
+	l.now.Store(&peers)
 	return l
 }
 
