@@ -10,8 +10,8 @@ import (
 )
 
 // These bound the log in bytes, on the disk and in memory. A snapshot is due when the log since the last one is larger
-// than half the state: then snapshots write two to three times as much as the log. After a snapshot some of the log stays,
-// since a follower that is a little behind catches up from it with less than the whole state.
+// than half the state: then snapshots write two to three times as much as the log. After a snapshot some of the log
+// stays, since a follower that is a little behind catches up from it with less than the whole state.
 const (
 	maxLogBytes    = 16 << 20 // a larger log makes a snapshot due, if it is larger than half the state, too
 	maxTailBytes   = 4 << 20  // of the log stay after a snapshot, or a quarter of the state's size if that is more

@@ -375,22 +375,29 @@ func (s *Store) isStarting() bool {
 // shares memory with it. What f sees is this node's, and at least as new as what a Read before it has seen.
 func (s *Store) Capture(f func()) { s.replica.capture(f) }
 
-// CaptureAll is Capture. Where this node sees no majority it then calls execute with each command that is in the log and
-// not in what was captured: what is there may be all that is left of a command that was acknowledged. Of the last ones
-// nobody can say that, and some may never be executed. The error is execute's, ErrStarting while Raft does not run,
-// ErrNotInTime when ctx ends, or ErrNoLeader if the log may have changed meanwhile, as a majority is there again.
-func (s *Store) CaptureAll(ctx context.Context, capture func(), execute func(command []byte, at time.Time) error) error {
+// CaptureAll is Capture. Where this node sees no majority it then calls execute with each command that is in the log
+// and not in what was captured: it may be all that is left of a command that was acknowledged. Nobody can say which of
+// the last ones were, so a write of unknown outcome may be among them. The error is execute's, ErrStarting while Raft
+// does not run, ErrNotInTime when ctx ends, or ErrNoLeader if the log may have changed meanwhile: there is a leader
+// again, or the node stops.
+func (s *Store) CaptureAll(
+	ctx context.Context, capture func(), execute func(command []byte, at time.Time) error,
+) error {
 	r := s.raft.Load()
 	if r == nil {
 		return ErrStarting
 	}
 	contact := r.LastContact()
 	snapshot := s.storage.log.snapshotIndex.Load()
-	index := max(s.replica.capture(capture), snapshot) // Raft's own entries, with which a snapshot may end, count for Raft alone
+	// A snapshot may end with entries of Raft's own, which are not executed and so not counted by the replica.
+	index := max(s.replica.capture(capture), snapshot)
 	if s.seesMajority() {
 		return nil
 	}
 	last, err := s.storage.logs.LastIndex()
+	if err != nil {
+		return ErrNoLeader
+	}
 	for ; err == nil && index < last; index++ {
 		if ctx.Err() != nil {
 			return ErrNotInTime
