@@ -70,7 +70,7 @@ func (l *procLoad) flow(t *testing.T) {
 		return len(l.writes)
 	}
 	before := count()
-	waitFor(t, "writes to go on", func() bool { return count() > before+200 })
+	waitFor(t, "writes to go on", func() bool { return count() > before+100 })
 }
 
 // check ends the load and checks that what was acknowledged is there, and what was not applied is not. It returns how
