@@ -121,6 +121,39 @@ func readFromDeposedLeader(t *testing.T, c *testCluster, i int) (deceived bool) 
 	return <-verified == nil
 }
 
+// A follower may execute an entry before the leader does. What a read has seen there, a later read at the leader must not
+// miss.
+func TestReadsDoNotGoBack(t *testing.T) {
+	t.Parallel()
+	c := newTestCluster(t, 3, storeMemory)
+	at := c.leader()
+	leader, follower := c.nodes[at], c.nodes[c.followers(at)[0]]
+	leader.put(t, "k", "0")
+	hold := make(chan struct{})
+	machine := leader.machine.(*testMachine)
+	leader.Capture(func() { machine.hold = hold })
+	var batch []entry
+	for _, value := range []string{"1", "2"} {
+		batch = append(batch, entry{newWrite(testSet(testPair{"k", value}))})
+	}
+	if leader.propose(batch) == nil {
+		t.Fatal("the leader leads no more")
+	}
+	waitFor(t, "a read through the follower to see the newest value", func() bool { return follower.get(t, "k") == "2" })
+	answered := make(chan string, 1)
+	go func() { // a read that was only confirmed sees what is executed next, before the one after that
+		item, _ := leader.client.get(t.Context(), "k", Linearizable)
+		answered <- item.Value
+	}()
+	time.Sleep(200 * time.Millisecond) // for the read to be confirmed
+	hold <- struct{}{}                 // the first entry is executed,
+	time.Sleep(200 * time.Millisecond)
+	close(hold) // and now the second
+	if value := <-answered; value != "2" {
+		t.Errorf("got %s at the leader after 2 had been read through a follower", value)
+	}
+}
+
 func TestReadThroughFollowerOfIdleClusterIsQuick(t *testing.T) {
 	c := newTestCluster(t, 3, storeMemory)
 	leader := c.leader()
@@ -395,6 +428,11 @@ func TestNewLeaderReadsWhatWasAcknowledged(t *testing.T) {
 	for i := range 5 {
 		old := c.leader()
 		next := c.nodes[c.followers(old)[0]]
+		before, err := c.nodes[old].client.set(t.Context(), "k", "before")
+		if err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "the next leader to execute it", func() bool { return next.lastApplied() == before.Index })
 		awaitEqualLogs(t, c.nodes...)
 		w, err := c.nodes[old].client.set(t.Context(), "k", fmt.Sprint(i))
 		if err != nil {

@@ -237,15 +237,17 @@ func (s *Store) publishState(r *raft.Raft) RaftState {
 }
 
 // lead makes this leader of a term ready for linearizable reads: it may not yet have executed all that the leaders
-// before it acknowledged. It returns when it is ready, or leads no more.
+// before it acknowledged. It has when it has executed an entry of its own, which holds no command. That is no barrier of
+// Raft's, since a read waits for entries to be executed here: after this one each entry of the term is, and none of
+// Raft's own comes. It returns when it is ready, or leads no more.
 func (s *Store) lead(r *raft.Raft, term uint64) {
 	for s.ctx.Err() == nil && s.leadsIn(term) {
-		barrier := r.Barrier(requestTimeout)
-		if within(s.ctx, barrier.Error) == nil && s.leadsIn(term) {
+		first := r.Apply(encodeEntry(time.Now(), nil), requestTimeout)
+		if within(s.ctx, first.Error) == nil && s.leadsIn(term) {
 			s.ready.advance(term)
 			return
 		}
-		sleep(s.ctx, retryInterval) // while it hands leadership over, Raft refuses the barrier at once
+		sleep(s.ctx, retryInterval) // while it hands leadership over, Raft refuses the entry at once
 	}
 }
 

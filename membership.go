@@ -156,12 +156,12 @@ type membership struct {
 	logged   time.Time // when waitsFor was last logged
 }
 
-// sight is when a leader first saw the configuration that there is. A server that has executed what the leader had
-// executed then has all that was committed before it became a member.
+// sight is when a leader first saw the configuration that there is. A server that has executed what was committed then
+// has all that was committed before it became a member.
 type sight struct {
-	term    uint64 // of the leader
-	config  uint64 // index of the configuration
-	applied uint64 // what the leader had executed
+	term      uint64 // of the leader
+	config    uint64 // index of the configuration
+	committed uint64 // index up to which the leader had committed the log
 }
 
 // findings are what a leader has made of the last answers of all nodes, for those who ask it. What it found in an
@@ -405,13 +405,13 @@ func (s *Store) replaceNext(term uint64) (soon bool) {
 	if err != nil || !answers { // its disk hangs
 		return false
 	}
-	now := sight{term, max(snapshot.ConfigurationIndex, s.replica.config.load()), s.replica.applied.load()}
+	now := sight{term, max(snapshot.ConfigurationIndex, s.replica.config.load()), s.raft.Load().CommitIndex()}
 	if now.term != m.seen.term || now.config != m.seen.config {
 		m.seen = now
 	}
 	mine.Members = s.members() // read after now.config: if it has changed since, Raft refuses the step
 	v.answers[v.self] = mine
-	p := v.plan(s.list.removes(), m.seen.applied)
+	p := v.plan(s.list.removes(), m.seen.committed)
 	m.note(p, term)
 	step, due := p.next()
 	switch {

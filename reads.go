@@ -92,14 +92,15 @@ func (s *Store) findReadIndex() (uint64, error) {
 	return binary.BigEndian.Uint64(answer), nil
 }
 
-// confirmLeadership returns the index of the last entry that this leader has executed, once a majority of the voters
-// has said that it still is in this leader's term.
+// confirmLeadership returns the index up to which this leader had committed the log, once a majority of the voters has
+// said that it still is in this leader's term. What it has executed is not enough: a follower may have executed more, and
+// shown it to an earlier read.
 func (s *Store) confirmLeadership(r *raft.Raft) (index uint64, err error) {
 	term := r.CurrentTerm()
 	if s.ready.load() != term || !s.leadsIn(term) {
 		return 0, ErrNotLeader
 	}
-	index = s.replica.applied.load()
+	index = r.CommitIndex()
 	voters, yes := 0, 0
 	var others []string
 	for _, m := range s.members() { // once a round: an entry that changes them meanwhile is not in it

@@ -388,9 +388,7 @@ func (s *Store) CaptureAll(
 		return ErrStarting
 	}
 	contact := r.LastContact()
-	snapshot := s.storage.log.snapshotIndex.Load()
-	// A snapshot may end with entries of Raft's own, which are not executed and so not counted by the replica.
-	index := max(s.replica.capture(capture), snapshot)
+	index := s.replica.capture(capture)
 	if s.seesMajority() {
 		return nil
 	}

@@ -90,18 +90,24 @@ func decodeStrings(b []byte) (fields []string, err error) {
 // testMachine is a StateMachine.
 type testMachine struct {
 	items map[string]testItem
-	last  uint64 // version that was given out
+	last  uint64          // version that was given out
+	hold  <-chan struct{} // if not nil, Apply waits for an element
 }
 
 func newTestMachine() *testMachine { return &testMachine{items: make(map[string]testItem)} }
 
 func (m *testMachine) Len() int { return len(m.items) }
 
-func (m *testMachine) clone() *testMachine { return &testMachine{maps.Clone(m.items), m.last} }
+func (m *testMachine) clone() *testMachine {
+	return &testMachine{items: maps.Clone(m.items), last: m.last}
+}
 
 // Apply returns the command's version, or 0 if it was not executed. Versions only grow, even if a cluster has lost all
 // of its state and begins anew: it begins with the clock.
 func (m *testMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
+	if m.hold != nil {
+		<-m.hold
+	}
 	c, err := decodeTestCommand(encoded)
 	if err != nil {
 		return nil, err
