@@ -68,7 +68,7 @@ func (a *api) getBackup(w http.ResponseWriter, r *http.Request) error {
 // writeBackup writes the lines. An error after the first of them ends the connection, so that the client sees that
 // lines are missing.
 func (a *api) writeBackup(w http.ResponseWriter, items *btree.Map[string, Item], prefix string) (err error) {
-	out := &pacedWriter{w: w, control: http.NewResponseController(w), began: time.Now()}
+	out := &pacedWriter{w: w, control: http.NewResponseController(w)}
 	limit := min(backupLine, int(a.store.cfg.MaxBodyBytes)-1) // some tools send a line with its newline
 	var line, pair []byte                                     // each with a comma before it
 	items.Ascend(prefix, func(key string, item Item) bool {
@@ -97,16 +97,16 @@ func (a *api) writeBackup(w http.ResponseWriter, items *btree.Map[string, Item],
 type pacedWriter struct {
 	w       http.ResponseWriter
 	control *http.ResponseController
-	began   time.Time
-	written int64
+	late    time.Duration // that the client is behind; to have been fast once is no credit
 }
 
 // writeLine writes members, each after a comma, as a line that is an object.
 func (p *pacedWriter) writeLine(members []byte) error {
 	members[0] = '{'
-	allowed := backupGrace + time.Duration(p.written)*time.Second/backupRate
-	_ = p.control.SetWriteDeadline(p.began.Add(allowed)) // fails only in tests, which have no connection
-	n, err := p.w.Write(append(members, "}\n"...))
-	p.written += int64(n)
+	line := append(members, "}\n"...)
+	began, allowed := time.Now(), time.Duration(len(line))*time.Second/backupRate
+	_ = p.control.SetWriteDeadline(began.Add(backupGrace + allowed - p.late)) // fails only in tests without a connection
+	_, err := p.w.Write(line)
+	p.late = max(0, p.late+time.Since(began)-allowed)
 	return err
 }

@@ -6,8 +6,10 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -189,11 +191,12 @@ func TestBackupReadersThatDoNotRead(t *testing.T) {
 	}
 }
 
-// slowWriter is a client that reads so many bytes a second, as the writes' deadlines see it.
+// slowWriter is a client that takes so long to read a line.
 type slowWriter struct {
 	discard
-	now, deadline time.Time
-	rate, written int
+	deadline time.Time
+	takes    func(line int) time.Duration
+	lines    int
 }
 
 func (w *slowWriter) SetWriteDeadline(t time.Time) error { //nolint:unparam // http.ResponseController wants an error
@@ -202,26 +205,42 @@ func (w *slowWriter) SetWriteDeadline(t time.Time) error { //nolint:unparam // h
 }
 
 func (w *slowWriter) Write(p []byte) (int, error) {
-	w.now = w.now.Add(time.Duration(len(p)) * time.Second / time.Duration(w.rate))
-	if w.now.After(w.deadline) {
-		return 0, fmt.Errorf("timed out after %d bytes", w.written)
+	w.lines++
+	time.Sleep(min(w.takes(w.lines), time.Until(w.deadline)))
+	if !time.Now().Before(w.deadline) {
+		return 0, os.ErrDeadlineExceeded
 	}
-	w.written += len(p)
 	return len(p), nil
 }
 
+// A client that is too slow for long is ended, also one that was fast before.
 func TestBackupPace(t *testing.T) {
-	for rate, ends := range map[int]bool{backupRate * 11 / 10: false, backupRate / 2: true, 10: true} {
-		now := time.Now()
-		w := &slowWriter{discard: discard{make(http.Header)}, now: now, rate: rate}
-		out := &pacedWriter{w: w, control: http.NewResponseController(w), began: now}
-		var err error
-		for i := 0; i < 400 && err == nil; i++ {
-			err = out.writeLine(make([]byte, backupLine))
-		}
-		if (err != nil) != ends || ends && w.now.Sub(now) < backupGrace/2 {
-			t.Errorf("%d bytes a second: got %v after %v; want an end: %v", rate, err, w.now.Sub(now), ends)
-		}
+	const enough, most = time.Second * backupLine / backupRate, 3 * backupGrace
+	for name, tt := range map[string]struct {
+		takes func(line int) time.Duration
+		ends  time.Duration // after so long; 0 for never
+	}{
+		"fast enough":        {func(int) time.Duration { return enough * 9 / 10 }, 0},
+		"slow now and then":  {func(line int) time.Duration { return time.Duration(1-min(line%20, 1)) * backupGrace / 2 }, 0},
+		"half as fast":       {func(int) time.Duration { return 2 * enough }, 2 * backupGrace},
+		"does not read":      {func(int) time.Duration { return time.Hour }, backupGrace},
+		"stops after 100 MB": {func(line int) time.Duration { return time.Duration(line/400) * time.Hour }, backupGrace},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := &slowWriter{discard: discard{make(http.Header)}, takes: tt.takes}
+				out := &pacedWriter{w: w, control: http.NewResponseController(w)}
+				var err error
+				began := time.Now()
+				for time.Since(began) < most && err == nil && w.lines < 1000 {
+					err = out.writeLine(make([]byte, backupLine))
+				}
+				took := time.Since(began)
+				if ended := tt.ends > 0; (err != nil) != ended || ended && (took-tt.ends).Abs() > backupGrace/10 {
+					t.Errorf("got %v after %v; want an end after %v", err, took, tt.ends)
+				}
+			})
+		})
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"math"
 	"net/http"
 	"strconv"
+	"sync"
 	"time"
 )
 
@@ -19,7 +20,7 @@ const (
 	aheadWait   = 5 * time.Second        // for this node to execute what a client has seen elsewhere
 	tagEvery    = 30 * time.Second       // a stream says how far it has seen
 	streamWait  = 10 * time.Second       // for a client to read a piece,
-	stopWait    = 300 * time.Millisecond // or when the node shuts down
+	stopWait    = 500 * time.Millisecond // or all that is left when the node shuts down
 	ndjsonType  = "application/x-ndjson"
 )
 
@@ -66,7 +67,10 @@ func (s *streams) get(w http.ResponseWriter, r *http.Request) error {
 	if r.Method == http.MethodHead {
 		return nil
 	}
-	st := &stream{s, c, w, http.NewResponseController(w), stopping(r), make([]byte, pieceBytes)}
+	st := &stream{
+		streams: s, cursor: c, w: w, control: http.NewResponseController(w), stopping: stopping(r),
+		buf: make([]byte, pieceBytes),
+	}
 	return st.run(r.Context(), q.wait)
 }
 
@@ -132,11 +136,14 @@ type stream struct {
 	control  *http.ResponseController
 	stopping context.Context // done when the node begins to shut down
 	buf      []byte          // of what is written next
+
+	mu     sync.Mutex // held while the deadline for writes is set
+	stopBy time.Time  // when the stream must have ended; zero before the node shuts down
 }
 
 // run writes lines until the time is over, the client has all that it wants, it falls behind, or the node shuts down.
 func (s *stream) run(ctx context.Context, wait time.Duration) error {
-	defer context.AfterFunc(s.stopping, s.shortenDeadline)()
+	defer context.AfterFunc(s.stopping, s.setDeadline)()
 	newest := s.feed.newest()
 	over, tick := time.NewTimer(wait), time.NewTicker(s.tagEvery)
 	defer over.Stop()
@@ -145,21 +152,21 @@ func (s *stream) run(ctx context.Context, wait time.Duration) error {
 		return err
 	}
 	for ended, tagDue := false, false; ; {
+		s.cursor.pause = ended || tagDue // since a line is not left half written
 		err := s.advance()
 		atLineStart := s.cursor.atLineStart()
 		switch {
 		case err != nil && (!errors.Is(err, errTooOld) || !atLineStart):
 			return err
-		case !atLineStart && err == nil: // a line is not left half written
-			continue
+		case !atLineStart:
 		case err != nil, ended, s.cursor.left == 0, wait == 0 && s.cursor.seen >= newest:
 			return s.writeTag()
 		case tagDue:
 			if err := s.writeTag(); err != nil {
 				return err
 			}
+			tagDue = false
 		}
-		tagDue = false
 		select {
 		case <-s.feed.wait(s.cursor):
 		case <-tick.C:
@@ -186,15 +193,24 @@ func (s *stream) advance() error {
 func (s *stream) writeTag() error { return s.write(tagLine(s.cursor.seen)) }
 
 func (s *stream) write(line []byte) error {
-	_ = s.control.SetWriteDeadline(time.Now().Add(s.streamWait)) // fails only in tests, which have no connection
-	if s.stopping.Err() != nil {                                 // perhaps shortenDeadline has just been called
-		s.shortenDeadline()
-	}
+	s.setDeadline()
 	if _, err := s.w.Write(line); err != nil {
 		return err
 	}
 	return s.control.Flush()
 }
 
-// shortenDeadline keeps a client that does not read from holding up the shutdown.
-func (s *stream) shortenDeadline() { _ = s.control.SetWriteDeadline(time.Now().Add(stopWait)) }
+// setDeadline limits the time for writes, those under way included. When the node shuts down all that is left must be
+// written within stopWait.
+func (s *stream) setDeadline() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	deadline := time.Now().Add(s.streamWait)
+	if s.stopping.Err() != nil {
+		if s.stopBy.IsZero() {
+			s.stopBy = time.Now().Add(stopWait)
+		}
+		deadline = s.stopBy
+	}
+	_ = s.control.SetWriteDeadline(deadline) // fails only in tests, which have no connection
+}

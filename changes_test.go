@@ -2,11 +2,14 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -170,6 +173,74 @@ func TestStreamsThatAreNotRead(t *testing.T) {
 		t.Errorf("100 writes took %v beside readers that do not read", took)
 	}
 	waitFor(t, "silent readers to be ended", func() bool { return len(running) == 1 })
+}
+
+// A reader gets what is there without a pause, also where each piece ends with a line.
+func TestStreamsCatchUp(t *testing.T) {
+	t.Parallel()
+	n := newTestNode(t, storeMemory)
+	f, _, web := streamNode(t, n, func(_ *streams, server *server, web *httptest.Server) {
+		web.Listener = server.limitListener(web.Listener, nil)
+	})
+	const lines, size = 6400, 128
+	for i := range uint64(lines) {
+		line := newRecord(1e15+i, oneChange(`""`)).line
+		f.add(1e15+i, oneChange(`"`+strings.Repeat("x", size-len(line))+`"`))
+	}
+	began := time.Now()
+	all, err := io.ReadAll(follow(t, web.URL, "since=0&wait=0"))
+	if took := time.Since(began); err != nil || bytes.Count(all, []byte("\n")) != lines+2 || took > lines*size/pieceBytes*wakeEvery/2 {
+		t.Errorf("got %d bytes, error %v after %v; want %d lines at once", len(all), err, took, lines)
+	}
+}
+
+// A stream ends in time, and with its last line, although the reader is slow and there is more.
+func TestStreamsEndInTheMiddle(t *testing.T) {
+	t.Parallel()
+	for name, stops := range map[string]bool{"after the time that it has": false, "with the node": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := newTestNode(t, storeMemory)
+			f, server, web := streamNode(t, n, func(_ *streams, server *server, web *httptest.Server) {
+				web.Listener = server.limitListener(web.Listener, nil)
+			})
+			for i := range uint64(160) {
+				f.add(17+i, oneChange(`"`+strings.Repeat("x", 50<<10)+`"`))
+			}
+			conn, err := new(net.Dialer).DialContext(t.Context(), "tcp", web.Listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			_ = conn.(*net.TCPConn).SetReadBuffer(32 << 10)
+			wait := "1s"
+			if stops {
+				wait = "1m"
+				time.AfterFunc(time.Second, server.stop)
+			}
+			began := time.Now()
+			_, _ = io.WriteString(conn, requestText(http.MethodGet, "/changes?since=0&wait="+wait, ""))
+			response, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer response.Body.Close()
+			var all []byte
+			for piece := make([]byte, 16<<10); err == nil; time.Sleep(10 * time.Millisecond) { // 1.5 MB a second
+				var size int
+				size, err = io.ReadFull(response.Body, piece)
+				all = append(all, piece[:size]...)
+			}
+			took := time.Since(began)
+			if errors.Is(err, io.ErrUnexpectedEOF) { // of the last piece
+				_, err = response.Body.Read(nil)
+			}
+			last := all[bytes.LastIndexByte(bytes.TrimSuffix(all, []byte("\n")), '\n')+1:]
+			if !errors.Is(err, io.EOF) || took > 1900*time.Millisecond || !regexp.MustCompile(`^{"tag":\d+}\n$`).Match(last) {
+				t.Errorf("got %d bytes that end in %.40q, error %v after %v; want a last line after 1 s", len(all), last, err, took)
+			}
+		})
+	}
 }
 
 // When the node stops, streams end within a second: quiet ones with their last line, and those that are not read.

@@ -34,7 +34,7 @@ const (
 
 var (
 	errTooOld = errors.New("the history does not reach back so far")
-	errAhead  = errors.New("this node has not executed so much")
+	errAhead  = errors.New("there is no such tag yet")
 )
 
 // keyChange is what a write did to a key.
@@ -212,6 +212,8 @@ func (f *feed) newest() uint64 {
 type cursor struct {
 	prefix []byte // of the keys that it wants, quoted as in a line
 	left   int    // records that it still wants
+	pause  bool   // read stops at the end of a line
+	full   bool   // the last read has filled its buffer, so there may be more
 	seen   uint64 // tag up to which it has seen all
 
 	// Of the next line, when it has begun to read that:
@@ -248,14 +250,15 @@ func (c *cursor) atLineStart() bool { return c.part == 0 && c.off == 0 }
 // stuck takes no more than buf.
 func (f *feed) read(c *cursor, buf []byte) (n int, err error) {
 	var records [feedPiece]*record
-	for {
+	for c.full = false; ; {
 		count, err := f.next(c, records[:])
 		if count == 0 {
 			return n, err
 		}
 		for _, r := range records[:count] {
 			copied, all := r.copyTo(buf[n:], c)
-			if n += copied; !all || c.left == 0 {
+			n, c.full = n+copied, !all
+			if c.full || c.pause || c.left == 0 {
 				return n, nil
 			}
 		}
@@ -282,10 +285,14 @@ func (f *feed) next(c *cursor, records []*record) (n int, err error) {
 func (f *feed) wait(c *cursor) <-chan struct{} {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	wake := make(chan struct{})
+	if c.full {
+		close(wake)
+		return wake
+	}
 	if len(f.waiting) == 0 {
 		f.looked = c.seen
 	}
-	wake := make(chan struct{})
 	f.waiting[c] = wake
 	if c.seen < f.last {
 		f.planWakeUp()
