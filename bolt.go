@@ -36,6 +36,8 @@ func openBolt(path string) (db *raftboltdb.BoltStore, err error) {
 		switch {
 		case errors.Is(err, bbolterrors.ErrTimeout):
 			return fmt.Errorf("%s is locked by another process: stop it, or set another STATE_DIR", path)
+		case errors.Is(err, syscall.ENOSPC):
+			return fmt.Errorf("open %s: %w: make room; if this was the node's first start, remove the file", path, err)
 		case errors.As(err, new(syscall.Errno)):
 			return fmt.Errorf("open %s: %w; STATE_DIR must be a directory that this user can write", path, err)
 		case err != nil:

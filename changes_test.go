@@ -342,3 +342,23 @@ func TestAThousandStreams(t *testing.T) {
 		t.Errorf("%d idle streams took %v of processor time in 2 s; want none", maxStreams, with-without)
 	}
 }
+
+// A request for a stream may have a body, as some proxies send one with every request. It has no less time for that.
+func TestStreamForARequestWithABody(t *testing.T) {
+	t.Parallel()
+	n := newTestNode(t, storeMemory)
+	var bounded bool
+	s := newServer(n.cfg, n.Store, nil, n.metrics, testLogger(t, "http"), []route{{
+		path: "/changes", get: func(w http.ResponseWriter, r *http.Request) error {
+			_, bounded = r.Context().Deadline()
+			return nil
+		},
+	}})
+	web := httptest.NewUnstartedServer(nil)
+	web.Config, web.Listener = s.httpServer(), s.limitListener(web.Listener, nil)
+	web.Start()
+	defer web.Close()
+	if a := request(t, http.MethodGet, web.URL+"/changes", "x"); a.status != http.StatusOK || bounded {
+		t.Errorf("got %v, a deadline: %v; want 200 and none", a, bounded)
+	}
+}

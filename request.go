@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -112,6 +113,8 @@ func (b requestBody) Read(p []byte) (int, error) {
 	case errors.Is(err, errMemoryLimit):
 		b.response.delayClose()
 		err = statusError(http.StatusServiceUnavailable, "%v", errMemoryLimit)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		err = badRequest("the body did not arrive in time")
 	default:
 		err = badRequest("the body did not arrive: %v", err)
 	}

@@ -185,10 +185,12 @@ func (s *server) handle(a *response, r *http.Request, rt *route) (err error) {
 		return handler(a, r)
 	}
 	a.client.expect(time.Now(), 1)
-	// The Store's own time limit begins only when the body has arrived.
-	ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
-	defer cancel()
-	r = r.WithContext(ctx)
+	if r.Method != http.MethodGet && r.Method != http.MethodHead { // which may be streams
+		// The Store's own time limit begins only when the body has arrived.
+		ctx, cancel := context.WithTimeout(r.Context(), answerTimeout)
+		defer cancel()
+		r = r.WithContext(ctx)
+	}
 	r.Body = requestBody{http.MaxBytesReader(a.ResponseWriter, r.Body, limit), a}
 	return handler(a, r)
 }
