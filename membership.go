@@ -323,9 +323,6 @@ func (s *Store) form() error {
 			if err := m.store(identity{Server: id.Server, Cluster: cluster}); err != nil {
 				return err
 			}
-		case bootstrap != nil && s.maybeMember():
-			m.setReason("PEERS_FILE may leave out nodes that are a cluster with this one: it waits for them to ask")
-			continue
 		case bootstrap != nil:
 			s.log.Info("bootstraps the cluster", "cluster", id.Server, "nodes", v.peers)
 			return m.store(identity{Server: id.Server, Cluster: id.Server, Bootstrap: bootstrap})
@@ -367,8 +364,9 @@ func (s *Store) firstElection() {
 	s.transport.campaign(s.ctx.Done())
 }
 
-// manageMembers looks after the membership while Raft runs, until the Store shuts down. A leader replaces servers that
-// have lost their state, and a node without a leader finds out why there is none.
+// manageMembers looks after the membership until the Store shuts down. A leader replaces servers that have lost their
+// state, and a node without a leader finds out why there is none. It begins before Raft runs: while this node reads a
+// large state, those that it asks hear that it is there (see holdsBack).
 func (s *Store) manageMembers() {
 	candidate := time.Now() // since when this node has been a candidate that knows of a leader
 	for interval := manageInterval; sleep(s.ctx, interval); {
@@ -386,7 +384,7 @@ func (s *Store) manageMembers() {
 				interval = changeInterval
 			}
 		case state.Leader == "":
-			if v := s.askAll(s.ctx); s.Leader() == "" {
+			if v := s.askAll(s.ctx); s.Leader() == "" && s.raft.Load() != nil {
 				s.membership.setReason(v.String())
 			}
 		}

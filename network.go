@@ -112,7 +112,7 @@ type network struct {
 	refusals   prometheus.Counter // of connections
 	log        hclog.Logger
 	refusalLog *repeatLogger
-	stranger   atomic.Int64 // when a node that this one does not know last asked who it is, in nanoseconds of Unix time
+	stranger   atomic.Pointer[stranger]
 
 	raftConns chan *peerConn  // accepted, for Raft's transport
 	callConns chan *peerConn  // accepted, for peers
@@ -122,6 +122,12 @@ type network struct {
 
 	mu    sync.Mutex // guards conns; ctx ends while it is held
 	conns map[*peerConn]struct{}
+}
+
+// stranger is a node that this one does not know, and that has asked who it is.
+type stranger struct {
+	node string
+	at   time.Time
 }
 
 // newNetwork accepts connections at p, which it owns from then on, until Close. certs secure every connection; nil
@@ -137,6 +143,7 @@ func newNetwork(node string, p port, certs *reloaded[*certificates], d directory
 		callConns:  make(chan *peerConn),
 		conns:      make(map[*peerConn]struct{}),
 	}
+	n.stranger.Store(new(stranger))
 	n.ctx, n.cancel = context.WithCancel(context.Background())
 	if certs != nil {
 		roots := certs.get().roots // read here: later it may have changed already
@@ -234,7 +241,7 @@ func (n *network) checkHello(h hello, cert *x509.Certificate) error {
 	addr, known := n.directory.address(sender)
 	if !known || sender == n.node {
 		if !known && h.kind == kindAsk {
-			n.stranger.Store(time.Now().UnixNano())
+			n.stranger.Store(&stranger{sender, time.Now()})
 		}
 		return fmt.Errorf("node %q is neither in the PEERS of node %q nor in its stored membership", sender, n.node)
 	}

@@ -196,13 +196,20 @@ func (p plan) waitsFor() string {
 	return "no majority of the voters and of the list answers and names the same nodes: " + strings.Join(parts, "; ")
 }
 
-// maybeMember says whether there may be a cluster that knows this node, and that this node's PEERS_FILE does not name.
-// Its members ask for this node twice a second. Example: node1 to node3 are a cluster in memory, and all lists become
-// node1, node4 and node5. Now node1 restarts without its state. All nodes of its list answer and hold nothing, but
-// node2 and node3 hold the data.
-func (s *Store) maybeMember() bool {
-	asked := time.Unix(0, s.network.stranger.Load())
-	return s.list.removes() && (time.Since(s.started) < strangerWait || time.Since(asked) < strangerWait)
+// holdsBack says, to people, why this node takes part in no new cluster yet; "" if it may. There may be a cluster that
+// knows this node and that its PEERS_FILE does not name, and whose members ask for it twice a second. Example: node1 to
+// node3 are a cluster in memory, and all lists become node3, node4 and node5. Now node3 restarts without its state. All
+// nodes of its list answer and hold nothing, but node1 and node2 hold the data.
+func (s *Store) holdsBack() string {
+	last := s.network.stranger.Load()
+	switch {
+	case !s.list.removes():
+	case time.Since(last.at) < strangerWait:
+		return fmt.Sprintf("%s asks for it, may hold data, and is not in PEERS_FILE: name it there, or stop it", last.node)
+	case time.Since(s.started) < strangerWait:
+		return "it has just started, and nodes that are not in PEERS_FILE may ask for it"
+	}
+	return ""
 }
 
 // isListed says whether this node is in its own PEERS or PEERS_FILE.

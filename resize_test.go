@@ -296,34 +296,110 @@ func TestNodesAreAddedByALeaderThatLeaves(t *testing.T) {
 	})
 }
 
-// The lists of all nodes leave most of a cluster out, and the one node that they keep has lost its state. It and the new ones
-// must not be a cluster of their own: the others hold what was acknowledged.
+// The lists leave most of a cluster out, and the one node that they keep has lost its state. It and the new ones must not be a
+// cluster of their own, whichever of them would begin it: the others hold what was acknowledged.
 func TestListWithoutMostOfTheCluster(t *testing.T) {
 	t.Parallel()
-	c := unstartedCluster(t, 5, storeMemory)
+	for name, tt := range map[string]struct{ old, list []int }{ // the first of both is kept
+		"the one that is kept would begin it": {[]int{0, 1, 2}, []int{0, 3, 4}},
+		"a new one would begin it":            {[]int{4, 2, 3}, []int{4, 0, 1}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := unstartedCluster(t, 5, storeMemory)
+			c.rename(tt.old, tt.old...)
+			for _, i := range tt.old {
+				c.start(i)
+			}
+			for _, i := range tt.old {
+				waitFor(t, "the first three", func() bool { return c.nodes[i].Ready() == nil })
+			}
+			kept, holder := tt.old[0], c.nodes[tt.old[1]]
+			if _, err := holder.client.set(t.Context(), "k", "1"); err != nil {
+				t.Fatal(err)
+			}
+			c.stop(kept)
+			c.rename(tt.list, tt.list...)
+			for _, i := range tt.list {
+				c.start(i)
+			}
+			began := time.Now()
+			waitFor(t, "twice the time in which a node waits for strangers", func() bool { return time.Since(began) > 2*strangerWait })
+			for _, i := range tt.list {
+				n := c.nodes[i]
+				if got := n.membership.identity(); got.Cluster != "" || n.Leader() != "" {
+					t.Errorf("%s: got %+v, leader %q; want that no cluster begins", n.cfg.NodeID, got, n.Leader())
+				}
+				awaitReason(t, n, fmt.Sprintf("%s waits: node", c.nodes[kept].cfg.NodeID))
+			}
+			if item, err := holder.client.get(t.Context(), "k", Linearizable); err != nil || item.Value != "1" {
+				t.Errorf("got %q, %v from the cluster that there is; want 1", item.Value, err)
+			}
+		})
+	}
+}
+
+// heldService has state machines that wait before they do anything.
+type heldService struct {
+	tinyService
+	hold <-chan struct{}
+}
+
+func (s heldService) newMachine() StateMachine {
+	m := newTestMachine()
+	m.hold = s.hold
+	return m
+}
+
+// A member that reads a large state asks for the others meanwhile. Else one that has lost its state would begin another cluster
+// with the nodes of a newer list.
+func TestMemberThatReadsItsStateIsHeard(t *testing.T) {
+	t.Parallel()
+	c := unstartedCluster(t, 5, storeBolt)
 	c.rename([]int{0, 1, 2}, 0, 1, 2)
 	for i := range 3 {
 		c.start(i)
 	}
-	for i := range 3 {
-		waitFor(t, "the first three", func() bool { return c.nodes[i].Ready() == nil })
-	}
-	if _, err := c.nodes[0].client.set(t.Context(), "k", "1"); err != nil {
+	awaitReady(t, c.nodes[:3]...)
+	c.nodes[1].put(t, "k", "1")
+	if err := c.nodes[1].raft.Load().Snapshot().Error(); err != nil {
 		t.Fatal(err)
 	}
-	c.stop(0)
-	c.rename([]int{0, 3, 4}, 0, 1, 2, 3, 4)
-	for _, i := range []int{0, 3, 4} {
-		c.start(i)
+	for i := range 3 {
+		c.stop(i)
 	}
+	c.wipe(0)
+	c.rename([]int{0, 3, 4}, 0)
+	hold := make(chan struct{})
+	c.service = heldService{hold: hold}
+	c.start(1)
+	awaitReason(t, c.nodes[1], "reading its snapshot")
+	c.start(0)
 	began := time.Now()
 	waitFor(t, "twice the time in which a node waits for strangers", func() bool { return time.Since(began) > 2*strangerWait })
-	for _, i := range []int{0, 3, 4} {
-		if got := c.nodes[i].membership.identity(); got.Bootstrap != nil || c.nodes[i].Leader() != "" {
-			t.Errorf("node%d: got %+v, leader %q; want that no cluster begins", i+1, got, c.nodes[i].Leader())
-		}
+	if got := c.nodes[0].holdsBack(); !strings.HasPrefix(got, "node2 asks for it") {
+		t.Errorf("got %q; want that node2 asks for it", got)
 	}
-	if item, err := c.nodes[1].client.get(t.Context(), "k", Linearizable); err != nil || item.Value != "1" {
-		t.Errorf("got %q, %v from the cluster that there is; want 1", item.Value, err)
+	close(hold)
+}
+
+// A node that its own list leaves out, and that does not know where it listens, runs on with what it has: with another it is
+// a majority here.
+func TestLeaversGoOn(t *testing.T) {
+	t.Parallel()
+	c := unstartedCluster(t, 5, storeBolt)
+	c.rename([]int{0, 1, 2}, 0, 1, 2)
+	for i := range 3 {
+		c.start(i)
 	}
+	awaitReady(t, c.nodes[:3]...)
+	for i := range 3 {
+		c.stop(i)
+	}
+	c.rename([]int{0, 3, 4}, 1, 2)
+	for _, i := range []int{1, 2} {
+		c.nodes[i].cfg.RaftAdvertise = ""
+		c.start(i)
+	}
+	c.nodes[c.leader(1, 2)].put(t, "k", "1")
 }

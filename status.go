@@ -121,12 +121,18 @@ func (s *Store) isMember(server string) (member, votes bool) {
 	return false, false
 }
 
-// addresses says where each node listens: where the list has it, else where the configuration has it or, for a server
-// that has no configuration yet, that of the nodes in the list. Of itself a node that is in no list knows better.
+// addresses says where each node listens: where the list has it, else where it has itself said that it is, else where
+// the configuration has it or, for a server that has no configuration yet, that of the nodes in the list. Of itself a
+// node that is in no list knows better.
 func (s *Store) addresses() map[string]string {
 	addresses := maps.Clone(*s.learned.Load())
 	for _, m := range s.members() {
 		addresses[nodeOf(m.Server)] = m.Address
+	}
+	for node := range addresses {
+		if told, ok := s.told.Load(node); ok {
+			addresses[node], _ = told.(string)
+		}
 	}
 	if s.cfg.RaftAdvertise != "" {
 		addresses[s.cfg.NodeID] = s.cfg.RaftAdvertise

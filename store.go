@@ -75,7 +75,8 @@ type Store struct {
 	onChange func(RaftState) // set before Open; may be nil
 
 	list       *peerList
-	learned    atomic.Pointer[map[string]string] // addresses that other nodes have told; not changed once stored
+	learned    atomic.Pointer[map[string]string] // addresses that other nodes have of others; not changed once stored
+	told       sync.Map                          // by node, the address that it has last said it is at
 	membership *membership
 	replica    *replica
 	leadership *leadership
@@ -191,10 +192,10 @@ func (s *Store) join() error {
 	if err := s.form(); err != nil {
 		return err
 	}
+	s.wg.Go(s.manageMembers)
 	if err := s.startRaft(); err != nil {
 		return err
 	}
-	s.wg.Go(s.manageMembers)
 	if s.drift() {
 		s.log.Warn("PEERS names other nodes than the stored membership", "peers", peerIDs(s.list.get()),
 			"membership", s.members())

@@ -91,12 +91,18 @@ func decodeStrings(b []byte) (fields []string, err error) {
 type testMachine struct {
 	items map[string]testItem
 	last  uint64          // version that was given out
-	hold  <-chan struct{} // if not nil, Apply waits for an element
+	hold  <-chan struct{} // if not nil, Apply and Restore wait for an element
 }
 
 func newTestMachine() *testMachine { return &testMachine{items: make(map[string]testItem)} }
 
 func (m *testMachine) Len() int { return len(m.items) }
+
+func (m *testMachine) wait() {
+	if m.hold != nil {
+		<-m.hold
+	}
+}
 
 func (m *testMachine) clone() *testMachine {
 	return &testMachine{items: maps.Clone(m.items), last: m.last}
@@ -105,9 +111,7 @@ func (m *testMachine) clone() *testMachine {
 // Apply returns the command's version, or 0 if it was not executed. Versions only grow, even if a cluster has lost all
 // of its state and begins anew: it begins with the clock.
 func (m *testMachine) Apply(encoded []byte, at time.Time) ([]byte, error) {
-	if m.hold != nil {
-		<-m.hold
-	}
+	m.wait()
 	c, err := decodeTestCommand(encoded)
 	if err != nil {
 		return nil, err
@@ -147,6 +151,7 @@ func (m *testMachine) Snapshot() func(io.Writer) error {
 }
 
 func (m *testMachine) Restore(source io.Reader) (install func(), err error) {
+	m.wait()
 	b, err := io.ReadAll(source)
 	if err != nil {
 		return nil, err

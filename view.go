@@ -32,8 +32,10 @@ type nodeInfo struct {
 	LastIndex uint64 `json:"last_index"`
 	Applied   uint64 `json:"applied"` // index up to which its state machine has executed the log
 
+	HoldsBack string `json:"holds_back,omitempty"` // see Store.holdsBack
+
 	Ready   bool     `json:"ready"`   // it leads, and has executed all of earlier terms
-	Members []member `json:"members"` // of its newest configuration
+	Members []member `json:"members"` // of its newest configuration, where it looks for them
 
 	Commands byte   `json:"commands"`  // newest version of commands that it knows
 	Lowest   byte   `json:"lowest"`    // from the leader: see findings
@@ -83,10 +85,11 @@ func (v view) mostComplete() (best string) {
 	return best
 }
 
-// allEmpty says whether every node of PEERS answers, names the same PEERS and holds nothing.
+// allEmpty says whether every node of PEERS answers, names the same PEERS, holds nothing, and may be in a new cluster.
 func (v view) allEmpty() bool {
 	return !slices.ContainsFunc(v.peers, func(node string) bool {
-		return !v.sameList(node) || v.answers[node].LastIndex > 0
+		info := v.answers[node]
+		return !v.sameList(node) || info.LastIndex > 0 || info.HoldsBack != ""
 	})
 }
 
@@ -207,14 +210,17 @@ func (v view) String() string {
 func (v view) whyNotFollowing(node string) string {
 	leader, mine := v.answers[node], v.mine()
 	nodes := nodesOf(leader.Members)
-	here := slices.IndexFunc(leader.Members, func(m member) bool { return m.Server == mine.Server })
-	isMember := slices.Contains(nodes, v.self)
+	here := slices.IndexFunc(leader.Members, func(m member) bool { return nodeOf(m.Server) == v.self })
+	isMember := here >= 0
 	belongs := isMember || slices.Contains(leader.Peers, v.self)
 	switch {
 	case belongs && mine.Cluster != "" && !v.isOurs(node):
 		return fmt.Sprintf("%s is of another cluster, which it leads (%s; this node is of %s): to have this node join "+
 			"it, stop this node, move its STATE_DIR away and start it", node, leader.Cluster, mine.Cluster)
-	case here >= 0:
+	case isMember && leader.Members[here].Address != mine.Address && mine.Address != "":
+		return fmt.Sprintf("%s, which leads, looks for this node at %s, and this node is at %s: correct PEERS where it "+
+			"is wrong", node, leader.Members[here].Address, mine.Address)
+	case slices.ContainsFunc(leader.Members, func(m member) bool { return m.Server == mine.Server }):
 		return fmt.Sprintf("the leader %s does not reach this node at %s", node, leader.Members[here].Address)
 	case !belongs && len(nodes) == 1:
 		return fmt.Sprintf("the cluster that %s leads has only the member %s", node, nodes[0])
@@ -250,6 +256,8 @@ func (v view) problems() string {
 			add("%s listens on %s, PEERS says %s", node, listens, named)
 		case info.LastIndex > 0 && info.Cluster != v.answers[best].Cluster:
 			add("%s is of another cluster, %s", node, info.Cluster)
+		case best == "" && info.HoldsBack != "":
+			add("%s waits: %s", node, info.HoldsBack)
 		case v.allEmpty() && v.joinedAnother(node):
 			add("%s has joined a cluster that %s was to begin and has not: correct PEERS if it named other nodes then, "+
 				"else start %[1]s without its state", node, nodeOf(info.Cluster))
@@ -258,7 +266,8 @@ func (v view) problems() string {
 			add("%s names other PEERS: %s", node, strings.Join(info.Peers, ", "))
 		}
 	}
-	if first := v.bootstrapper(); best == "" && first != v.self && v.answers[first].WaitsFor != "" {
+	first := v.bootstrapper()
+	if len(parts) == 0 && best == "" && first != v.self && v.answers[first].WaitsFor != "" {
 		add("%s, which begins the cluster, says: %s", first, v.answers[first].WaitsFor)
 	}
 	if len(parts) == 0 {
@@ -296,11 +305,11 @@ func causeOf(err error) error {
 
 // info returns what this node says of itself.
 func (s *Store) info() (nodeInfo, error) {
-	id := s.membership.identity()
+	id, addresses := s.membership.identity(), s.addresses()
 	info := nodeInfo{
-		Server: id.Server, Cluster: id.Cluster, Address: s.addresses()[s.cfg.NodeID], Peers: peerIDs(s.list.get()),
+		Server: id.Server, Cluster: id.Cluster, Address: addresses[s.cfg.NodeID], Peers: peerIDs(s.list.get()),
 		Applied: s.replica.applied.load(), WaitsFor: s.membership.reason(),
-		Commands: s.replica.knownVersion(),
+		Commands: s.replica.knownVersion(), HoldsBack: s.holdsBack(),
 	}
 	var err error
 	if info.LastIndex, info.LastTerm, err = s.storage.lastEntry(); err != nil {
@@ -308,6 +317,9 @@ func (s *Store) info() (nodeInfo, error) {
 	}
 	if r := s.raft.Load(); r != nil {
 		info.Ready, info.Members = s.leadsReady(), s.members()
+		for i, m := range info.Members {
+			info.Members[i].Address = addresses[nodeOf(m.Server)]
+		}
 		if f := s.membership.found.Load(); f.term == r.CurrentTerm() {
 			info.Lowest, info.Behind, info.Resize = f.lowest, f.behind, f.resize
 		}
@@ -323,8 +335,11 @@ func peerIDs(peers []Peer) (ids []string) {
 	return ids
 }
 
-// handleWho answers a node that asks who this one is.
-func (s *Store) handleWho(context.Context, string, []byte) ([]byte, error) {
+// handleWho answers a node that asks who this one is, and that says where it listens.
+func (s *Store) handleWho(_ context.Context, from string, address []byte) ([]byte, error) {
+	if host, port, err := net.SplitHostPort(string(address)); err == nil && len(host) < 256 && len(port) < 6 {
+		s.told.Store(from, string(address))
+	}
 	info, err := s.info()
 	if err != nil {
 		return nil, err
@@ -338,6 +353,9 @@ func (s *Store) askAll(ctx context.Context) view {
 	v := view{
 		self: s.cfg.NodeID, peers: peerIDs(s.list.get()), addresses: s.addresses(), listens: s.cfg.RaftAddr,
 		answers: make(map[string]nodeInfo), silent: make(map[string]error),
+	}
+	if v.addresses[v.self] == "" { // it is in no list, and runs no Raft yet
+		v.addresses[v.self] = s.cfg.RaftAddr
 	}
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
@@ -389,7 +407,7 @@ func (s *Store) askWho(ctx context.Context, node string) (info nodeInfo, err err
 		}
 		return own, nil
 	}
-	answer, err := s.peers.call(ctx, node, opWho, nil)
+	answer, err := s.peers.call(ctx, node, opWho, []byte(s.addresses()[s.cfg.NodeID]))
 	if err == nil {
 		err = json.Unmarshal(answer, &info)
 	}

@@ -57,6 +57,11 @@ func leading(server, cluster string, members ...string) nodeInfo {
 	return info
 }
 
+func at(address string, info nodeInfo) nodeInfo {
+	info.Address = address
+	return info
+}
+
 func naming(info nodeInfo, peers ...string) nodeInfo {
 	info.Peers = peers
 	return info
@@ -504,6 +509,13 @@ func TestReasonsForPeople(t *testing.T) {
 			"the leader node2 does not reach this node at old-node1:12000",
 		},
 		{
+			"the leader looks for this node elsewhere",
+			[]nodeInfo{at("host1:12000", blank("node1#2")), leading("node2#1", c, all...)},
+			nil,
+			"node2, which leads, looks for this node at old-node1:12000, and this node is at host1:12000: correct PEERS where " +
+				"it is wrong",
+		},
+		{
 			"the leader knows the state before",
 			[]nodeInfo{blank("node1#2"), leading("node2#1", c, all...)},
 			nil,
@@ -606,6 +618,8 @@ func TestAnswersThatNoNodeCanGive(t *testing.T) {
 		opWho: func(context.Context, string, []byte) ([]byte, error) { return json.Marshal(says) },
 	})
 	t.Cleanup(asking.close)
+	store := NewStore(&Config{NodeID: "node1"}, newTestMachine(), newMetrics(), testLogger(t, "node1"))
+	store.peers = asking
 	long := strings.Repeat("x", maxName)
 	for name, tt := range map[string]struct {
 		says nodeInfo
@@ -619,7 +633,7 @@ func TestAnswersThatNoNodeCanGive(t *testing.T) {
 		"none":                          {blank(""), false},
 	} {
 		says = tt.says
-		info, err := (&Store{cfg: &Config{NodeID: "node1"}, peers: asking}).askWho(t.Context(), "node2")
+		info, err := store.askWho(t.Context(), "node2")
 		if diff := cmp.Diff(tt.says, info); diff != "" || (err == nil) != tt.good {
 			t.Errorf("%s: got error %v, difference %s; want it taken: %v", name, err, diff, tt.good)
 		}
