@@ -480,7 +480,7 @@ func TestStorageFailureStopsTheNode(t *testing.T) {
 	node.open = func(cfg *Config, log hclog.Logger, m *metrics, n storageNode) (*storage, error) {
 		st, err := openStorage(cfg, log, m, n)
 		if err == nil {
-			mem := st.log.LogStore.(*raft.InmemStore)
+			mem := raft.NewInmemStore()
 			st.logs = newDiskStore(failingStore{mem, broken}, "", nil, m, n)
 		}
 		return st, err

@@ -9,8 +9,8 @@ import (
 	"slices"
 )
 
-// This file helps a state machine with its bytes: appendString and decoder for commands and results, snapshotEncoder
-// and snapshotDecoder for snapshots. A number is a uvarint, as in encoding/binary, or 8 bytes in big-endian order
+// This file helps a state machine with its bytes: appendString writes, decoder reads commands and results, and
+// snapshotDecoder reads snapshots. A number is a uvarint, as in encoding/binary, or 8 bytes in big-endian order
 // where the method's name says so. A string or a slice of bytes follows its length, which is a uvarint.
 
 // appendString appends s, after its length, to b and returns the extended slice.
@@ -54,33 +54,8 @@ func (d *decoder) uvarint() uint64 {
 	return v
 }
 
-// snapshotEncoder writes values to w. After an error it writes nothing more; callers check err once, at the end.
-type snapshotEncoder struct {
-	w   io.Writer // buffered: each value is a call of Write, or two
-	err error
-	buf []byte // for write
-}
-
-func (e *snapshotEncoder) write(p []byte) {
-	if e.err == nil {
-		_, e.err = e.w.Write(p)
-	}
-	e.buf = p[:0]
-}
-
-func (e *snapshotEncoder) uint64(v uint64) { e.write(binary.BigEndian.AppendUint64(e.buf[:0], v)) }
-
-func (e *snapshotEncoder) uvarint(v uint64) { e.write(binary.AppendUvarint(e.buf[:0], v)) }
-
-func (e *snapshotEncoder) string(s string) {
-	e.uvarint(uint64(len(s)))
-	if e.err == nil {
-		_, e.err = io.WriteString(e.w, s)
-	}
-}
-
-// snapshotDecoder reads what a snapshotEncoder wrote. After an error all values are zero; callers check end once, and
-// in loops err, since the number of rounds may be damaged, too.
+// snapshotDecoder reads the same from a stream. After an error all values are zero; callers check end once, and in loops
+// err, since the number of rounds may be damaged, too.
 type snapshotDecoder struct {
 	r       *bufio.Reader
 	longest uint64 // length of a string that is read; the longer ones are errors

@@ -137,16 +137,16 @@ func decodeResult(result []byte) (Tag, error) {
 func (m *kvMachine) Snapshot() func(io.Writer) error {
 	items, lastTag := m.items.Copy(), m.lastTag
 	return func(w io.Writer) error {
-		e := snapshotEncoder{w: w}
-		e.uint64(uint64(lastTag))
-		e.uint64(uint64(items.Len()))
+		b := binary.BigEndian.AppendUint64(nil, uint64(lastTag))
+		_, err := w.Write(binary.BigEndian.AppendUint64(b, uint64(items.Len())))
 		items.Scan(func(key string, item Item) bool {
-			e.string(key)
-			e.string(item.Value)
-			e.uvarint(uint64(item.Tag))
-			return e.err == nil
+			b = appendString(appendString(b[:0], key), item.Value)
+			if err == nil {
+				_, err = w.Write(binary.AppendUvarint(b, uint64(item.Tag)))
+			}
+			return err == nil
 		})
-		return e.err
+		return err
 	}
 }
 

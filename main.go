@@ -130,9 +130,6 @@ func serve(cfg *Config, sig signals, m *metrics, log hclog.Logger) error {
 	for _, warning := range cfg.Warnings {
 		log.Warn(warning)
 	}
-	if err := m.collectRaft(); err != nil {
-		return err
-	}
 	var certs *reloaded[*certificates]
 	var tokens *reloaded[tokens]
 	var listener net.Listener

@@ -1,14 +1,11 @@
 package main
 
 import (
-	"fmt"
 	"net/http"
 	"slices"
 	"strconv"
 	"time"
 
-	raftmetrics "github.com/armon/go-metrics"
-	raftsink "github.com/armon/go-metrics/prometheus"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promauto"
@@ -91,19 +88,6 @@ func (m *metrics) labelled(name, help string, labels map[string]string, value fu
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: metricsPrefix + name, Help: help, ConstLabels: labels,
 	}, value))
-}
-
-// collectRaft adds the metrics of the raft and raft-boltdb packages. They know only one sink for the whole process:
-// that of armon/go-metrics, unless they are built with the tag hashicorpmetrics.
-func (m *metrics) collectRaft() error {
-	sink, err := raftsink.NewPrometheusSinkFrom(raftsink.PrometheusOpts{Registerer: m.registry})
-	if err != nil {
-		return fmt.Errorf("metrics: %w", err)
-	}
-	conf := raftmetrics.DefaultConfig("")
-	conf.EnableHostname, conf.EnableRuntimeMetrics = false, false
-	_, err = raftmetrics.NewGlobal(conf, sink)
-	return err
 }
 
 // answered counts a request. A client may send any word as a method: those that no route can have are "other".

@@ -77,7 +77,7 @@ func (s *snapshotStore) do(op string, call func() error) error {
 func (s *snapshotStore) Create(version raft.SnapshotVersion, index, term uint64, configuration raft.Configuration,
 	configurationIndex uint64, t raft.Transport,
 ) (raft.SnapshotSink, error) {
-	sink := &snapshotSink{store: s, index: index, term: term}
+	sink := &snapshotSink{store: s, index: index, term: term, written: s.log.written.Load()}
 	return sink, s.do("begin a snapshot", func() error {
 		list, err := s.store.List()
 		for _, old := range list[min(1, len(list)):] { // there is only one in memory
@@ -154,12 +154,14 @@ func (s *snapshotState) Read(p []byte) (n int, err error) {
 // snapshotSink is a snapshot that this node or, through Raft, the leader writes. Its Close makes it the newest.
 type snapshotSink struct {
 	raft.SnapshotSink
-	store  *snapshotStore
-	index  uint64 // of the last entry that it covers
-	term   uint64 // of that entry
-	size   int64  // bytes that have been written
-	late   bool   // they are written later, when somebody reads them
-	closed bool
+	store *snapshotStore
+	index uint64 // of the last entry that it covers
+	term  uint64 // of that entry
+	size  int64  // bytes that have been written
+
+	written int64 // bytes of the log when it was begun
+	late    bool  // they are written later, when somebody reads them
+	closed  bool
 }
 
 func (s *snapshotSink) Write(p []byte) (n int, err error) {
@@ -190,6 +192,7 @@ func (s *snapshotSink) Close() error {
 		return err
 	}
 	s.store.log.received.Store(s.store.dir == "" && !s.late)
+	s.store.log.covered.Store(s.written)
 	return s.store.setNewest(s.ID(), s.index, s.term, s.size)
 }
 
