@@ -13,6 +13,7 @@ import (
 // stays, since a follower that is a little behind catches up from it with less than the whole state.
 const (
 	maxLogBytes   = 16 << 20 // a larger log makes a snapshot due, if it is larger than half the state, too
+	maxMemoryLog  = 8 << 20  // does so in memory, whatever the state's size: there a snapshot costs little
 	maxTailBytes  = 4 << 20  // of the log stay after a snapshot, or a quarter of the state's size if that is more
 	cachedEntries = 16       // the newest, are also in memory: more than a batch has
 	entryOverhead = 128      // bytes of an entry beside its data
@@ -82,9 +83,9 @@ func (s *logStore) GetLog(index uint64, l *raft.Log) error {
 // isSnapshotDue says whether a snapshot is due: the log since the newest snapshot has too many bytes, or at least
 // threshold entries (0 is no threshold), or any where it replaces a second copy of the state.
 func (s *logStore) isSnapshotDue(threshold uint64) bool {
-	limit := int64(maxLogBytes)
-	if !s.inMemory {
-		limit = max(limit, s.stateSize.Load()/2)
+	limit := max(maxLogBytes, s.stateSize.Load()/2)
+	if s.inMemory {
+		limit = maxMemoryLog
 	}
 	last, covered := s.last.Load(), s.snapshotIndex.Load()
 	return s.written.Load()-s.covered.Load() > limit || threshold > 0 && last >= covered+threshold ||

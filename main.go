@@ -48,8 +48,8 @@ const lastRequests = 500 * time.Millisecond
 // small state under load it would else run dozens of times a second. It counts them towards GOMEMLIMIT, too, which is
 // therefore raised by as much.
 const (
-	garbagePercent = 40
-	ballastBytes   = 60 << 20
+	garbagePercent = 25
+	ballastBytes   = 100 << 20
 )
 
 func main() {
