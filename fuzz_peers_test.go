@@ -84,7 +84,7 @@ func (p *pipes) authorize(hello) error              { return nil }
 
 // And the node of a transport.
 func (p *pipes) leadsIn(uint64) bool  { return false }
-func (p *pipes) follows(uint64) bool  { return false }
+func (p *pipes) isIn(uint64) bool     { return false }
 func (p *pipes) appliedIndex() uint64 { return 0 }
 func (p *pipes) members() []member    { return nil }
 

@@ -147,8 +147,11 @@ func (s *Store) leadsReady() bool {
 	return term > 0 && s.leadsIn(term)
 }
 
-// follows says whether this node's term is the given one.
-func (s *Store) follows(term uint64) bool { return s.raft.Load().CurrentTerm() == term }
+// isIn says whether this node's term is the given one.
+func (s *Store) isIn(term uint64) bool {
+	r := s.raft.Load()
+	return r != nil && r.CurrentTerm() == term
+}
 
 // lastApplied returns the index of the last log entry that the state machine has executed.
 func (s *Store) lastApplied() uint64 { return s.replica.applied.load() }

@@ -149,7 +149,9 @@ func (s *Store) handleReadIndex(ctx context.Context, from string, request []byte
 	if err != nil {
 		return nil, err
 	}
-	if binary.BigEndian.Uint64(request) < index {
+	// If this node has led since the round began it is its own index. Else another leader may have found it, and this
+	// node may have another entry there.
+	if binary.BigEndian.Uint64(request) < index && s.leadsIn(term) {
 		go s.tellCommitted(from, term, index) // until the follower answers, or rpcTimeout
 	}
 	return binary.BigEndian.AppendUint64(nil, index), nil

@@ -29,7 +29,7 @@ import (
 //
 //  1. Store.Read waits until a leader is known, and then for a read index: readRounds.next (reads.go).
 //  2. readRounds.run takes all reads that wait. node2 does not lead, so it asks node1: Store.findReadIndex.
-//  3. node1 notes what it has executed, and asks node2 and node3 whether its term is still theirs:
+//  3. node1 notes what it has committed, and asks node2 and node3 whether its term is still theirs:
 //     Store.confirmLeadership. With one yes, and its own, it answers with the index.
 //  4. node2 waits until it has executed the log up to that index, and reads its own state machine.
 //
@@ -389,7 +389,9 @@ func (s *Store) CaptureAll(
 		return ErrStarting
 	}
 	contact := r.LastContact()
-	index := s.replica.capture(capture)
+	snapshot := s.storage.log.snapshotIndex.Load()
+	// A snapshot of an older version may end with an entry of Raft's own, which is not executed.
+	index := max(s.replica.capture(capture), snapshot)
 	if s.seesMajority() {
 		return nil
 	}

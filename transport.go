@@ -26,6 +26,7 @@ type transport struct {
 	node     localNode
 	storage  *storage
 	log      *raftLogger
+	streams  streamLayer
 	received chan raft.RPC   // corrected messages, for Raft's main thread
 	ctx      context.Context // the network's
 }
@@ -34,7 +35,7 @@ type transport struct {
 type localNode interface {
 	self() (server, cluster string)
 	leadsIn(term uint64) bool
-	follows(term uint64) bool                    // its term is this one
+	isIn(term uint64) bool                       // its term is this one
 	appliedIndex() uint64                        // Raft's
 	members() []member                           // of its newest configuration
 	isMember(server string) (member, votes bool) // of its newest configuration
@@ -42,14 +43,15 @@ type localNode interface {
 
 // newTransport sends and receives Raft's messages through n, until n closes.
 func newTransport(n *network, st *storage, node localNode, log *raftLogger) *transport {
+	streams := streamLayer{n}
 	t := &transport{
 		NetworkTransport: raft.NewNetworkTransportWithConfig(&raft.NetworkTransportConfig{
-			Stream: streamLayer{n}, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
+			Stream: streams, Logger: log, MaxPool: connsPerPeer, Timeout: rpcTimeout,
 			// A pipeline can stop for ever (hashicorp/raft issue 612), and would not call AppendEntries below.
 			MaxRPCsInFlight:       1,
 			ServerAddressProvider: idsAreAddresses{},
 		}),
-		node: node, storage: st, log: log,
+		node: node, storage: st, log: log, streams: streams,
 		received: make(chan raft.RPC),
 		ctx:      n.ctx,
 	}
@@ -115,7 +117,7 @@ func (t *transport) answerTimeoutNow(rpc *raft.RPC) bool {
 // to the snapshot: node1, the leader, sends node3 a snapshot up to entry 100, the answer is lost, node3 goes on to
 // entry 120, and node1 sends the snapshot again.
 func (t *transport) answerOldSnapshot(rpc *raft.RPC, req *raft.InstallSnapshotRequest) bool {
-	if !t.node.follows(req.Term) || t.node.appliedIndex() < req.LastLogIndex {
+	if !t.node.isIn(req.Term) || t.node.appliedIndex() < req.LastLogIndex {
 		return false
 	}
 	go func() { // until the snapshot has been read off its connection, or that ends
@@ -187,19 +189,27 @@ func (t *transport) Close() error { return nil }
 // would change term and state beside that thread, unsafely (hashicorp/raft issue 695).
 func (t *transport) SetHeartbeatHandler(func(raft.RPC)) {}
 
-// AppendEntries sends log entries or a heartbeat. It differs from Raft's own in three ways.
+// AppendEntries sends log entries or a heartbeat. It differs from Raft's own in four ways.
+//
+// It sends no entries when this node has another term by now. Raft gathers a message beside its main thread, in several
+// reads of the log. If the main thread replaces entries between two of them, what comes before the message's entries is
+// of this node's term, and they are another leader's: the receiver would have a mix of two logs that looks right. Raft
+// stores a new term before it replaces anything, so a message that was gathered in its term is of one log.
 //
 // It sends at most maxAppendBytes. It shortens args, where Raft looks for what was sent.
 //
-// While the other node cannot be reached it dials again every redialInterval, as long as this node leads and the
-// other is a member. Raft would wait up to 10 s after repeated failures, and a node that comes back would be behind
-// for as long.
+// While the other node cannot be reached it dials again every redialInterval. Raft would wait up to 10 s after repeated
+// failures, and a node that comes back would be behind for as long.
 //
 // It returns success only when this node has stored the entries as well. Raft counts this node before that; but it
 // commits nothing before another node has it.
 func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, args *raft.AppendEntriesRequest,
 	resp *raft.AppendEntriesResponse,
 ) error {
+	heartbeat := args.PrevLogEntry == 0 && len(args.Entries) == 0 && args.LeaderCommitIndex == 0
+	if !heartbeat && !t.node.isIn(args.Term) {
+		return errors.New("this node has a newer term")
+	}
 	size := 0
 	for i, entry := range args.Entries {
 		if size += len(entry.Data); size > maxAppendBytes && i > 0 {
@@ -207,7 +217,6 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 			break
 		}
 	}
-	heartbeat := args.PrevLogEntry == 0 && len(args.Entries) == 0 && args.LeaderCommitIndex == 0
 	for {
 		err := t.NetworkTransport.AppendEntries(id, target, args, resp)
 		if heartbeat && err == nil {
@@ -216,12 +225,38 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 		if n := len(args.Entries); err == nil && resp.Success && n > 0 && t.storage.disk != nil {
 			return t.storage.disk.waitStored(args.Entries[n-1].Index)
 		}
-		member, _ := t.node.isMember(string(id))
-		unreachable := errors.As(err, new(*dialError))
-		if heartbeat || !unreachable || !member || !t.node.leadsIn(args.Term) {
+		if heartbeat || !errors.As(err, new(*dialError)) || !t.dialAgain(id, args.Term) {
 			return err
 		}
+	}
+}
+
+// InstallSnapshot sends a snapshot. Where the other node cannot be reached it returns its error when that has changed,
+// likewise. Then Raft sends what is the newest snapshot by then.
+func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest,
+	resp *raft.InstallSnapshotResponse, data io.Reader,
+) error {
+	err := t.NetworkTransport.InstallSnapshot(id, target, args, resp, data)
+	if errors.As(err, new(*dialError)) {
+		if snapshot, ok := data.(io.Closer); ok {
+			_ = snapshot.Close() // in memory it would keep an old state
+		}
+		t.dialAgain(id, args.Term)
+	}
+	return err
+}
+
+// dialAgain dials a server until it can be reached, as long as this node leads and the server is a member.
+func (t *transport) dialAgain(id raft.ServerID, term uint64) (reached bool) {
+	for {
 		time.Sleep(redialInterval)
+		if member, _ := t.node.isMember(string(id)); !member || !t.node.leadsIn(term) {
+			return false
+		}
+		if conn, err := t.streams.Dial(raft.ServerAddress(id), rpcTimeout); err == nil {
+			_ = conn.Close()
+			return true
+		}
 	}
 }
 
