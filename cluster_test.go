@@ -323,10 +323,10 @@ func TestUnreachableFollowerIsTriedUntilItIsBack(t *testing.T) {
 	away := c.followers(leader)[0]
 	c.cut(away, linkCut)
 	id, term := raft.ServerID(c.nodes[away].membership.server()), node.State().Term
-	send := func(term uint64) chan error {
+	send := func(previous uint64) chan error { // 0 for a heartbeat
 		done := make(chan error, 1)
 		request := &raft.AppendEntriesRequest{
-			RPCHeader: header(node), Term: term, PrevLogEntry: 1, PrevLogTerm: 1,
+			RPCHeader: header(node), Term: term, PrevLogEntry: previous, PrevLogTerm: 1,
 		}
 		go func() {
 			done <- node.transport.AppendEntries(id, raft.ServerAddress(id), request, new(raft.AppendEntriesResponse))
@@ -334,8 +334,8 @@ func TestUnreachableFollowerIsTriedUntilItIsBack(t *testing.T) {
 		return done
 	}
 	// The connections there were break first; then there is nothing but failing to dial.
-	waitFor(t, "a dial to fail", func() bool { return errors.As(<-send(term-1), new(*dialError)) })
-	done := send(term)
+	waitFor(t, "a dial to fail", func() bool { return errors.As(<-send(0), new(*dialError)) })
+	done := send(1)
 	failed := make(chan raft.Observation, 4)
 	node.raft.Load().RegisterObserver(raft.NewObserver(failed, false, func(o *raft.Observation) bool {
 		_, is := o.Data.(raft.FailedHeartbeatObservation)

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"raftstarter/test/link"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -9,7 +10,6 @@ import (
 
 	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
-	"raftstarter/test/link"
 )
 
 // What a leader that has been replaced may still send, while it has the other leader's entries in part.

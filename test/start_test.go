@@ -189,8 +189,8 @@ func TestProcessDamagedDatabase(t *testing.T) {
 // GOMEMLIMIT is for memory that is there: what is only held against garbage collection is not part of it.
 func TestProcessMemoryLimit(t *testing.T) {
 	t.Parallel()
-	// 60 MiB of it are the ballast.
-	for limit, want := range map[string]float64{"384MiB": 384<<20 + 60<<20, "": math.MaxInt64} {
+	const ballast = 100 << 20
+	for limit, want := range map[string]float64{"384MiB": 384<<20 + ballast, "": math.MaxInt64} {
 		p := newProc(t, map[string]string{"KV_STORE": storeMemory, "GOMEMLIMIT": limit})
 		startAll(p)
 		text := p.expect(http.StatusOK, http.MethodGet, "/metrics", "").body
