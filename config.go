@@ -44,8 +44,10 @@ const (
 // version is set when a release is built: -ldflags "-X main.version=v1.2.3".
 var version = "dev"
 
-// maxBodyBytes is the largest MAX_BODY_BYTES.
-const maxBodyBytes = 2 << 20
+const (
+	maxBodyBytes = 2 << 20              // the largest MAX_BODY_BYTES
+	maxDuration  = 365 * 24 * time.Hour // of a variable: sums and multiples of it must not overflow
+)
 
 // Config is the effective configuration: valid, complete, and not changed once loaded.
 type Config struct {
@@ -156,8 +158,8 @@ func (e *env) duration(name string, def, least time.Duration) time.Duration {
 	d, err := time.ParseDuration(e.text(name, def.String()))
 	if err != nil {
 		e.invalid(name, "is not a duration", "one such as 8s or 1m30s")
-	} else if d < least {
-		e.invalid(name, "is too short", "at least "+least.String())
+	} else if d < least || d > maxDuration {
+		e.invalid(name, "will not do", fmt.Sprintf("a duration from %v to %v", least, maxDuration))
 	}
 	return d
 }
@@ -290,13 +292,13 @@ func (e *env) readPeers(c *Config) (name string) {
 	name, text := "PEERS", e.get("PEERS")
 	if c.PeersFile = e.text("PEERS_FILE", ""); c.PeersFile != "" {
 		name = "PEERS_FILE"
-		content, _, err := readFile(c.PeersFile)
-		switch {
-		case text != "":
+		if text != "" {
 			e.problem("PEERS=%q and PEERS_FILE=%q: set one of them and unset the other", text, c.PeersFile)
-		case err != nil:
+		}
+		content, _, err := readFile(c.PeersFile)
+		if err != nil {
 			e.invalid(name, "will not do: "+err.Error(), "a file that names the nodes, one a line, as id@host:port")
-		default:
+		} else {
 			c.Peers, problems = parsePeersFile(string(content))
 		}
 	} else if text != "" {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"io"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -89,6 +90,11 @@ func (r *replica) Apply(entry *raft.Log) any {
 		r.fail(fmt.Errorf("log entry %d: %w", entry.Index, err))
 		return nil
 	}
+	defer func() {
+		if cause := recover(); cause != nil {
+			r.fail(fmt.Errorf("log entry %d: the state machine panicked: %v\n%s", entry.Index, cause, debug.Stack()))
+		}
+	}()
 	began := time.Now()
 	results := make([][]byte, len(commands))
 	r.mu.Lock()

@@ -493,6 +493,22 @@ func TestUnreadableEntryFailsAndIsNotSkipped(t *testing.T) {
 	}
 }
 
+// panickingMachine panics when it executes a command.
+type panickingMachine struct{ *testMachine }
+
+func (panickingMachine) Apply([]byte, time.Time) ([]byte, error) { panic("a nil map") }
+
+func TestStateMachineThatPanicsStopsTheNode(t *testing.T) {
+	var failed []error
+	r := &replica{
+		machine: panickingMachine{newTestMachine()}, metrics: newMetrics(), fail: func(err error) { failed = append(failed, err) },
+	}
+	r.Apply(&raft.Log{Index: 8, Data: encodeEntry(testTime, [][]byte{{1}})})
+	if len(failed) != 1 || !strings.Contains(failed[0].Error(), "log entry 8: the state machine panicked: a nil map\ngoroutine") {
+		t.Errorf("got failures %q; want one with the panic and its stack", failed)
+	}
+}
+
 func TestApplyReturnsOneResultForEachCommand(t *testing.T) {
 	r := newTestReplica(t, newTestMachine())
 	set := testSet(testPair{"k", "1"})

@@ -77,15 +77,15 @@ func run(args []string, getenv func(string) string, sig signals, stdout, stderr 
 			return exitOK
 		case "--healthcheck":
 			if err := checkHealth(getenv); err != nil {
-				fmt.Fprintln(stderr, "raftstarter:", err)
+				say(stderr, "raftstarter:", err)
 				return exitFailed
 			}
 			return exitOK
 		}
 	}
 	if len(args) > 0 {
-		_, _ = fmt.Fprintf(stderr, "raftstarter: unexpected arguments %q; configuration comes from the environment, "+
-			"see --help\n", args)
+		say(stderr, fmt.Sprintf("raftstarter: unexpected arguments %q; configuration comes from the environment, "+
+			"see --help", args))
 		return exitUsage
 	}
 	var cfg *Config
@@ -97,7 +97,7 @@ func run(args []string, getenv func(string) string, sig signals, stdout, stderr 
 		return exitOK
 	}
 	if err != nil {
-		fmt.Fprintln(stderr, err)
+		say(stderr, err)
 		return exitUsage
 	}
 	m := newMetrics()
@@ -109,6 +109,19 @@ func run(args []string, getenv func(string) string, sig signals, stdout, stderr 
 		return exitFailed
 	}
 	return exitOK
+}
+
+// say writes a line to stderr before there is a log. Nobody may be reading it: then the process ends all the same.
+func say(stderr io.Writer, words ...any) {
+	done := make(chan struct{})
+	go func() {
+		fmt.Fprintln(stderr, words...)
+		close(done)
+	}()
+	select {
+	case <-done:
+	case <-time.After(flushTimeout):
+	}
 }
 
 // untilSignal calls f and returns its error, or stopped if a signal asks to stop before f returns. f may hang, because
@@ -290,7 +303,7 @@ func localURL(cfg *Config) string {
 	if cfg.TLSCertFile != "" {
 		scheme = "https"
 	}
-	return scheme + "://" + net.JoinHostPort(host, port)
+	return scheme + "://" + net.JoinHostPort(strings.ReplaceAll(host, "%", "%25"), port) // % begins a zone
 }
 
 // checkHealth asks the node that runs with the same environment whether it is alive. It accepts any certificate,

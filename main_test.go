@@ -34,3 +34,25 @@ func TestSignalWhileTheNodeStarts(t *testing.T) {
 		t.Fatal("the process goes on")
 	}
 }
+
+// A node that cannot start ends also when nobody reads stderr.
+func TestNobodyReadsStderr(t *testing.T) {
+	r, w := io.Pipe() // whoever writes waits for a reader
+	defer r.Close()
+	ended := make(chan int, 1)
+	go func() { ended <- run([]string{"--bogus"}, testEnv{}.get, signals{}, io.Discard, w) }()
+	select {
+	case code := <-ended:
+		if code != exitUsage {
+			t.Errorf("got exit code %d; want %d", code, exitUsage)
+		}
+	case <-time.After(10 * time.Second):
+		t.Error("it waits for a reader")
+	}
+}
+
+func TestURLOfAnAddressWithAZone(t *testing.T) {
+	if got := localURL(&Config{HTTPAddr: "[fe80::1%eth0]:11000"}); got != "http://[fe80::1%25eth0]:11000" {
+		t.Errorf("got %s; want one with an escaped zone", got)
+	}
+}

@@ -64,6 +64,7 @@ type reloaded[T fmt.Stringer] struct {
 	log     hclog.Logger
 	value   atomic.Pointer[T]
 	digest  [sha256.Size]byte // of the contents, or of the error, when the files were last read; only reload uses it
+	failed  bool              // they could not be used then; likewise
 	changed chan struct{}     // receives after a change of value
 }
 
@@ -85,7 +86,7 @@ func newReloaded[T fmt.Stringer](name string, log hclog.Logger, parse func(conte
 func (r *reloaded[T]) get() T { return *r.value.Load() }
 
 // reload reads the files again. If their contents are the same it does nothing more, unless somebody has asked for
-// it. It takes as long as reading the files takes, and is for one goroutine at a time. On nil it does nothing.
+// it or they can be used now: a certificate may not have been valid yet. It takes as long as reading the files takes, and is for one goroutine at a time. On nil it does nothing.
 func (r *reloaded[T]) reload(asked bool) {
 	if r == nil {
 		return
@@ -93,10 +94,12 @@ func (r *reloaded[T]) reload(asked bool) {
 	before := r.digest
 	value, err := r.read()
 	switch {
-	case r.digest == before && !asked:
+	case r.digest == before && !asked && (err != nil || !r.failed): // nothing is new
 	case err != nil:
+		r.failed = true
 		r.log.Error(r.name+" cannot be used as they are now; what was read before stays in use", "error", err)
 	default:
+		r.failed = false
 		r.value.Store(&value)
 		r.log.Info(r.name+" read again", "what", value.String())
 		select {

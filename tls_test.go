@@ -340,6 +340,46 @@ func TestReloadedIsNotHeldUp(t *testing.T) {
 	}
 }
 
+// What could not be used yet is used when it can be, though the file is the same: a certificate may be of a clock that is ahead.
+func TestReloadedWhenItBecomesGood(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	write := func(content string) {
+		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("old")
+	valid := false
+	r, err := newReloaded("test", hclog.NewNullLogger(), func(contents [][]byte) (tokens, error) {
+		if string(contents[0]) == "new" && !valid {
+			return nil, errors.New("it is not valid yet")
+		}
+		return make(tokens, len(contents[0])-2), nil
+	}, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write("new")
+	r.reload(false)
+	r.reload(false)
+	select {
+	case <-r.changed:
+		t.Error("it was taken before it was valid")
+	default:
+	}
+	valid = true
+	r.reload(false)
+	select {
+	case <-r.changed:
+	default:
+		t.Error("it is valid now, and was not taken")
+	}
+	r.reload(false)
+	if len(r.changed) > 0 {
+		t.Error("it was taken again")
+	}
+}
+
 // A cluster under TLS does what it does without, through connections that are cut as through those that are not.
 func TestClusterUnderTLS(t *testing.T) {
 	ca := authority.New(t)

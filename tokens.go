@@ -23,6 +23,7 @@ var tokenForm = regexp.MustCompile(`^[A-Za-z0-9._~+/-]+=*$`)
 // parseTokens parses a file of tokens, one a line. Its errors name lines, never their content.
 func parseTokens(path string, content []byte) (tokens, error) {
 	var all tokens
+	var problems []error
 	n := 0
 	for line := range bytes.Lines(content) {
 		n++
@@ -30,10 +31,14 @@ func parseTokens(path string, content []byte) (tokens, error) {
 			continue
 		}
 		if !tokenForm.Match(line) {
-			return nil, fmt.Errorf("line %d of %s is not a token: "+
-				"use letters, digits and -._~+/, with nothing else on the line", n, path)
+			problems = append(problems, fmt.Errorf("line %d of %s is not a token: "+
+				"use letters, digits and -._~+/, with nothing else on the line", n, path))
+			continue
 		}
 		all = append(all, sha256.Sum256(line))
+	}
+	if len(problems) > 0 {
+		return nil, errors.Join(problems...)
 	}
 	if len(all) == 0 {
 		return nil, fmt.Errorf("%s holds no token: write at least one, on a line of its own", path)
