@@ -54,8 +54,8 @@ func (d *decoder) uvarint() uint64 {
 	return v
 }
 
-// snapshotDecoder reads the same from a stream. After an error all values are zero; callers check end once, and in loops
-// err, since the number of rounds may be damaged, too.
+// snapshotDecoder reads the same from a stream. After an error all values are zero; callers check end once, and in
+// loops err, since the number of rounds may be damaged, too.
 type snapshotDecoder struct {
 	r       *bufio.Reader
 	longest uint64 // length of a string that is read; the longer ones are errors

@@ -240,9 +240,9 @@ func (s *Store) publishState(r *raft.Raft) RaftState {
 }
 
 // lead makes this leader of a term ready for linearizable reads: it may not yet have executed all that the leaders
-// before it acknowledged. It has when it has executed an entry of its own, which holds no command. That is no barrier of
-// Raft's, since a read waits for entries to be executed here: after this one each entry of the term is, and none of
-// Raft's own comes. It returns when it is ready, or leads no more.
+// before it acknowledged. It has when it has executed an entry of its own, without a command. (A barrier of Raft's
+// never reaches the state machine, and a read that waits for its index would wait for ever. After this entry none of
+// Raft's own comes in the term.) lead returns when this leader is ready, or leads no more.
 func (s *Store) lead(r *raft.Raft, term uint64) {
 	for s.ctx.Err() == nil && s.leadsIn(term) {
 		first := r.Apply(encodeEntry(time.Now(), nil), requestTimeout)

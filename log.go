@@ -15,7 +15,7 @@ const (
 	maxLogBytes   = 16 << 20 // a larger log makes a snapshot due, if it is larger than half the state, too
 	maxMemoryLog  = 8 << 20  // does so in memory, whatever the state's size: there a snapshot costs little
 	maxTailBytes  = 4 << 20  // of the log stay after a snapshot, or a quarter of the state's size if that is more
-	cachedEntries = 16       // the newest, are also in memory: more than a batch has
+	cachedEntries = 16       // the newest, of 2 MiB at most, are also in memory: more than a batch has
 	entryOverhead = 128      // bytes of an entry beside its data
 )
 

@@ -90,11 +90,7 @@ func (r *replica) Apply(entry *raft.Log) any {
 		r.fail(fmt.Errorf("log entry %d: %w", entry.Index, err))
 		return nil
 	}
-	defer func() {
-		if cause := recover(); cause != nil {
-			r.fail(fmt.Errorf("log entry %d: the state machine panicked: %v\n%s", entry.Index, cause, debug.Stack()))
-		}
-	}()
+	defer r.failOnPanic("log entry %d", entry.Index)
 	began := time.Now()
 	results := make([][]byte, len(commands))
 	r.mu.Lock()
@@ -119,8 +115,16 @@ func (r *replica) StoreConfiguration(index uint64, _ raft.Configuration) {
 	r.applied.advance(index)
 }
 
+// failOnPanic, deferred, stops the process when the state machine has panicked in what is said.
+func (r *replica) failOnPanic(doing string, args ...any) {
+	if cause := recover(); cause != nil {
+		r.fail(fmt.Errorf("%s: the state machine panicked: %v\n%s", fmt.Sprintf(doing, args...), cause, debug.Stack()))
+	}
+}
+
 // Snapshot captures the state for raft's log compaction.
 func (r *replica) Snapshot() (raft.FSMSnapshot, error) {
+	defer r.failOnPanic("take a snapshot")
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return &snapshot{
@@ -132,6 +136,7 @@ func (r *replica) Snapshot() (raft.FSMSnapshot, error) {
 // Restore replaces the state by that of a snapshot. If it cannot be read the process stops: Raft would go on with an
 // older snapshot.
 func (r *replica) Restore(source io.ReadCloser) error {
+	defer r.failOnPanic("restore a snapshot")
 	err := r.restore(source)
 	if err != nil {
 		r.fail(fmt.Errorf("restore a snapshot: %w", err))

@@ -493,19 +493,30 @@ func TestUnreadableEntryFailsAndIsNotSkipped(t *testing.T) {
 	}
 }
 
-// panickingMachine panics when it executes a command.
+// panickingMachine panics whatever it is asked for.
 type panickingMachine struct{ *testMachine }
 
 func (panickingMachine) Apply([]byte, time.Time) ([]byte, error) { panic("a nil map") }
+func (panickingMachine) Snapshot() func(io.Writer) error         { panic("a nil map") }
+func (panickingMachine) Restore(io.Reader) (func(), error)       { panic("a nil map") }
 
 func TestStateMachineThatPanicsStopsTheNode(t *testing.T) {
-	var failed []error
-	r := &replica{
-		machine: panickingMachine{newTestMachine()}, metrics: newMetrics(), fail: func(err error) { failed = append(failed, err) },
+	var good bytes.Buffer
+	if err := (&snapshot{index: 7, write: newTestMachine().Snapshot()}).writeTo(&good); err != nil {
+		t.Fatal(err)
 	}
-	r.Apply(&raft.Log{Index: 8, Data: encodeEntry(testTime, [][]byte{{1}})})
-	if len(failed) != 1 || !strings.Contains(failed[0].Error(), "log entry 8: the state machine panicked: a nil map\ngoroutine") {
-		t.Errorf("got failures %q; want one with the panic and its stack", failed)
+	for want, do := range map[string]func(r *replica){
+		"log entry 8":        func(r *replica) { r.Apply(&raft.Log{Index: 8, Data: encodeEntry(testTime, [][]byte{{1}})}) },
+		"take a snapshot":    func(r *replica) { _, _ = r.Snapshot() },
+		"restore a snapshot": func(r *replica) { _ = r.Restore(io.NopCloser(&good)) },
+	} {
+		var failed []error
+		fail := func(err error) { failed = append(failed, err) }
+		do(&replica{machine: panickingMachine{newTestMachine()}, metrics: newMetrics(), fail: fail})
+		want += ": the state machine panicked: a nil map\ngoroutine"
+		if len(failed) != 1 || !strings.HasPrefix(failed[0].Error(), want) {
+			t.Errorf("got failures %q; want one that begins with %q", failed, want)
+		}
 	}
 }
 

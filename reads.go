@@ -93,8 +93,8 @@ func (s *Store) findReadIndex() (uint64, error) {
 }
 
 // confirmLeadership returns the index up to which this leader had committed the log, once a majority of the voters has
-// said that it still is in this leader's term. What it has executed is not enough: a follower may have executed more, and
-// shown it to an earlier read.
+// said that it still is in this leader's term. What it has executed is not enough: a follower may have executed more,
+// and shown it to an earlier read.
 func (s *Store) confirmLeadership(r *raft.Raft) (index uint64, err error) {
 	term := r.CurrentTerm()
 	if s.ready.load() != term || !s.leadsIn(term) {

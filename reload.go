@@ -85,8 +85,9 @@ func newReloaded[T fmt.Stringer](name string, log hclog.Logger, parse func(conte
 // get returns the value that was last parsed without an error. Any goroutine may call it.
 func (r *reloaded[T]) get() T { return *r.value.Load() }
 
-// reload reads the files again. If their contents are the same it does nothing more, unless somebody has asked for
-// it or they can be used now: a certificate may not have been valid yet. It takes as long as reading the files takes, and is for one goroutine at a time. On nil it does nothing.
+// reload reads the files again. If their contents are the same it does nothing more, unless somebody has asked for it,
+// or they can be used now and could not before: a certificate may not have been valid yet. It takes as long as reading
+// the files takes, and is for one goroutine at a time. On nil it does nothing.
 func (r *reloaded[T]) reload(asked bool) {
 	if r == nil {
 		return

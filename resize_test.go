@@ -351,16 +351,23 @@ func (s heldService) newMachine() StateMachine {
 	return m
 }
 
-// A member that reads a large state asks for the others meanwhile. Else one that has lost its state would begin another cluster
-// with the nodes of a newer list.
-func TestMemberThatReadsItsStateIsHeard(t *testing.T) {
-	t.Parallel()
+// threeOfFive starts the first three of five nodes, under a list of these, and waits until they are ready.
+func threeOfFive(t *testing.T) *testCluster {
+	t.Helper()
 	c := unstartedCluster(t, 5, storeBolt)
 	c.rename([]int{0, 1, 2}, 0, 1, 2)
 	for i := range 3 {
 		c.start(i)
 	}
 	awaitReady(t, c.nodes[:3]...)
+	return c
+}
+
+// A member that reads a large state asks for the others meanwhile. Else one that has lost its state would begin another cluster
+// with the nodes of a newer list.
+func TestMemberThatReadsItsStateIsHeard(t *testing.T) {
+	t.Parallel()
+	c := threeOfFive(t)
 	c.nodes[1].put(t, "k", "1")
 	if err := c.nodes[1].raft.Load().Snapshot().Error(); err != nil {
 		t.Fatal(err)
@@ -387,12 +394,7 @@ func TestMemberThatReadsItsStateIsHeard(t *testing.T) {
 // a majority here.
 func TestLeaversGoOn(t *testing.T) {
 	t.Parallel()
-	c := unstartedCluster(t, 5, storeBolt)
-	c.rename([]int{0, 1, 2}, 0, 1, 2)
-	for i := range 3 {
-		c.start(i)
-	}
-	awaitReady(t, c.nodes[:3]...)
+	c := threeOfFive(t)
 	for i := range 3 {
 		c.stop(i)
 	}

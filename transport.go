@@ -191,7 +191,7 @@ func (t *transport) SetHeartbeatHandler(func(raft.RPC)) {}
 
 // AppendEntries sends log entries or a heartbeat. It differs from Raft's own in four ways.
 //
-// It sends no entries when this node has another term by now. Raft gathers a message beside its main thread, in several
+// It sends nothing but heartbeats when this node has another term by now. Raft gathers a message beside its main thread, in several
 // reads of the log. If the main thread replaces entries between two of them, what comes before the message's entries is
 // of this node's term, and they are another leader's: the receiver would have a mix of two logs that looks right. Raft
 // stores a new term before it replaces anything, so a message that was gathered in its term is of one log.
@@ -231,8 +231,8 @@ func (t *transport) AppendEntries(id raft.ServerID, target raft.ServerAddress, a
 	}
 }
 
-// InstallSnapshot sends a snapshot. Where the other node cannot be reached it returns its error when that has changed,
-// likewise. Then Raft sends what is the newest snapshot by then.
+// InstallSnapshot sends a snapshot. While the other node cannot be reached it dials again, as AppendEntries does, and
+// then returns the error: Raft tries again at once, with what is the newest snapshot by then.
 func (t *transport) InstallSnapshot(id raft.ServerID, target raft.ServerAddress, args *raft.InstallSnapshotRequest,
 	resp *raft.InstallSnapshotResponse, data io.Reader,
 ) error {
