@@ -191,10 +191,11 @@ func (t *transport) SetHeartbeatHandler(func(raft.RPC)) {}
 
 // AppendEntries sends log entries or a heartbeat. It differs from Raft's own in four ways.
 //
-// It sends nothing but heartbeats when this node has another term by now. Raft gathers a message beside its main thread, in several
-// reads of the log. If the main thread replaces entries between two of them, what comes before the message's entries is
-// of this node's term, and they are another leader's: the receiver would have a mix of two logs that looks right. Raft
-// stores a new term before it replaces anything, so a message that was gathered in its term is of one log.
+// It sends nothing but heartbeats when this node has another term by now. Raft gathers a message beside its main
+// thread, in several reads of the log. If the main thread replaces entries between two of them, what comes before the
+// message's entries is of this node's term, and they are another leader's: the receiver would have a mix of two logs
+// that looks right. Raft stores a new term before it replaces anything, so a message that was gathered in its term is
+// of one log.
 //
 // It sends at most maxAppendBytes. It shortens args, where Raft looks for what was sent.
 //

@@ -30,7 +30,7 @@ cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
 # What is left out: the key-value service with its tests and documents, and how this project itself is tested and measured.
 left_out='^(fsm|http|list|kv|json|fuzz_http|example|txn|backup|follow|lock)_test\.go$|^(fsm|http|txn|backup)\.go$|^test/[^/]*$'
 left_out+='|^\.ci/|^_examples/|^_scripts/(mutants|k8s/|new\.sh|lock\.sh|mutants\.sh|faults\.sh|bench\.sh|plot\.sh|image-test\.sh|k8s-test\.sh)'
-left_out+='|^(README|CHANGELOG|CONTRIBUTING|PERFORMANCE|RELIABILITY)\.md$|^docs/(api\.md|locks\.md|performance\.)'
+left_out+='|^(README|CHANGELOG|CONTRIBUTING|PERFORMANCE|RELIABILITY)\.md$|^docs/(api\.md|locks\.md|sizing\.md|performance\.)'
 
 mkdir -- "$target"
 git ls-files -z | grep -zvE "$left_out" | while IFS= read -r -d '' file; do
@@ -48,6 +48,7 @@ find . -type f -print0 | xargs -0 sed -i "
   s|RAFTSTARTER|${name^^}|g
   s/Raft Starter\|Raftstarter/$title/g
   s|@MODULE@|$module|g"
+sed -i 's|\[RELIABILITY.md\](RELIABILITY.md)|RELIABILITY.md of the Raft Starter|' DESIGN.md
 cat >README.md <<EOF
 # $title
 
@@ -57,7 +58,11 @@ Counters over HTTP, replicated with Raft. Any node answers any request.
     curl -d 1 localhost:11000/counter/visits
     curl localhost:11000/counters
 
-A cluster: \`go build -o ./tmp/app && go tool goreman -exit-on-stop=false start\` runs three nodes, which answer on ports 11001 to 11003.
+## Three nodes
+
+\`go build -o ./tmp/app && go tool goreman -exit-on-stop=false start\` runs them. They answer on ports 11001 to 11003.
+
+## More
 
 - [docs/fork.md](docs/fork.md): how to change the state machine (fsm.go) and its HTTP API (http.go)
 - [docs/configuration.md](docs/configuration.md), [docs/operations.md](docs/operations.md), [docs/metrics.md](docs/metrics.md)
