@@ -152,8 +152,8 @@ func newRaftLogger(log hclog.Logger) *raftLogger {
 const failedHeartbeat = "failed to heartbeat to" // Raft's words for a node that it does not reach
 
 // routine is what Raft logs while all is well: at a start, when a leader finds out how much of the log a follower has,
-// at each attempt to be elected, and at the end. It is logged at debug level: the node's own lines say who leads, who
-// is a member, or why there is no leader.
+// at each attempt to be elected, when a vote is refused, and at the end. It is logged at debug level: the node's own
+// lines say who leads, who is a member, or why there is no leader.
 var routine = []string{
 	"initial configuration", "added peer, starting replication", "found temporary snapshot",
 	"entering follower state", "election won", "entering leader state", "pre-vote successful, starting election",
@@ -161,6 +161,9 @@ var routine = []string{
 	"no known peers, aborting election", "entering candidate state",
 	"pre-vote campaign failed, waiting for election timeout", "Election timeout reached, restarting election",
 	"failed to accept connection",
+	"rejecting vote request since we have a leader", "rejecting pre-vote request since we have a leader",
+	"rejecting vote request since our last term is greater", "rejecting pre-vote request since our last term is greater",
+	"rejecting vote request since our last index is greater", "rejecting pre-vote request since our last index is greater",
 }
 
 // Info, Warn and Error are all that Raft calls above debug level.

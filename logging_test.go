@@ -140,6 +140,11 @@ func TestRaftLoggerInElections(t *testing.T) {
 	log := newRaftLogger(hclog.New(&hclog.LoggerOptions{Output: lines}))
 	log.Error("failed to make requestVote RPC", "target", raft.Server{ID: "node2#2"}, "error", fmt.Errorf("refused: %w", errNoRaft), "term", 2)
 	for term := range 10 {
+		for _, request := range []string{"vote", "pre-vote"} { // it came when the voter had the new leader's first entry
+			for _, why := range []string{"we have a leader", "our last term is greater", "our last index is greater"} {
+				log.Warn("rejecting "+request+" request since "+why, "candidate", raft.ServerAddress("node2#2"))
+			}
+		}
 		log.Info("election won", "term", term, "tally", 2)
 		log.Info("entering leader state", "leader", "Node at node1#1 [Leader]")
 		log.Info("entering follower state", "follower", "Node at node1#1 [Follower]")
