@@ -140,7 +140,7 @@ func TestRaftLoggerInElections(t *testing.T) {
 	log := newRaftLogger(hclog.New(&hclog.LoggerOptions{Output: lines}))
 	log.Error("failed to make requestVote RPC", "target", raft.Server{ID: "node2#2"}, "error", fmt.Errorf("refused: %w", errNoRaft), "term", 2)
 	for term := range 10 {
-		for _, request := range []string{"vote", "pre-vote"} { // it came when the voter had the new leader's first entry
+		for _, request := range []string{"vote", "pre-vote"} { // one that comes after the new leader's first entry
 			for _, why := range []string{"we have a leader", "our last term is greater", "our last index is greater"} {
 				log.Warn("rejecting "+request+" request since "+why, "candidate", raft.ServerAddress("node2#2"))
 			}
