@@ -52,6 +52,14 @@ const (
 	ballastBytes   = 100 << 20
 )
 
+// Go keeps memory that it had in use, for it may need it again. A node that has become quiet gives it back: one that
+// has allocated much, and then less than quietBytes within quietInterval.
+const (
+	quietInterval = 5 * time.Second
+	quietBytes    = 4 << 20
+	muchBytes     = 32 << 20 // less is not worth a collection
+)
+
 func main() {
 	ballast := make([]byte, ballastBytes)
 	if os.Getenv("GOGC") == "" {
@@ -60,9 +68,24 @@ func main() {
 	if limit := debug.SetMemoryLimit(-1); limit != math.MaxInt64 {
 		debug.SetMemoryLimit(limit + ballastBytes)
 	}
+	go freeWhenQuiet()
 	code := run(os.Args[1:], os.Getenv, notifySignals(), os.Stdout, os.Stderr)
 	runtime.KeepAlive(ballast)
 	os.Exit(code)
+}
+
+// freeWhenQuiet gives memory back to the system whenever the node has become quiet, until the process ends.
+func freeWhenQuiet() {
+	var stats runtime.MemStats
+	var last, freed uint64 // of all that has been allocated: 5 s ago, and when memory was given back
+	for range time.Tick(quietInterval) {
+		runtime.ReadMemStats(&stats)
+		if stats.TotalAlloc-last < quietBytes && stats.TotalAlloc-freed > muchBytes {
+			debug.FreeOSMemory()
+			freed = stats.TotalAlloc
+		}
+		last = stats.TotalAlloc
+	}
 }
 
 // run does what the arguments ask for and returns the exit code.
@@ -204,7 +227,6 @@ func (n *node) run(listener net.Listener) error {
 		case <-ready:
 			ready = nil // once
 			n.log.Info("ready: " + localURL(n.cfg))
-			go debug.FreeOSMemory() // reading the state and the log leaves much garbage
 		case s := <-n.sig.stop:
 			if !open {
 				return nil // nothing has been done that could be left half done
