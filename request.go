@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"io"
@@ -88,12 +87,7 @@ func rejectHeaders(r *http.Request, why string, headers ...string) error {
 }
 
 // readBody returns the body. Its memory grows as bytes arrive: what Content-Length announces may never come.
-func readBody(r *http.Request) ([]byte, error) {
-	var body bytes.Buffer
-	body.Grow(int(min(max(r.ContentLength, 0), bytes.MinRead)) + bytes.MinRead)
-	_, err := body.ReadFrom(r.Body)
-	return body.Bytes(), err
-}
+func readBody(r *http.Request) ([]byte, error) { return io.ReadAll(r.Body) }
 
 // requestBody is the body of a request. It tells the connection limit when all of it has arrived.
 type requestBody struct {
