@@ -23,6 +23,14 @@ const (
 	// choice, a client that does not read would take a megabyte, and the node would not notice that it does not read
 )
 
+// A client that was answered within the last activeFor is likely to send its next request at once. For a newcomer it is
+// closed last, and then the next newcomer waits for churnPause: who was closed comes back in place of another, and with
+// a few clients more than the limit the node would do little but accept and close connections.
+const (
+	activeFor  = time.Second
+	churnPause = time.Millisecond
+)
+
 // errMemoryLimit is what reading a request returns when there is no memory for more of it.
 var errMemoryLimit = errors.New("too many large requests are under way")
 
@@ -55,7 +63,7 @@ type connLimiter struct {
 type limitedConn struct {
 	net.Conn
 	limiter      *connLimiter
-	waitingSince atomic.Int64 // nanoseconds of Unix time; 0 while the node does not wait for the other end
+	waitingSince atomic.Int64 // nanoseconds of Unix time; 0 while the node does not wait; see answered
 	read         atomic.Int64 // bytes of the header or body that is arriving
 	weight       atomic.Int64 // bytes of memory for each of them
 	memory       atomic.Int64 // bytes: its part of the limiter's
@@ -77,13 +85,25 @@ func (l *connLimiter) Accept() (net.Conn, error) {
 	}
 	c := &limitedConn{Conn: conn, limiter: l}
 	c.expect(time.Now(), headerWeight)
+	if l.add(c) {
+		time.Sleep(churnPause)
+	}
+	return c, nil
+}
+
+// add says whether another client, an active one, had to be closed for c.
+func (l *connLimiter) add(c *limitedConn) (closedActive bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.open[c] = struct{}{}
-	if len(l.open) > l.maxConns {
-		l.closeLongestWaiting(func(*limitedConn) bool { return true })
+	if len(l.open) <= l.maxConns {
+		return false
 	}
-	return c, nil
+	since := l.closeLongestWaiting(func(other *limitedConn) bool { return other != c })
+	if since.IsZero() {
+		l.drop(c)
+	}
+	return since.After(time.Now())
 }
 
 // acquireMemory counts n more bytes for c. It closes other connections with memory until there is enough, and returns
@@ -92,7 +112,8 @@ func (l *connLimiter) acquireMemory(c *limitedConn, n int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for l.usedMemory+n > l.maxMemory {
-		if !l.closeLongestWaiting(func(other *limitedConn) bool { return other != c && other.memory.Load() > 0 }) {
+		since := l.closeLongestWaiting(func(other *limitedConn) bool { return other != c && other.memory.Load() > 0 })
+		if since.IsZero() {
 			return false
 		}
 	}
@@ -105,29 +126,35 @@ func (l *connLimiter) acquireMemory(c *limitedConn, n int64) bool {
 }
 
 // closeLongestWaiting closes the connection that the node has been waiting for longest, among some that match.
-// Whoever reads from it gets an error. It returns false if no connection matches. It is called with mu held.
-func (l *connLimiter) closeLongestWaiting(match func(*limitedConn) bool) bool {
+// Whoever reads from it gets an error. It returns since when it has waited, or zero if no connection matches. It is
+// called with mu held.
+func (l *connLimiter) closeLongestWaiting(match func(*limitedConn) bool) (since time.Time) {
 	var longest *limitedConn
 	compared, first := 0, int64(0)
 	for c := range l.open { // in random order
-		since := c.waitingSince.Load()
-		if since == 0 || !match(c) {
+		began := c.waitingSince.Load()
+		if began == 0 || !match(c) {
 			continue
 		}
-		if longest == nil || since < first {
-			longest, first = c, since
+		if longest == nil || began < first {
+			longest, first = c, began
 		}
 		if compared++; compared == sampled {
 			break
 		}
 	}
 	if longest == nil {
-		return false
+		return time.Time{}
 	}
+	l.drop(longest)
+	return time.Unix(0, first)
+}
+
+// drop closes a connection for the sake of a limit. It is called with mu held.
+func (l *connLimiter) drop(c *limitedConn) {
 	l.overLimit.Inc()
-	l.remove(longest)
-	_ = longest.Conn.Close()
-	return true
+	l.remove(c)
+	_ = c.Conn.Close()
 }
 
 // remove is called with mu held.
@@ -151,6 +178,9 @@ func (c *limitedConn) expect(now time.Time, weight int64) {
 	c.weight.Store(weight)
 	c.beginWait(now)
 }
+
+// answered says that the client has its answer: the wait for its next request begins activeFor later.
+func (c *limitedConn) answered(now time.Time) { c.expect(now.Add(activeFor), headerWeight) }
 
 // beginWait says that the node waits for the other end from now on.
 func (c *limitedConn) beginWait(now time.Time) { c.waitingSince.Store(now.UnixNano()) }

@@ -101,6 +101,25 @@ func TestLimiterClosesWhoKeepsItWaitingForLongest(t *testing.T) {
 	}
 }
 
+// With one client more than the limit, each of which sends its next request at once, a node that closed one of them for
+// the other as fast as it can would do nothing else.
+func TestLimiterClosesActiveClientsLastAndSlowly(t *testing.T) {
+	l := newTestLimiter(3, 0)
+	all := l.come(t, 3)
+	all[0].answered(time.Now())
+	all[1].answered(time.Now().Add(-activeFor / 2))
+	all[2].expect(time.Now(), headerWeight)
+	all = append(all, l.come(t, 1)...)
+	checkClosed(t, l, all, false, false, true, false) // it has never asked for anything
+	all[3].answered(time.Now())
+	began := time.Now()
+	all = append(all, l.come(t, 1)...)
+	if took := time.Since(began); took < churnPause {
+		t.Errorf("got the next after %v; want %v at least", took, churnPause)
+	}
+	checkClosed(t, l, all, false, true, true, false, false)
+}
+
 // Who announces takes nothing, who sends does, and who sends and stops goes first.
 func TestLimiterBoundsMemory(t *testing.T) {
 	const part = 10 << 10

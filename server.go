@@ -123,7 +123,7 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer func() {
 		took := time.Since(began)
 		c.releaseMemory()
-		c.expect(began.Add(took), headerWeight)
+		c.answered(began.Add(took))
 		s.metrics.answered(rt.path, r.Method, cmp.Or(a.status, http.StatusInternalServerError), took)
 	}()
 	if err := s.handle(a, r, rt); err != nil {
