@@ -23,12 +23,13 @@ const (
 	// choice, a client that does not read would take a megabyte, and the node would not notice that it does not read
 )
 
-// A client that was answered within the last activeFor is likely to send its next request at once. For a newcomer it is
-// closed last, and then the next newcomer waits for churnPause: who was closed comes back in place of another, and with
-// a few clients more than the limit the node would do little but accept and close connections.
+// A client that is closed for a newcomer comes back at once, in place of another. With a few clients more than the limit
+// a node would do little but accept and close connections. So the next newcomer then has to wait for churnPause. It does
+// not where the one that was closed was never answered and has been silent for longer than a client that works: floods
+// of those keep nobody out.
 const (
-	activeFor  = time.Second
 	churnPause = time.Millisecond
+	silentFor  = 200 * time.Millisecond
 )
 
 // errMemoryLimit is what reading a request returns when there is no memory for more of it.
@@ -51,6 +52,7 @@ type connLimiter struct {
 	net.Listener
 	maxConns  int
 	maxMemory int64              // bytes; 0 counts nothing
+	pause     time.Duration      // see churnPause
 	overLimit prometheus.Counter // connections that the limiter has closed
 
 	mu         sync.Mutex // guards what follows, and memory of each connection
@@ -63,10 +65,11 @@ type connLimiter struct {
 type limitedConn struct {
 	net.Conn
 	limiter      *connLimiter
-	waitingSince atomic.Int64 // nanoseconds of Unix time; 0 while the node does not wait; see answered
+	waitingSince atomic.Int64 // nanoseconds of Unix time; 0 while the node does not wait for the other end
 	read         atomic.Int64 // bytes of the header or body that is arriving
 	weight       atomic.Int64 // bytes of memory for each of them
 	memory       atomic.Int64 // bytes: its part of the limiter's
+	answered     atomic.Bool  // it has had an answer
 }
 
 func newConnLimiter(l net.Listener, maxConns int, maxMemory int64, overLimit prometheus.Counter) *connLimiter {
@@ -85,25 +88,24 @@ func (l *connLimiter) Accept() (net.Conn, error) {
 	}
 	c := &limitedConn{Conn: conn, limiter: l}
 	c.expect(time.Now(), headerWeight)
-	if l.add(c) {
-		time.Sleep(churnPause)
-	}
+	time.Sleep(l.add(c))
 	return c, nil
 }
 
-// add says whether another client, an active one, had to be closed for c.
-func (l *connLimiter) add(c *limitedConn) (closedActive bool) {
+// add returns for how long the next connection has to wait.
+func (l *connLimiter) add(c *limitedConn) (pause time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.open[c] = struct{}{}
 	if len(l.open) <= l.maxConns {
-		return false
+		return 0
 	}
-	since := l.closeLongestWaiting(func(other *limitedConn) bool { return other != c })
-	if since.IsZero() {
-		l.drop(c)
+	longest := l.longestWaiting(func(*limitedConn) bool { return true }) // c, if the node waits for no other
+	if longest.answered.Load() || longest.waited() <= silentFor {
+		pause = l.pause
 	}
-	return since.After(time.Now())
+	l.drop(longest)
+	return pause
 }
 
 // acquireMemory counts n more bytes for c. It closes other connections with memory until there is enough, and returns
@@ -112,10 +114,11 @@ func (l *connLimiter) acquireMemory(c *limitedConn, n int64) bool {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for l.usedMemory+n > l.maxMemory {
-		since := l.closeLongestWaiting(func(other *limitedConn) bool { return other != c && other.memory.Load() > 0 })
-		if since.IsZero() {
+		longest := l.longestWaiting(func(other *limitedConn) bool { return other != c && other.memory.Load() > 0 })
+		if longest == nil {
 			return false
 		}
+		l.drop(longest)
 	}
 	if _, open := l.open[c]; !open {
 		return false
@@ -125,32 +128,26 @@ func (l *connLimiter) acquireMemory(c *limitedConn, n int64) bool {
 	return true
 }
 
-// closeLongestWaiting closes the connection that the node has been waiting for longest, among some that match.
-// Whoever reads from it gets an error. It returns since when it has waited, or zero if no connection matches. It is
-// called with mu held.
-func (l *connLimiter) closeLongestWaiting(match func(*limitedConn) bool) (since time.Time) {
-	var longest *limitedConn
+// longestWaiting returns the connection that the node has been waiting for longest, among some that match; nil if none
+// does. It is called with mu held.
+func (l *connLimiter) longestWaiting(match func(*limitedConn) bool) (longest *limitedConn) {
 	compared, first := 0, int64(0)
 	for c := range l.open { // in random order
-		began := c.waitingSince.Load()
-		if began == 0 || !match(c) {
+		since := c.waitingSince.Load()
+		if since == 0 || !match(c) {
 			continue
 		}
-		if longest == nil || began < first {
-			longest, first = c, began
+		if longest == nil || since < first {
+			longest, first = c, since
 		}
 		if compared++; compared == sampled {
 			break
 		}
 	}
-	if longest == nil {
-		return time.Time{}
-	}
-	l.drop(longest)
-	return time.Unix(0, first)
+	return longest
 }
 
-// drop closes a connection for the sake of a limit. It is called with mu held.
+// drop closes a connection for the sake of a limit. Whoever reads from it gets an error. It is called with mu held.
 func (l *connLimiter) drop(c *limitedConn) {
 	l.overLimit.Inc()
 	l.remove(c)
@@ -179,11 +176,11 @@ func (c *limitedConn) expect(now time.Time, weight int64) {
 	c.beginWait(now)
 }
 
-// answered says that the client has its answer: the wait for its next request begins activeFor later.
-func (c *limitedConn) answered(now time.Time) { c.expect(now.Add(activeFor), headerWeight) }
-
 // beginWait says that the node waits for the other end from now on.
 func (c *limitedConn) beginWait(now time.Time) { c.waitingSince.Store(now.UnixNano()) }
+
+// waited returns for how long the node has been waiting.
+func (c *limitedConn) waited() time.Duration { return time.Since(time.Unix(0, c.waitingSince.Load())) }
 
 // endWait says that the other end waits for the node now.
 func (c *limitedConn) endWait() { c.waitingSince.Store(0) }

@@ -102,22 +102,38 @@ func TestLimiterClosesWhoKeepsItWaitingForLongest(t *testing.T) {
 }
 
 // With one client more than the limit, each of which sends its next request at once, a node that closed one of them for
-// the other as fast as it can would do nothing else.
-func TestLimiterClosesActiveClientsLastAndSlowly(t *testing.T) {
+// the other as fast as it can would do nothing else. Silent clients hold up nobody.
+func TestLimiterPausesWhenItClosesWhoComesBack(t *testing.T) {
 	l := newTestLimiter(3, 0)
-	all := l.come(t, 3)
-	all[0].answered(time.Now())
-	all[1].answered(time.Now().Add(-activeFor / 2))
-	all[2].expect(time.Now(), headerWeight)
-	all = append(all, l.come(t, 1)...)
-	checkClosed(t, l, all, false, false, true, false) // it has never asked for anything
-	all[3].answered(time.Now())
-	began := time.Now()
-	all = append(all, l.come(t, 1)...)
-	if took := time.Since(began); took < churnPause {
-		t.Errorf("got the next after %v; want %v at least", took, churnPause)
+	l.pause = time.Minute
+	at := func(ago time.Duration, answered bool) *limitedConn {
+		conn, _ := l.Listener.Accept()
+		c := &limitedConn{Conn: conn, limiter: l}
+		c.expect(time.Now().Add(-ago), headerWeight)
+		c.answered.Store(answered)
+		return c
 	}
-	checkClosed(t, l, all, false, true, true, false, false)
+	for _, tt := range []struct {
+		what     string
+		ago      time.Duration
+		answered bool
+		want     time.Duration
+	}{
+		{"silent since it came", 2 * silentFor, false, 0},
+		{"just come", silentFor / 2, false, time.Minute},
+		{"answered, and silent since", time.Hour, true, time.Minute},
+	} {
+		clear(l.open)
+		oldest := at(tt.ago, tt.answered)
+		for _, c := range []*limitedConn{oldest, at(0, true), at(0, false)} {
+			if got := l.add(c); got != 0 {
+				t.Errorf("got a pause of %v below the limit; want none", got)
+			}
+		}
+		if got := l.add(at(0, false)); got != tt.want || !isClosed(oldest) {
+			t.Errorf("%s: got a pause of %v, closed %v; want %v, true", tt.what, got, isClosed(oldest), tt.want)
+		}
+	}
 }
 
 // Who announces takes nothing, who sends does, and who sends and stops goes first.

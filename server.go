@@ -83,7 +83,9 @@ func (s *server) httpServer() *http.Server {
 
 // limitListener returns a listener over l with the limits on connections, and with TLS if there are certificates.
 func (s *server) limitListener(l net.Listener, certs *reloaded[*certificates]) net.Listener {
-	l = newConnLimiter(l, min(maxWebConns, maxFiles()/2), requestBytes, s.metrics.overLimit)
+	limiter := newConnLimiter(l, min(maxWebConns, maxFiles()/2), requestBytes, s.metrics.overLimit)
+	limiter.pause = churnPause
+	l = limiter
 	if certs != nil {
 		l = tls.NewListener(l, webConfig(certs))
 	}
@@ -123,7 +125,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer func() {
 		took := time.Since(began)
 		c.releaseMemory()
-		c.answered(began.Add(took))
+		c.expect(began.Add(took), headerWeight)
+		c.answered.Store(true)
 		s.metrics.answered(rt.path, r.Method, cmp.Or(a.status, http.StatusInternalServerError), took)
 	}()
 	if err := s.handle(a, r, rt); err != nil {
