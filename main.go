@@ -215,7 +215,7 @@ func (n *node) run(listener net.Listener) error {
 	httpFailed, opened := make(chan error, 1), make(chan error, 1)
 	go func() { httpFailed <- n.web.Serve(listener) }() // until it is closed
 	go func() { opened <- n.store.Open(n.certs) }()     // it may wait for a large or locked database
-	open, ready := false, n.store.Current()
+	open, ready := false, n.store.WasReady()
 	for {
 		select {
 		case err := <-opened:

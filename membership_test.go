@@ -423,6 +423,10 @@ func TestNodesWithoutTheirStateAreReplaced(t *testing.T) {
 				c.stop(i)
 				c.wipe(i)
 				c.start(i)
+				<-node.WasReady()
+				if err := node.Ready(); err != nil {
+					t.Errorf("was ready, and is not: %v", err)
+				}
 				if got := checkMembers(t, c); got != cluster || node.membership.server() == before {
 					t.Errorf("got server %s of cluster %s; want another than %s, of %s",
 						node.membership.server(), got, before, cluster)

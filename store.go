@@ -93,7 +93,7 @@ type Store struct {
 	ready        progress                  // the last term in which this node, as leader, executed all of earlier terms
 	handingOver  atomic.Bool               // this leader is about to hand over: it takes no more commands
 	stuck        atomic.Bool               // this leader cannot get its entries to a majority
-	caughtUp     chan struct{}             // closed when this node has first caught up
+	wasReady     chan struct{}             // closed when this node is ready for the first time
 
 	viewMu   sync.Mutex // guards what follows, and is held while the others are asked
 	lastView view
@@ -113,7 +113,7 @@ func NewStore(cfg *Config, machine StateMachine, m *metrics, log hclog.Logger) *
 		membership:   newMembership(cfg, log.Named("membership")),
 		rounds:       newReadRounds(m),
 		observations: make(chan raft.Observation, 16),
-		caughtUp:     make(chan struct{}),
+		wasReady:     make(chan struct{}),
 		failed:       make(chan error, 1),
 	}
 	s.learned.Store(&map[string]string{})
@@ -187,7 +187,7 @@ func (s *Store) start(p port, st *storage, certs *reloaded[*certificates]) error
 	return nil
 }
 
-// join waits until this server is in a cluster that has begun, runs Raft, and returns when the node has caught up.
+// join waits until this server is in a cluster that has begun, runs Raft, and returns when the node is ready.
 func (s *Store) join() error {
 	if err := s.form(); err != nil {
 		return err
@@ -203,11 +203,16 @@ func (s *Store) join() error {
 	for s.membership.at() < stageCaughtUp && s.ctx.Err() == nil {
 		if s.Read(s.ctx, Linearizable, func() {}) == nil {
 			s.membership.advance(stageCaughtUp)
-			close(s.caughtUp)
 		} else {
 			sleep(s.ctx, retryInterval) // a node that has left gets its error at once
 		}
 	}
+	for s.Ready() != nil { // it may have no vote yet
+		if !sleep(s.ctx, retryInterval) {
+			return nil
+		}
+	}
+	close(s.wasReady)
 	return nil
 }
 
@@ -425,9 +430,8 @@ func (s *Store) seesMajority() bool {
 	return s.Leader() != "" || leader != "" && v.isOurs(leader) || !member || v.hasMajority(s.members())
 }
 
-// Current returns a channel that is closed when, for the first time since its start, this node has had all that a
-// leader had committed.
-func (s *Store) Current() <-chan struct{} { return s.caughtUp }
+// WasReady returns a channel that is closed when Ready returns nil for the first time.
+func (s *Store) WasReady() <-chan struct{} { return s.wasReady }
 
 // Abandon closes the port and all connections to other nodes, and waits for nothing: it is for a node that has failed.
 func (s *Store) Abandon() {

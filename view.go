@@ -44,6 +44,11 @@ type nodeInfo struct {
 	WaitsFor string `json:"waits_for"` // for people: what keeps it from being of use
 }
 
+// votes says whether it is a voter, by its own configuration.
+func (i nodeInfo) votes() bool {
+	return slices.ContainsFunc(i.Members, func(m member) bool { return m.Server == i.Server && m.Voter })
+}
+
 // view is what a node sees when it has asked the others, and itself.
 type view struct {
 	self      string              // this node
@@ -78,7 +83,8 @@ func (v view) mostComplete() (best string) {
 		if mine := v.mine().Cluster; mine != "" && info.Cluster != mine {
 			continue
 		}
-		if info.LastTerm > most.LastTerm || info.LastTerm == most.LastTerm && info.LastIndex > most.LastIndex {
+		more := cmp.Or(cmp.Compare(info.LastTerm, most.LastTerm), cmp.Compare(info.LastIndex, most.LastIndex))
+		if more > 0 || more == 0 && info.votes() && !most.votes() { // who does not vote may have lost its own state
 			best = node
 		}
 	}

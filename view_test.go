@@ -355,6 +355,11 @@ func TestMostComplete(t *testing.T) {
 			"node3",
 		},
 		{"two of a kind", []nodeInfo{holds("node1#1", c, 2, 7), holds("node2#1", c, 2, 7)}, "node1"},
+		{
+			"two of a kind, the first of which has lost its own state", []nodeInfo{
+				holds("node1#2", c, 2, 7, "node1#1", "node2#1", "node1#2-"), holds("node2#1", c, 2, 7, "node1#1", "node2#1"),
+			}, "node2",
+		},
 		{"of this server's cluster", []nodeInfo{holds("node1#1", c, 2, 7), holds("node2#1", "x#1", 9, 9)}, "node1"},
 		{"of any, for a server of none", []nodeInfo{blank("node1#2"), holds("node2#1", c, 2, 7)}, "node2"},
 	} {
