@@ -2,6 +2,7 @@ package main
 
 import (
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -106,7 +107,12 @@ func (p *pacedWriter) writeLine(members []byte) error {
 	line := append(members, "}\n"...)
 	began, allowed := time.Now(), time.Duration(len(line))*time.Second/backupRate
 	_ = p.control.SetWriteDeadline(began.Add(backupGrace + allowed - p.late)) // fails only in tests without a connection
-	_, err := p.w.Write(line)
+	var err error
+	for piece := range slices.Chunk(line, pieceBytes) { // one call for more than the send buffer holds waits for many ACKs
+		if _, err = p.w.Write(piece); err != nil {
+			break
+		}
+	}
 	p.late = max(0, p.late+time.Since(began)-allowed)
 	return err
 }

@@ -37,6 +37,7 @@ type RaftState struct {
 
 // leadership is the newest RaftState, for all who wait for a change of it.
 type leadership struct {
+	ctx context.Context // ends with the Store
 	now atomic.Pointer[publishedState]
 }
 
@@ -49,7 +50,7 @@ type publishedState struct {
 
 // newLeadership returns one in which calls to leaders end with ctx.
 func newLeadership(ctx context.Context) *leadership {
-	l := new(leadership)
+	l := &leadership{ctx: ctx}
 	p := &publishedState{RaftState: RaftState{State: "starting"}, changed: make(chan struct{})}
 	p.calls, p.cancelCalls = context.WithCancel(ctx) //nolint:gosec // set calls it
 	l.now.Store(p)
@@ -95,6 +96,8 @@ func (l *leadership) retry(ctx context.Context, f func() error) error {
 		case <-state.changed:
 		case <-timer.C:
 		case <-ctx.Done():
+			return err
+		case <-l.ctx.Done():
 			return err
 		}
 		timer.Stop()
@@ -280,9 +283,11 @@ func (s *Store) mostAdvanced(ctx context.Context) (best string) {
 	v, longest := s.askAll(ctx), uint64(0)
 	for _, m := range voting(s.members()) {
 		node := nodeOf(m.Server)
-		can := node != v.self && v.present(m) && (v.listed(node) || !s.list.removes())
-		if last := v.answers[node].LastIndex; can && last > longest {
-			best, longest = m.Server, last
+		info := v.answers[node]
+		runsRaft := len(info.Members) > 0 // it may be reading its log
+		can := node != v.self && v.present(m) && runsRaft && (v.listed(node) || !s.list.removes())
+		if can && info.LastIndex > longest {
+			best, longest = m.Server, info.LastIndex
 		}
 	}
 	return best

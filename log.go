@@ -81,7 +81,8 @@ func (s *logStore) GetLog(index uint64, l *raft.Log) error {
 }
 
 // isSnapshotDue says whether a snapshot is due: the log since the newest snapshot has too many bytes, or at least
-// threshold entries (0 is no threshold), or any where it replaces a second copy of the state.
+// threshold entries (0 is no threshold), or any where it replaces a second copy of the state. In memory, where the
+// newest snapshot keeps what was deleted since, any entry will do when a threshold is asked for.
 func (s *logStore) isSnapshotDue(threshold uint64) bool {
 	limit := max(maxLogBytes, s.stateSize.Load()/2)
 	if s.inMemory {
@@ -89,7 +90,7 @@ func (s *logStore) isSnapshotDue(threshold uint64) bool {
 	}
 	last, covered := s.last.Load(), s.snapshotIndex.Load()
 	return s.written.Load()-s.covered.Load() > limit || threshold > 0 && last >= covered+threshold ||
-		s.received.Load() && last > covered
+		last > covered && (s.received.Load() || s.inMemory && threshold > 0)
 }
 
 // setSnapshot records the newest snapshot by its last entry, and deletes entries that contradict it. Raft itself would

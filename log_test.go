@@ -38,7 +38,9 @@ func TestSnapshotIsDueByBytesAndEntries(t *testing.T) {
 		{"less than half the state, in memory", true, 40 * mib, 18, 0, true},
 		{"fewer entries", false, 0, 8, 8, false},
 		{"so many entries", false, 0, 9, 8, true},
+		{"fewer entries, in memory", true, 0, 2, 8, true}, // so that what they deleted goes
 		{"none", false, 0, 1, 8, false},
+		{"none, in memory", true, 0, 1, 8, false},
 	} {
 		e := newLogStore(raft.NewInmemStore(), &Config{TrailingLogs: 100}, nil)
 		e.inMemory = tt.inMemory

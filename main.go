@@ -181,6 +181,9 @@ func serve(cfg *Config, sig signals, m *metrics, log hclog.Logger) error {
 		}
 		return nil
 	})
+	if stopped {
+		log.Info("stopped while certificates and tokens were being read")
+	}
 	if stopped || err != nil {
 		return err
 	}
@@ -228,8 +231,10 @@ func (n *node) run(listener net.Listener) error {
 			ready = nil // once
 			n.log.Info("ready: " + localURL(n.cfg))
 		case s := <-n.sig.stop:
-			if !open {
-				return nil // nothing has been done that could be left half done
+			if !open { // nothing has been done that could be left half done
+				n.stopEarly()
+				n.log.Info("stopped while the storage was being opened", "signal", s.String())
+				return nil
 			}
 			n.log.Info("stopping; a second signal ends the process at once", "signal", s.String())
 			return n.shutdown()
@@ -260,7 +265,9 @@ func (n *node) shutdown() error {
 		drain, cancel := context.WithTimeout(ctx, timeout*2/3)
 		defer cancel()
 		err := n.web.Shutdown(drain)
-		done <- errors.Join(err, n.store.Shutdown(ctx))
+		err = errors.Join(err, n.store.Shutdown(ctx))
+		n.answerLast(ctx)
+		done <- err
 	}()
 	select {
 	case err := <-done:
@@ -276,6 +283,20 @@ func (n *node) shutdown() error {
 		return err
 	}
 	return nil
+}
+
+// stopEarly ends a node that has not opened its storage.
+func (n *node) stopEarly() {
+	n.handler.stop()
+	n.store.Cancel()
+	n.answerLast(context.Background())
+}
+
+// answerLast lets requests end that waited for a leader, and have an error now.
+func (n *node) answerLast(ctx context.Context) {
+	ctx, cancel := context.WithTimeout(ctx, min(lastRequests, n.cfg.ShutdownTimeout))
+	defer cancel()
+	_ = n.web.Shutdown(ctx) // what is left is closed
 }
 
 // reloadForever reads the files of certificates and tokens again every few seconds, and at once on SIGHUP, for as long

@@ -95,7 +95,7 @@ func (r *reloaded[T]) reload(asked bool) {
 	before := r.digest
 	value, err := r.read()
 	switch {
-	case r.digest == before && !asked && (err != nil || !r.failed): // nothing is new
+	case r.digest == before && !asked && (err != nil) == r.failed: // nothing is new
 	case err != nil:
 		r.failed = true
 		r.log.Error(r.name+" cannot be used as they are now; what was read before stays in use", "error", err)

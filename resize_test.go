@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/go-hclog"
 	"github.com/hashicorp/raft"
 )
 
@@ -404,4 +405,66 @@ func TestLeaversGoOn(t *testing.T) {
 		c.start(i)
 	}
 	c.nodes[c.leader(1, 2)].put(t, "k", "1")
+}
+
+// A node that was removed last holds a configuration of one member, which is not itself. It asks nobody for a vote.
+func TestRemovedNodeDoesNotStand(t *testing.T) {
+	c := unstartedCluster(t, 2, storeBolt)
+	node := c.nodes[1]
+	node.open = func(cfg *Config, log hclog.Logger, m *metrics, n storageNode) (*storage, error) {
+		st, err := openStorage(cfg, log, m, n)
+		if err != nil {
+			return nil, err
+		}
+		id := []byte(`{"version":1,"server":"node2#1","cluster":"node1#1"}`)
+		_, err = bootstrap(st, []member{{"node1#1", c.nodes[0].cfg.RaftAddr, true}})
+		return st, errors.Join(err, st.stable.Set(keyIdentity, id))
+	}
+	c.start(1)
+	waitFor(t, "Raft to run", func() bool { return node.raft.Load() != nil })
+	time.Sleep(time.Second)
+	if got := node.State(); got.Term != 1 || got.State != "follower" {
+		t.Errorf("got %+v; want a follower in term 1", got)
+	}
+}
+
+// gatedLogs is a log of which only the newest entry can be read before the gate opens.
+type gatedLogs struct {
+	raft.LogStore
+	gate chan struct{}
+}
+
+func (g gatedLogs) GetLog(index uint64, l *raft.Log) error {
+	if last, _ := g.LastIndex(); index < last {
+		<-g.gate
+	}
+	return g.LogStore.GetLog(index, l)
+}
+
+// A node that reads its log after a restart has all of it, and could not lead for as long.
+func TestLeadershipGoesToWhoRunsRaft(t *testing.T) {
+	c := newTestCluster(t, 3, storeBolt)
+	leader := c.leader()
+	c.nodes[leader].put(t, "k", "1")
+	awaitEqualLogs(t, c.nodes...)
+	reads, other := c.followers(leader)[0], c.followers(leader)[1]
+	c.stop(reads)
+	gate := make(chan struct{})
+	c.nodes[reads].open = func(cfg *Config, log hclog.Logger, m *metrics, n storageNode) (*storage, error) {
+		st, err := openStorage(cfg, log, m, n)
+		if err == nil {
+			st.logs = gatedLogs{st.logs, gate}
+		}
+		return st, err
+	}
+	go c.start(reads)
+	defer waitFor(t, "the node to start", func() bool { return c.nodes[reads].running })
+	defer close(gate)
+	node := c.nodes[leader]
+	waitFor(t, "the node to answer", func() bool {
+		return node.askAll(t.Context()).answers[c.nodes[reads].cfg.NodeID].Server != ""
+	})
+	if got, want := node.mostAdvanced(t.Context()), c.nodes[other].membership.server(); got != want {
+		t.Errorf("got %s; want %s", got, want)
+	}
 }

@@ -62,7 +62,7 @@ func (s *Store) Status() Status {
 	if r == nil {
 		return status
 	}
-	status.CommitIndex, status.AppliedIndex = r.CommitIndex(), r.AppliedIndex()
+	status.CommitIndex, status.AppliedIndex = commitIndex(r), r.AppliedIndex()
 	if contact := r.LastContact(); state.State == "leader" {
 		status.LastContactMS = 0
 	} else if !contact.IsZero() {
@@ -102,6 +102,10 @@ func (s *Store) Ready() error {
 	}
 	return nil
 }
+
+// commitIndex returns the index up to which this node knows that the log is committed. Raft itself does not know it of a
+// snapshot that it has read at its start.
+func commitIndex(r *raft.Raft) uint64 { return max(r.CommitIndex(), r.AppliedIndex()) }
 
 // members returns Raft's newest configuration, empty before there is one.
 func (s *Store) members() []member {
@@ -173,7 +177,7 @@ func (s *Store) export() {
 	}
 	m.gauge("term", "Raft's term; 0 before Raft runs.", ofRaft((*raft.Raft).CurrentTerm))
 	m.gauge("commit_index", "Index of the last log entry that this node knows to be committed.",
-		ofRaft((*raft.Raft).CommitIndex))
+		ofRaft(commitIndex))
 	m.gauge("applied_index", "Index of the last log entry that this node has executed.",
 		ofRaft((*raft.Raft).AppliedIndex))
 	m.gauge("keys", "Keys that this node has.", func() float64 { return float64(s.replica.size()) })

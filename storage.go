@@ -186,5 +186,8 @@ func (s *storage) lastEntry() (index, term uint64, err error) {
 		}
 		return 0, 0, fmt.Errorf("read log entry %d: %w", last, err)
 	}
+	if entry.Term < term { // see logStore.setSnapshot: it was never committed
+		return index, term, nil
+	}
 	return last, entry.Term, nil
 }

@@ -251,6 +251,20 @@ func TestLastIndex(t *testing.T) {
 	}
 }
 
+// What a leader that nobody followed has left above a later snapshot is not the newest that a node has.
+func TestLastEntryIsNotBelowTheSnapshot(t *testing.T) {
+	s := openTestStorage(t, storeBolt, t.TempDir())
+	for i := uint64(5); i <= 10; i++ {
+		if err := s.logs.StoreLog(&raft.Log{Type: raft.LogNoop, Index: i, Term: 1}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeSnapshot(t, s.snapshots, 9, framed("state")) // of term 2
+	if index, term, err := s.lastEntry(); index != 9 || term != 2 || err != nil {
+		t.Errorf("got entry %d of term %d, error %v; want 9 of 2", index, term, err)
+	}
+}
+
 func TestLastIndexOfABrokenStorage(t *testing.T) {
 	broken := errors.New("input/output error")
 	snapshots := func(store raft.SnapshotStore) *snapshotStore {

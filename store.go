@@ -245,6 +245,9 @@ func (s *Store) startRaft() (err error) {
 	}
 	s.transport = newTransport(s.network, st, s, log)
 	r, err := raft.NewRaft(conf, s.replica, st.logs, st.stable, st.snapshots, s.transport)
+	if errors.Is(err, raft.ErrLogNotFound) {
+		return damaged(s.cfg.StateDir, errors.New("the log does not follow on from the newest snapshot: is one missing?"))
+	}
 	if err != nil {
 		return fmt.Errorf("start raft from %s: %w; nothing was changed", s.cfg.StateDir, err)
 	}
@@ -253,8 +256,10 @@ func (s *Store) startRaft() (err error) {
 	s.raft.Store(r)
 	s.membership.advance(stageRunning)
 	s.wg.Go(func() { s.compact(r) })
-	if begins || len(s.members()) == 1 {
-		s.wg.Go(s.firstElection) // nobody else can be the leader yet, so there is nobody to wait for
+	// Where nobody else can be the leader yet there is nobody to wait for. The one member may be another node, which has
+	// removed this one.
+	if _, votes := s.isMember(id.Server); begins || votes && len(s.members()) == 1 {
+		s.wg.Go(s.firstElection)
 	}
 	return nil
 }
@@ -438,6 +443,9 @@ func (s *Store) Abandon() {
 	s.peers.close()
 	_ = s.network.closeNow()
 }
+
+// Cancel ends what waits for a leader, in a Store that Open has not opened yet.
+func (s *Store) Cancel() { s.cancel() }
 
 // Shutdown hands leadership over if this node has it, stops Raft and closes the storage. It gives up waiting when ctx
 // ends; what was acknowledged is safe all the same.

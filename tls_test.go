@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -377,6 +378,30 @@ func TestReloadedWhenItBecomesGood(t *testing.T) {
 	r.reload(false)
 	if len(r.changed) > 0 {
 		t.Error("it was taken again")
+	}
+}
+
+// A certificate ends while it is in use, and nobody has touched its file.
+func TestReloadedWhenItBecomesBad(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(path, []byte("old"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var log bytes.Buffer
+	expired := error(nil)
+	r, err := newReloaded("test", hclog.New(&hclog.LoggerOptions{Output: &log}), func([][]byte) (tokens, error) {
+		return nil, expired
+	}, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.reload(false)
+	expired = errors.New("it has expired")
+	for range 3 {
+		r.reload(false)
+	}
+	if got := log.String(); strings.Count(got, "it has expired") != 1 || !strings.Contains(got, "[ERROR]") {
+		t.Errorf("got the log %q; want one error", got)
 	}
 }
 

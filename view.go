@@ -289,8 +289,8 @@ func portOf(address string) string {
 
 // whySilent says why a node does not answer.
 func (v view) whySilent(node string) string {
-	if errors.As(v.silent[node], new(*net.DNSError)) {
-		return fmt.Sprintf("%s (%s): no such host", node, v.addresses[node])
+	if dns := new(net.DNSError); errors.As(v.silent[node], &dns) {
+		return fmt.Sprintf("%s (%s): %s", node, v.addresses[node], dns.Err)
 	}
 	return fmt.Sprintf("%s at %s: %v", node, v.addresses[node], causeOf(v.silent[node]))
 }

@@ -404,6 +404,12 @@ func TestReasonsForPeople(t *testing.T) {
 			"the cluster has not begun: node2 at host2:12000: connection refused; node3 (host3:12000): no such host",
 		},
 		{
+			"the name server does not answer",
+			[]nodeInfo{blank("node1#1"), blank("node2#1")},
+			map[string]error{"node3": &net.DNSError{Err: "server misbehaving", Name: "host3"}},
+			"the cluster has not begun: node3 (host3:12000): server misbehaving",
+		},
+		{
 			"one does not answer in time",
 			[]nodeInfo{blank("node1#1"), blank("node2#1")},
 			map[string]error{"node3": &dialError{"node3", context.DeadlineExceeded}},

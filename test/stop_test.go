@@ -19,7 +19,48 @@ func TestProcessStopsWhileItOpens(t *testing.T) {
 	p := newProc(t, map[string]string{"STATE_DIR": running.env["STATE_DIR"]}) // locked for as long as it waits
 	p.start()
 	p.await(http.StatusOK, http.MethodGet, "/livez", "")
+	answers := askAll(p, 4)
 	p.end(syscall.SIGTERM, 0)
+	checkRefused(t, answers, 4)
+	p.logs(`stopped while the storage was being opened`)
+}
+
+// Requests that wait for a leader get their answer, however short SHUTDOWN_TIMEOUT is.
+func TestProcessStopsWithoutALeader(t *testing.T) {
+	t.Parallel()
+	for _, timeout := range []string{"1s", "2s", "8s"} {
+		t.Run(timeout, func(t *testing.T) {
+			t.Parallel()
+			p := newProcs(t, map[string]string{"SHUTDOWN_TIMEOUT": timeout})[0]
+			p.start()
+			p.await(http.StatusOK, http.MethodGet, "/livez", "")
+			answers := askAll(p, 4)
+			p.end(syscall.SIGTERM, 0)
+			checkRefused(t, answers, 4)
+		})
+	}
+}
+
+// askAll sends n writes at once, which have to wait, and returns what they are answered with. 0 is no answer.
+func askAll(p *proc, n int) <-chan int {
+	answers := make(chan int, n)
+	for range n {
+		go func() {
+			a, _ := p.ask(http.MethodPut, "/key/k", "1")
+			answers <- a.status
+		}()
+	}
+	time.Sleep(300 * time.Millisecond) // they are under way then
+	return answers
+}
+
+func checkRefused(t *testing.T, answers <-chan int, n int) {
+	t.Helper()
+	for range n {
+		if got := <-answers; got != http.StatusServiceUnavailable {
+			t.Errorf("got %d for a write under way; want 503", got)
+		}
+	}
 }
 
 func TestProcessStopUnderLoad(t *testing.T) {
