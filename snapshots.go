@@ -2,6 +2,9 @@ package main
 
 import (
 	"bytes"
+	"cmp"
+	"encoding/binary"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -30,6 +33,7 @@ const (
 type snapshotStore struct {
 	store    raft.SnapshotStore // Raft's file store, or memorySnapshots
 	dir      string             // of the file store; "" in memory
+	stable   raft.StableStore   // has what must not change in the newest snapshot: see checkMeta
 	watchdog *watchdog          // nil in memory
 	log      *logStore
 
@@ -42,8 +46,9 @@ type snapshotStore struct {
 var errNewerSnapshot = errors.New("a newer snapshot has come meanwhile")
 
 // newSnapshotStore returns a store of the snapshots in store. It makes the log agree with the newest of them.
-func newSnapshotStore(store raft.SnapshotStore, dir string, w *watchdog, log *logStore) (*snapshotStore, error) {
-	s := &snapshotStore{store: store, dir: dir, watchdog: w, log: log}
+func newSnapshotStore(store raft.SnapshotStore, dir string, stable raft.StableStore, w *watchdog, log *logStore,
+) (*snapshotStore, error) {
+	s := &snapshotStore{store: store, dir: dir, stable: stable, watchdog: w, log: log}
 	newest, err := s.newest()
 	if err == nil && newest.Index > 0 {
 		err = s.setNewest(newest.ID, newest.Index, newest.Term, newest.Size)
@@ -59,14 +64,68 @@ func (s *snapshotStore) setNewest(id string, index, term uint64, size int64) err
 	}
 	begun, _ := strconv.ParseInt(id[strings.LastIndexByte(id, '-')+1:], 10, 64)
 	s.begun.Store(begun)
-	return s.log.setSnapshot(index, term)
+	return errors.Join(s.recordMeta(), s.log.setSnapshot(index, term))
+}
+
+// keySnapshotMeta is where the stable store has the id of the newest snapshot, and a checksum of its description. Raft's
+// file store reads that from a file of its own whenever it sends or restores a snapshot, and has no checksum for it: with
+// a flipped bit in the index a follower would lack entries, and with one in the members a node could count itself for a
+// majority.
+var keySnapshotMeta = []byte("SnapshotMeta")
+
+// describe returns what the stable store has of a snapshot.
+func describe(meta *raft.SnapshotMeta) []byte {
+	b, _ := json.Marshal(meta) // it holds what came from JSON
+	return binary.BigEndian.AppendUint32([]byte(meta.ID), checksum(keySnapshotMeta, b))
+}
+
+// recordMeta records how the newest snapshot is described.
+func (s *snapshotStore) recordMeta() error {
+	if s.dir == "" {
+		return nil
+	}
+	list, err := s.store.List()
+	if err != nil || len(list) == 0 {
+		return err
+	}
+	now := describe(list[0])
+	if before, err := s.stable.Get(keySnapshotMeta); err == nil && bytes.Equal(before, now) {
+		return nil
+	}
+	return s.stable.Set(keySnapshotMeta, now)
+}
+
+// checkMeta says whether the snapshot that was recorded when it was the newest is in the list, as it was. Raft's file
+// store passes over one whose description it cannot read.
+func (s *snapshotStore) checkMeta(recorded []byte, list []*raft.SnapshotMeta) error {
+	if recorded == nil {
+		return nil
+	}
+	id := string(recorded[:len(recorded)-checksumSize])
+	i := slices.IndexFunc(list, func(meta *raft.SnapshotMeta) bool { return meta.ID == id })
+	if i >= 0 && bytes.Equal(describe(list[i]), recorded) || i < 0 && s.isGone(id) { // newer ones have replaced it
+		return nil
+	}
+	return damaged(filepath.Join(s.dir, id), errors.New(metaName+" is missing, or not what was written"))
+}
+
+// recordedMeta returns what recordMeta has recorded last; nil for nothing.
+func (s *snapshotStore) recordedMeta() ([]byte, error) {
+	if s.dir == "" {
+		return nil, nil
+	}
+	recorded, err := s.stable.Get(keySnapshotMeta)
+	if isNotFound(err) {
+		return nil, nil
+	}
+	return recorded, err
 }
 
 // do makes a call to the store, and stops the process if that fails. It has no time limit, since the call may read or
 // write a large state. The op names it in messages.
 func (s *snapshotStore) do(op string, call func() error) error {
 	err := s.watchdog.watch(op, noLimit, call)
-	if err != nil {
+	if err != nil && !errors.Is(err, errClosed) {
 		err = fmt.Errorf("storage: %s: %w", op, err)
 		s.log.node.fail(err)
 	}
@@ -91,7 +150,13 @@ func (s *snapshotStore) Create(version raft.SnapshotVersion, index, term uint64,
 }
 
 func (s *snapshotStore) List() (list []*raft.SnapshotMeta, err error) {
-	err = s.do("list snapshots", func() (err error) { list, err = s.store.List(); return err })
+	err = s.do("list snapshots", func() (err error) {
+		recorded, err := s.recordedMeta() // before the list: a newer one may be completed meanwhile
+		if err == nil {
+			list, err = s.store.List()
+		}
+		return cmp.Or(err, s.checkMeta(recorded, list))
+	})
 	return list, err
 }
 

@@ -240,6 +240,71 @@ func TestDamagedNewestSnapshotStopsTheNode(t *testing.T) {
 	}
 }
 
+// Whatever is altered in the newest snapshot's description counts, while the node runs and when it starts. What is recorded of
+// another, which is gone, does not count.
+func TestDescriptionOfASnapshotIsAltered(t *testing.T) {
+	dir := t.TempDir()
+	node := &testStorageNode{}
+	cfg := &Config{KVStore: storeBolt, StateDir: dir}
+	s, err := openStorage(cfg, hclog.NewNullLogger(), newMetrics(), node)
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeSnapshot(t, s.snapshots, 5, framed("five"))
+	id := writeSnapshot(t, s.snapshots, 10, framed("ten"))
+	path := filepath.Join(dir, snapshotsDir, id, metaName)
+	good, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(b []byte) {
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	described, err := s.snapshots.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range good {
+		write(slices.Concat(good[:i], []byte{good[i] ^ 1}, good[i+1:]))
+		node.failed = nil
+		list, err := s.snapshots.List()
+		if err == nil && cmp.Equal(list, described) { // the last bits of base64, for example
+			continue
+		}
+		if err == nil || len(node.failed) != 1 || !strings.Contains(err.Error(), id+" is damaged (") {
+			t.Fatalf("byte %d: got error %v and %v; want the process stopped because %s is damaged", i, err, node.failed, id)
+		}
+	}
+	write(bytes.Replace(good, []byte(`"Suffrage":0`), []byte(`"Suffrage":1`), 1))
+	node.failed = nil
+	if err := s.close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.snapshots.List(); !errors.Is(err, errClosed) || len(node.failed) != 0 {
+		t.Errorf("after close: got %v, failures %v; want %v and none of it", err, node.failed, errClosed)
+	}
+	if _, err := openStorage(cfg, hclog.NewNullLogger(), newMetrics(), node); err == nil {
+		t.Error("started with another configuration; want an error")
+	}
+	write(good)
+	s, err = openStorage(cfg, hclog.NewNullLogger(), newMetrics(), &testStorageNode{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(s.disk.Set(keySnapshotMeta, []byte("2-9-1795000000000 sum")), s.close()); err != nil {
+		t.Fatal(err)
+	}
+	s, err = openStorage(cfg, hclog.NewNullLogger(), newMetrics(), &testStorageNode{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // What the node does not need does not keep it from starting: older snapshots that are damaged, of which a crash may have
 // left a part, and what a crash has left half written, which goes.
 func TestOnlyTheNewestSnapshotIsNeeded(t *testing.T) {

@@ -96,7 +96,7 @@ func newStorage(cfg *Config, logs raft.LogStore, stable raft.StableStore, snapsh
 	log := newLogStore(logs, cfg, node)
 	s := &storage{log: log, logs: log, stable: &stableStore{StableStore: stable}, watchdog: w}
 	var err error
-	s.snapshots, err = newSnapshotStore(snapshots, dir, w, log)
+	s.snapshots, err = newSnapshotStore(snapshots, dir, stable, w, log)
 	return s, err
 }
 

@@ -56,7 +56,10 @@ func (n *testStorageNode) commitsWithOthers() bool { return n.leads }
 // newTestSnapshots returns a store of snapshots over another, with an empty log.
 func newTestSnapshots(t *testing.T, store raft.SnapshotStore, dir string, w *watchdog, node storageNode) *snapshotStore {
 	t.Helper()
-	return &snapshotStore{store: store, dir: dir, watchdog: w, log: newLogStore(raft.NewInmemStore(), &Config{}, node)}
+	return &snapshotStore{
+		store: store, dir: dir, stable: raft.NewInmemStore(), watchdog: w,
+		log: newLogStore(raft.NewInmemStore(), &Config{}, node),
+	}
 }
 
 // recordingStable notes what is written to it.
@@ -239,7 +242,7 @@ func TestLastIndex(t *testing.T) {
 					writeSnapshot(t, s.snapshots, index, framed("state"))
 				}
 				for _, index := range tt.logs {
-					if err := s.logs.StoreLog(&raft.Log{Type: raft.LogNoop, Index: index}); err != nil {
+					if err := s.logs.StoreLog(&raft.Log{Type: raft.LogNoop, Index: index, Term: 2}); err != nil {
 						t.Fatal(err)
 					}
 				}

@@ -390,7 +390,7 @@ func advice(most string, index, term int) string {
 func TestReasonsForPeople(t *testing.T) {
 	const c, refused = testCluster1, "connection refused"
 	all := []string{"node1#1", "node2#1", "node3#1"}
-	noHost := &dialError{"node3", &net.OpError{Op: "dial", Err: &net.DNSError{Name: "host3", IsNotFound: true}}}
+	noHost := &dialError{"node3", &net.OpError{Op: "dial", Err: &net.DNSError{Err: "no such host", Name: "host3", IsNotFound: true}}}
 	for _, tt := range []struct {
 		name    string
 		answers []nodeInfo
