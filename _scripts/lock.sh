@@ -3,15 +3,12 @@
 #
 #   _scripts/lock.sh NAME LEASE_SECONDS COMMAND...
 #
-# The lock is the key locks/NAME of the service at URL (default http://localhost:11000). It is taken with
-# If-None-Match: *,
-# renewed three times a lease with If-Match, and released with If-Match. Whoever waits takes it over after seeing one
-# ETag for
-# a whole lease of their own clock. A holder that cannot renew ends its command before that. A holder that is paused
-# cannot:
-# so what the command writes to must refuse old tokens. LOCK_TOKEN in the command's environment is the ETag with
-# which the lock
-# was taken, a number that is larger with each holder. docs/locks.md has an example.
+# The lock is the key locks/NAME of the service at URL (default http://localhost:11000). It is taken with If-None-Match: *,
+# renewed three times a lease with If-Match, and released with If-Match. Whoever waits takes it over after seeing one ETag
+# for a whole lease of their own clock. A holder that cannot renew ends its command before that. A holder that is paused
+# cannot: so what the command writes to must refuse old tokens. LOCK_TOKEN in the command's environment is the ETag with
+# which the lock was taken, a number that is larger with each holder. docs/locks.md has an example. It needs bash and
+# curl 7.84.
 #
 # Exits with the command's status, or with 75 when the lock was lost and the command was ended.
 set -uo pipefail
@@ -35,7 +32,7 @@ now() {
 # ask METHOD [CURL OPTIONS] sends a request and sets $status (000: no answer), $tag and $value.
 ask() {
   local answer
-  answer=$(curl -s -m "$patience" -X "$@" -w '\n%{http_code} %header{etag}' "$key")
+  answer=$(curl -s --path-as-is -m "$patience" -X "$@" -w '\n%{http_code} %header{etag}' "$key")
   value=${answer%$'\n'*}
   read -r status tag <<<"${answer##*$'\n'}"
 }
@@ -73,7 +70,7 @@ end() {
   wait "$child" 2>/dev/null
 }
 
-child='' held='' sent=0 seen='' since=0
+child='' held='' sent=0 seen='' since=0 told=''
 trap '[[ -z $child ]] || end; release; exit 143' TERM INT
 
 while [[ -z $held ]]; do
@@ -90,7 +87,13 @@ while [[ -z $held ]]; do
     seen=$tag since=$now
   fi
   [[ -n $held || -z $seen ]] || sleep 0.1
-  [[ $status == 200 ]] || sleep 0.1
+  if [[ $status != 200 ]]; then
+    if [[ -z $told && $status != 412 && $status != 5* ]]; then
+      told=1
+      echo "$0: $key answers ${status/000/nothing}; trying on" >&2
+    fi
+    sleep 0.1
+  fi
 done
 export LOCK_TOKEN=${held//\"/}
 

@@ -22,6 +22,8 @@ name=$module
 name=${name##*/}
 name=${name//[^a-zA-Z0-9]/}
 name=${name,,}
+[[ ! -d $(dirname -- "${BASH_SOURCE[0]}")/../$name && $name != state ]] ||
+  die "$module would give the binary the name of a directory, $name: use another such as example.com/my$name"
 [[ $name =~ ^[a-z] ]] || die "$module does not end in a name that begins with a letter: use one such as example.com/myservice"
 
 target=$(cd "$(dirname -- "$target")" && pwd)/$(basename -- "$target")
@@ -32,6 +34,7 @@ left_out='^(fsm|http|list|kv|json|fuzz_http|example|txn|backup|follow|lock)_test
 left_out+='|^\.ci/|^_examples/|^_scripts/(mutants|k8s/|new\.sh|lock\.sh|mutants\.sh|faults\.sh|bench\.sh|plot\.sh|image-test\.sh|k8s-test\.sh)'
 left_out+='|^(README|CHANGELOG|CONTRIBUTING|PERFORMANCE|RELIABILITY)\.md$|^docs/(api\.md|locks\.md|sizing\.md|performance\.)'
 
+git rev-parse --git-dir >/dev/null || die "this is no clone of the project: git clone it, and run new.sh there"
 mkdir -- "$target"
 git ls-files -z | grep -zvE "$left_out" | while IFS= read -r -d '' file; do
   [[ -f $file ]] || continue # deleted, and not committed yet
@@ -42,13 +45,21 @@ cp -- _examples/counters/*.go "$target"
 
 cd -- "$target"
 title=${name^}
-find . -type f -print0 | xargs -0 sed -i "
+find . -type f ! -name LICENSE -print0 | xargs -0 sed -i "
   s|\"raftstarter/|\"@MODULE@/|g
   s|raftstarter|$name|g
   s|RAFTSTARTER|${name^^}|g
   s/Raft Starter\|Raftstarter/$title/g
   s|@MODULE@|$module|g"
 sed -i 's|\[RELIABILITY.md\](RELIABILITY.md)|RELIABILITY.md of the Raft Starter|' DESIGN.md
+sed -i '/^ci:/,$d' Makefile
+sed -i 's/key-value service in one binary: JSON values/service in one binary: counters/
+  /curl -X POST -d .{"greeting/d; /curl -X DELETE localhost/d
+  s|curl localhost:11000/key/greeting|curl -d 1 localhost:11000/counter/visits|' main.go
+sed -i 's/key-value service: JSON over HTTP/service: counters over HTTP/' Dockerfile
+sed -i '1a\
+\
+This page was written for a key-value service: where it restores with `POST /key`, use the API of http.go.' docs/operations.md
 cat >README.md <<EOF
 # $title
 
@@ -72,5 +83,6 @@ Made from the Raft Starter; see LICENSE.
 EOF
 go mod edit -module "$module"
 go mod tidy
+gofmt -w .
 go vet ./...
 echo "$target is $module. Next: cd $target && go test ./... && go run ."

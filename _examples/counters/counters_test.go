@@ -50,8 +50,10 @@ func TestCountersWhileTheLeaderStops(t *testing.T) {
 			t.Errorf("POST %q: got %v; want %d", tt.body, a, tt.want)
 		}
 	}
-	if a := request(t, http.MethodGet, node.url+"/counters", ""); a.body != `{"visits":0}` {
-		t.Errorf("got %v; want the one counter, 0", a)
+	for _, target := range []string{"/counters", "/backup", "/backup?consistency=stale"} {
+		if a := request(t, http.MethodGet, node.url+target, ""); a.status != http.StatusOK || a.body != `{"visits":0}` {
+			t.Errorf("GET %s: got %v; want the one counter, 0", target, a)
+		}
 	}
 }
 

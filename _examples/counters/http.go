@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"time"
 )
 
 // This file is the HTTP API of the counters:
@@ -12,6 +13,7 @@ import (
 //	POST /counter/<name>  adds the number in the body and answers the new value; 409 if the counter would be negative
 //	GET /counter/<name>   answers the value
 //	GET /counters         answers all of them
+//	GET /backup           likewise, with all that this node has; to restore, add each to a counter of a new cluster
 type api struct {
 	store    *Store
 	counters *counters
@@ -23,6 +25,7 @@ func routes(store *Store, machine *counters) []route {
 	return []route{
 		{path: "/counter/", get: a.get, post: a.add},
 		{path: "/counters", get: a.list},
+		{path: "/backup", get: a.backup},
 	}
 }
 
@@ -92,6 +95,36 @@ func (a *api) list(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	return writeJSON(w, values)
+}
+
+// backup answers all counters. With ?consistency=stale it is what people save when a majority of the nodes is lost: the
+// state, and what this node has only in its log.
+func (a *api) backup(w http.ResponseWriter, r *http.Request) error {
+	query, err := readQuery(r, "consistency")
+	if err != nil {
+		return err
+	}
+	consistency, err := readConsistency(a.store, query)
+	if err != nil {
+		return err
+	}
+	if err := readState(w, r, a.store, query, func() {}); err != nil {
+		return err
+	}
+	state := newMachine()
+	capture := func() { state.values = maps.Clone(a.counters.values) }
+	if consistency == Stale {
+		err = a.store.CaptureAll(r.Context(), capture, func(command []byte, at time.Time) error {
+			_, err := state.Apply(command, at)
+			return err
+		})
+	} else {
+		a.store.Capture(capture)
+	}
+	if err != nil {
+		return err
+	}
+	return writeJSON(w, state.values)
 }
 
 // counterName returns the name in the path: one part, so it holds a slash only as %2F.
