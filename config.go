@@ -363,7 +363,7 @@ func (e *env) readFile(c *Config, name, path string, secret bool) []byte {
 func (e *env) checkFiles(c *Config) {
 	if content := e.readFile(c, "HTTP_TOKEN_FILE", c.HTTPTokenFile, true); content != nil {
 		if _, err := parseTokens(c.HTTPTokenFile, content); err != nil {
-			e.problem("HTTP_TOKEN_FILE: %w", err)
+			e.problem("%w", err)
 		}
 	}
 	before := len(e.problems)
@@ -376,7 +376,7 @@ func (e *env) checkFiles(c *Config) {
 	case !set && c.TLSCertFile+c.TLSKeyFile+c.TLSCAFile != "":
 		e.problem("TLS_CERT_FILE=%q, TLS_KEY_FILE=%q, TLS_CA_FILE=%q: set all three, or none of them",
 			c.TLSCertFile, c.TLSKeyFile, c.TLSCAFile)
-	case set && readable && c.RaftAdvertise != "": // the certificate must be for this node, which has to be known
+	case set && readable:
 		if _, err := parseCertificates(c, cert, key, authority); err != nil {
 			e.problem("%w", err)
 		}

@@ -320,6 +320,17 @@ func TestLoadConfigProblem(t *testing.T) {
 			}
 		})
 	}
+	for name, env := range map[string]testEnv{ // two each
+		"key and authority": own(good, "TLS_KEY_FILE", some, "TLS_CA_FILE", some),
+		"key and peers":     own(good, "TLS_KEY_FILE", some, "PEERS", "node1@a"),
+		"tokens":            {"HTTP_TOKEN_FILE": file("a b\nc d\n", 0o600)},
+	} {
+		got := strings.Join(configProblems(t, env, testSystem()), "\n")
+		if n := strings.Count(got, "_FILE holds no") + strings.Count(got, "_KEY_FILE: ") + strings.Count(got, "PEERS entry") +
+			strings.Count(got, "HTTP_TOKEN_FILE: line"); n != 2 {
+			t.Errorf("%s: got %s; want two problems", name, got)
+		}
+	}
 }
 
 func TestLoadConfigHostname(t *testing.T) {

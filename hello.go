@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"strings"
+	"unicode"
 )
 
 // Every connection to the Raft port begins with a hello. It says what the connection carries, who made it, which
@@ -68,6 +70,9 @@ func sendHello(conn net.Conn, h hello) error {
 	reason, err := readShort(conn)
 	if err != nil {
 		return fmt.Errorf("no answer to the hello: %w", err)
+	}
+	if strings.ContainsFunc(reason, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return errors.New("what listens there is no node of this service")
 	}
 	if reason != "" {
 		return fmt.Errorf("refused: %s", reason)

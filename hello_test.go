@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"strings"
 	"testing"
 )
@@ -131,5 +132,18 @@ func TestCheckHello(t *testing.T) {
 				t.Errorf("got answer %v; want %q", err, tt.want)
 			}
 		})
+	}
+}
+
+// A web server where a peer should be: its words are no reason, and would break the lines of the log.
+func TestHelloToAnotherService(t *testing.T) {
+	conn, other := net.Pipe()
+	go func() {
+		_, _ = other.Read(make([]byte, 512))
+		_, _ = io.WriteString(other, "HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"+strings.Repeat("x", 100))
+	}()
+	err := sendHello(conn, hello{kindAsk, "node1", "node2", ""})
+	if err == nil || err.Error() != "what listens there is no node of this service" {
+		t.Errorf("got %q; want that it is another service", err)
 	}
 }

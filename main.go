@@ -229,7 +229,7 @@ func (n *node) run(listener net.Listener) error {
 			n.log.Info("listening", "http", n.cfg.HTTPAddr, "raft", n.cfg.RaftAddr)
 		case <-ready:
 			ready = nil // once
-			n.log.Info("ready: " + localURL(n.cfg))
+			n.log.Info("ready: " + localURL(n.cfg, "localhost"))
 		case s := <-n.sig.stop:
 			if !open { // nothing has been done that could be left half done
 				n.stopEarly()
@@ -336,11 +336,12 @@ func warnOfOpenPorts(cfg *Config, log hclog.Logger) {
 	}
 }
 
-// localURL returns the URL at which this machine reaches the HTTP port.
-func localURL(cfg *Config) string {
+// localURL returns the URL at which this machine reaches the HTTP port. self is this machine, where HTTP_ADDR names no
+// address.
+func localURL(cfg *Config, self string) string {
 	host, port, _ := net.SplitHostPort(cfg.HTTPAddr) // loadConfig has checked it
 	if isUnspecified(host) {
-		host = "localhost"
+		host = self
 	}
 	scheme := "http"
 	if cfg.TLSCertFile != "" {
@@ -361,7 +362,7 @@ func checkHealth(getenv func(string) string) error {
 	client := &http.Client{Transport: &http.Transport{ // without a proxy
 		TLSClientConfig: &tls.Config{MinVersion: tls.VersionTLS13, InsecureSkipVerify: true}, //nolint:gosec // as said
 	}}
-	request, err := http.NewRequestWithContext(ctx, http.MethodGet, localURL(cfg)+"/livez", http.NoBody)
+	request, err := http.NewRequestWithContext(ctx, http.MethodGet, localURL(cfg, "127.0.0.1")+"/livez", http.NoBody)
 	if err != nil {
 		return err
 	}

@@ -52,7 +52,7 @@ func TestNobodyReadsStderr(t *testing.T) {
 }
 
 func TestURLOfAnAddressWithAZone(t *testing.T) {
-	if got := localURL(&Config{HTTPAddr: "[fe80::1%eth0]:11000"}); got != "http://[fe80::1%25eth0]:11000" {
+	if got := localURL(&Config{HTTPAddr: "[fe80::1%eth0]:11000"}, "localhost"); got != "http://[fe80::1%25eth0]:11000" {
 		t.Errorf("got %s; want one with an escaped zone", got)
 	}
 }

@@ -41,11 +41,14 @@ func openCertificates(cfg *Config, m *metrics, log hclog.Logger) (*reloaded[*cer
 func parseCertificates(cfg *Config, cert, key, authority []byte) (*certificates, error) {
 	own, err := tls.X509KeyPair(cert, key)
 	if err != nil {
-		return nil, fmt.Errorf("TLS_CERT_FILE and TLS_KEY_FILE: %w", err)
+		err = fmt.Errorf("TLS_CERT_FILE and TLS_KEY_FILE: %w", err)
 	}
 	c := &certificates{own: own, roots: x509.NewCertPool()}
 	if !c.roots.AppendCertsFromPEM(authority) {
-		return nil, errors.New("TLS_CA_FILE holds no certificate in PEM")
+		err = errors.Join(err, errors.New("TLS_CA_FILE holds no certificate in PEM"))
+	}
+	if err != nil {
+		return nil, err
 	}
 	chain, err := x509.ParseCertificates(bytes.Join(own.Certificate, nil))
 	if err != nil {
@@ -54,7 +57,7 @@ func parseCertificates(cfg *Config, cert, key, authority []byte) (*certificates,
 	if err := c.verify(chain, x509.ExtKeyUsageServerAuth); err != nil {
 		return nil, fmt.Errorf("TLS_CERT_FILE is no server's certificate under TLS_CA_FILE: %w", err)
 	}
-	if len(cfg.Peers) == 1 {
+	if len(cfg.Peers) == 1 && cfg.PeersFile == "" { // without peers, now and later
 		return c, nil
 	}
 	if err := c.verify(chain, x509.ExtKeyUsageClientAuth); err != nil {

@@ -31,7 +31,7 @@ func parseTokens(path string, content []byte) (tokens, error) {
 			continue
 		}
 		if !tokenForm.Match(line) {
-			problems = append(problems, fmt.Errorf("line %d of %s is not a token: "+
+			problems = append(problems, fmt.Errorf("HTTP_TOKEN_FILE: line %d of %s is not a token: "+
 				"use letters, digits and -._~+/, with nothing else on the line", n, path))
 			continue
 		}
@@ -41,7 +41,7 @@ func parseTokens(path string, content []byte) (tokens, error) {
 		return nil, errors.Join(problems...)
 	}
 	if len(all) == 0 {
-		return nil, fmt.Errorf("%s holds no token: write at least one, on a line of its own", path)
+		return nil, fmt.Errorf("HTTP_TOKEN_FILE: %s holds no token: write at least one, on a line of its own", path)
 	}
 	return all, nil
 }
