@@ -13,10 +13,11 @@ import (
 // This file is GET /backup: the keys at one instant, as bodies of POST /key.
 
 const (
-	maxBackups  = 2                // under way at once
-	backupLine  = 256 << 10        // bytes of a line, unless a single member is larger
-	backupRate  = 1 << 20          // bytes a second: a client that reads more slowly
-	backupGrace = 10 * time.Second // for longer than this is cut off
+	maxBackups   = 2                // under way at once
+	backupLine   = 256 << 10        // bytes of a line, unless a single member is larger
+	backupBuffer = 256 << 10        // see sendBuffer
+	backupRate   = 1 << 20          // bytes a second: a client that reads more slowly
+	backupGrace  = 10 * time.Second // for longer than this is cut off
 )
 
 // backupSlack is by how many bytes a POST of a single member may exceed MAX_BODY_BYTES. So a value that only just fits
@@ -63,6 +64,9 @@ func (a *api) getBackup(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	setRaftTag(w, state.lastTag)
+	// No more than the send buffer is on its way at once: over a link of 60 ms its usual size makes 1 MiB a second at most.
+	clientOf(r).setSendBuffer(backupBuffer)
+	defer clientOf(r).setSendBuffer(sendBuffer)
 	return a.writeBackup(w, state.items, query.Get("prefix"))
 }
 

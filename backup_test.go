@@ -156,7 +156,7 @@ func TestBackupIsOfOneInstant(t *testing.T) {
 func TestBackupReadersThatDoNotRead(t *testing.T) {
 	t.Parallel()
 	n := newKVNode(t)
-	for i := range 8 {
+	for i := range 40 {
 		put(t, n, fmt.Sprint("k", i), `"`+strings.Repeat("x", 500<<10)+`"`)
 	}
 	var silent []net.Conn
@@ -166,7 +166,7 @@ func TestBackupReadersThatDoNotRead(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer conn.Close()
-		_ = conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+		_ = conn.(*net.TCPConn).SetReadBuffer(64 << 10)
 		_, _ = io.WriteString(conn, requestText(http.MethodGet, "/backup", ""))
 		silent = append(silent, conn)
 	}

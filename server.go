@@ -99,26 +99,33 @@ type client struct {
 	stopping context.Context // of the server
 }
 
+// setSendBuffer sets how much of answers the kernel holds for the client, in bytes. It doubles that.
+func (c *client) setSendBuffer(bytes int) {
+	if tcp, ok := c.Conn.(*net.TCPConn); ok {
+		_ = tcp.SetWriteBuffer(bytes)
+	}
+}
+
 // stopping returns a context that is done when the node begins to shut down. An answer without an end ends then.
 func stopping(r *http.Request) context.Context {
-	return r.Context().Value(clientKey{}).(*client).stopping
+	return clientOf(r).stopping
 }
+
+func clientOf(r *http.Request) *client { return r.Context().Value(clientKey{}).(*client) }
 
 type clientKey struct{} // of a *client in a context
 
 // withClient returns the context of a connection that limitListener has accepted.
 func (s *server) withClient(ctx context.Context, conn *limitedConn) context.Context {
-	if tcp, ok := conn.Conn.(*net.TCPConn); ok {
-		_ = tcp.SetWriteBuffer(sendBuffer)
-	}
 	c := &client{limitedConn: conn, stopping: s.stopping}
+	c.setSendBuffer(sendBuffer)
 	return withCount(context.WithValue(ctx, clientKey{}, c), &c.executed)
 }
 
 // ServeHTTP answers a request and counts it.
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	began := time.Now()
-	c := r.Context().Value(clientKey{}).(*client)
+	c := clientOf(r)
 	c.executed.Store(0)
 	a := &response{ResponseWriter: w, server: s, client: c}
 	rt := s.find(r)
