@@ -457,9 +457,15 @@ func TestLeadershipGoesToWhoRunsRaft(t *testing.T) {
 		}
 		return st, err
 	}
-	go c.start(reads)
-	defer waitFor(t, "the node to start", func() bool { return c.nodes[reads].running })
-	defer close(gate)
+	started := make(chan struct{})
+	go func() {
+		c.start(reads)
+		close(started)
+	}()
+	defer func() {
+		close(gate)
+		<-started
+	}()
 	node := c.nodes[leader]
 	waitFor(t, "the node to answer", func() bool {
 		return node.askAll(t.Context()).answers[c.nodes[reads].cfg.NodeID].Server != ""

@@ -52,7 +52,7 @@ func TestLogOfAFallenLeaderGoesWithASnapshot(t *testing.T) {
 	<-heard
 	c.cut(a, linkOpen)
 	awaitEqualLogs(t, c.nodes...)
-	if newest := c.nodes[a].storage.log.snapshotIndex.Load(); newest != last+3 {
+	if newest := c.nodes[a].storage.log.snapshotIndex.Load(); newest < last+3 { // it may have replaced that by its own
 		t.Fatalf("got a snapshot up to %d on A; want one up to %d, where its log ended", newest, last+3)
 	}
 
