@@ -271,6 +271,9 @@ func TestLoadConfigProblem(t *testing.T) {
 		{"tls certificate for servers only", own(ca.Issue(func(c *x509.Certificate) {
 			c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
 		}, "node1"), "PEERS", two), []string{"TLS_CERT_FILE is no client's certificate", "incompatible key usage"}},
+		{"tls certificate for servers only, of a node that is to have peers", own(ca.Issue(func(c *x509.Certificate) {
+			c.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}
+		}, "node1"), "PEERS_FILE", file("node1@a:1\n", 0o600)), []string{"TLS_CERT_FILE is no client's certificate"}},
 		{"stray comma at the end", testEnv{"PEERS": "node1@a:1,"}, []string{`PEERS="node1@a:1,"`, "entry 2", "remove the stray comma"}},
 		{"stray comma in between", testEnv{"PEERS": "node1@a:1, ,b@b:1"}, []string{`PEERS="node1@a:1, ,b@b:1"`, "entry 2", "remove the stray comma"}},
 		{"peers of white space", testEnv{"PEERS": " "}, []string{`PEERS=" "`, "unset PEERS"}},

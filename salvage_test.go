@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -236,5 +238,35 @@ func TestSizesOfALogThatIsReplacedWhileItIsRead(t *testing.T) {
 	}
 	if first := uint64(1); first != 1 || !e.isSnapshotDue(0) {
 		t.Errorf("the sizes from entry %d on are known, due: %v; want all, and a snapshot of 17 MiB", first, e.isSnapshotDue(0))
+	}
+}
+
+// A node that starts from a snapshot knows that all of it is committed, and says so if the snapshot is missing.
+func TestStartFromASnapshot(t *testing.T) {
+	c := newTestCluster(t, 3, storeBolt)
+	l := c.leader()
+	node := c.nodes[l]
+	node.put(t, "k", "1")
+	node.storage.log.trailingLogs = 0
+	if err := node.raft.Load().Snapshot().Error(); err != nil {
+		t.Fatal(err)
+	}
+	covered := node.storage.log.snapshotIndex.Load()
+	node.put(t, "k", "2")
+	for i := range c.nodes {
+		c.stop(i)
+	}
+	c.start(l) // alone
+	waitFor(t, "Raft to run", func() bool { return node.raft.Load() != nil })
+	if got := node.Status().CommitIndex; got != covered {
+		t.Errorf("got the commit index %d; want %d", got, covered)
+	}
+	c.stop(l)
+	if err := os.RemoveAll(filepath.Join(node.cfg.StateDir, snapshotsDir)); err != nil {
+		t.Fatal(err)
+	}
+	c.start(l)
+	if err := <-node.Failed(); !strings.Contains(err.Error(), "newest snapshot: is one missing?") {
+		t.Errorf("got %v; want that a snapshot is missing", err)
 	}
 }

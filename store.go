@@ -221,6 +221,9 @@ func (s *Store) startRaft() (err error) {
 	defer func() {
 		if cause := recover(); cause != nil { // bbolt and raft panic on damaged data
 			err = fmt.Errorf("start raft from %s: %v; nothing was changed", s.cfg.StateDir, cause)
+			if failure, _ := cause.(error); errors.Is(failure, raft.ErrLogNotFound) {
+				err = damaged(s.cfg.StateDir, errors.New("its log does not follow on from its newest snapshot: is one missing?"))
+			}
 		}
 	}()
 	id := s.membership.identity()
@@ -245,9 +248,6 @@ func (s *Store) startRaft() (err error) {
 	}
 	s.transport = newTransport(s.network, st, s, log)
 	r, err := raft.NewRaft(conf, s.replica, st.logs, st.stable, st.snapshots, s.transport)
-	if errors.Is(err, raft.ErrLogNotFound) {
-		return damaged(s.cfg.StateDir, errors.New("the log does not follow on from the newest snapshot: is one missing?"))
-	}
 	if err != nil {
 		return fmt.Errorf("start raft from %s: %w; nothing was changed", s.cfg.StateDir, err)
 	}
