@@ -29,10 +29,6 @@ func (a *api) getBackup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	consistency, err := readConsistency(a.store, query)
-	if err != nil {
-		return err
-	}
 	if err := readState(w, r, a.store, query, func() {}); err != nil {
 		return err
 	}
@@ -48,23 +44,19 @@ func (a *api) getBackup(w http.ResponseWriter, r *http.Request) error {
 	}
 	var state *kvMachine
 	capture := func() { state = a.machine.clone() }
-	if consistency == Stale { // what people save when the others are lost lacks nothing that this node has
-		err = a.store.CaptureAll(r.Context(), capture, func(command []byte, at time.Time) error {
-			if w.Header().Get("Raft-Tag") == "" {
-				setRaftTag(w, state.lastTag)
-				_ = http.NewResponseController(w).Flush() // a long log takes time
-			}
-			_, err := state.Apply(command, at)
-			return err
-		})
-	} else {
-		a.store.Capture(capture)
-	}
+	err = captureState(r, a.store, query, capture, func(command []byte, at time.Time) error {
+		if w.Header().Get("Raft-Tag") == "" {
+			setRaftTag(w, state.lastTag)
+			_ = http.NewResponseController(w).Flush() // a long log takes time
+		}
+		_, err := state.Apply(command, at)
+		return err
+	})
 	if err != nil {
 		return err
 	}
 	setRaftTag(w, state.lastTag)
-	// No more than the send buffer is on its way at once: over a link of 60 ms its usual size makes 1 MiB a second at most.
+	// No more than the send buffer is on its way at once: over a link of 60 ms its usual size makes 1 MiB a second.
 	clientOf(r).setSendBuffer(backupBuffer)
 	defer clientOf(r).setSendBuffer(sendBuffer)
 	return a.writeBackup(w, state.items, query.Get("prefix"))

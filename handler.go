@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // This file is what http.go is made with: routes, and the two ways of a handler to the state machine.
@@ -66,6 +67,23 @@ func readConsistency(store *Store, query url.Values) (Consistency, error) {
 		return "", badRequest("consistency: %v", err)
 	}
 	return consistency, nil
+}
+
+// captureState calls capture, which makes a copy of the state machine; readState comes before it. With stale
+// consistency that copy is what people save when the other nodes are lost, so it then calls execute: see
+// Store.CaptureAll.
+func captureState(
+	r *http.Request, store *Store, query url.Values, capture func(), execute func(command []byte, at time.Time) error,
+) error {
+	consistency, err := readConsistency(store, query)
+	if err != nil {
+		return err
+	}
+	if consistency == Stale {
+		return store.CaptureAll(r.Context(), capture, execute)
+	}
+	store.Capture(capture)
+	return nil
 }
 
 // readState calls read, which may look at the state machine until it returns and must keep none of its maps and slices.

@@ -23,10 +23,10 @@ const (
 	// choice, a client that does not read would take a megabyte, and the node would not notice that it does not read
 )
 
-// A client that is closed for a newcomer comes back at once, in place of another. With a few clients more than the limit
-// a node would do little but accept and close connections. So the next newcomer then has to wait for churnPause. It does
-// not where the one that was closed was never answered and has been silent for longer than a client that works: floods
-// of those keep nobody out.
+// A client that is closed for a newcomer comes back at once, in place of another. With a few clients more than the
+// limit a node would do little but accept and close connections. So the next newcomer then has to wait for churnPause.
+// It does not where the one that was closed was never answered and has been silent for longer than a client that works:
+// floods of those keep nobody out.
 const (
 	churnPause = time.Millisecond
 	silentFor  = 200 * time.Millisecond

@@ -232,7 +232,9 @@ func (n *node) run(listener net.Listener) error {
 			n.log.Info("ready: " + localURL(n.cfg, "localhost"))
 		case s := <-n.sig.stop:
 			if !open { // nothing has been done that could be left half done
-				n.stopEarly()
+				n.handler.stop()
+				n.store.Cancel()
+				n.answerLast(context.Background())
 				n.log.Info("stopped while the storage was being opened", "signal", s.String())
 				return nil
 			}
@@ -283,13 +285,6 @@ func (n *node) shutdown() error {
 		return err
 	}
 	return nil
-}
-
-// stopEarly ends a node that has not opened its storage.
-func (n *node) stopEarly() {
-	n.handler.stop()
-	n.store.Cancel()
-	n.answerLast(context.Background())
 }
 
 // answerLast lets requests end that waited for a leader, and have an error now.

@@ -67,10 +67,10 @@ func (s *snapshotStore) setNewest(id string, index, term uint64, size int64) err
 	return errors.Join(s.recordMeta(), s.log.setSnapshot(index, term))
 }
 
-// keySnapshotMeta is where the stable store has the id of the newest snapshot, and a checksum of its description. Raft's
-// file store reads that from a file of its own whenever it sends or restores a snapshot, and has no checksum for it: with
-// a flipped bit in the index a follower would lack entries, and with one in the members a node could count itself for a
-// majority.
+// keySnapshotMeta is where the stable store has the id of the newest snapshot, and a checksum of its description.
+// Raft's file store reads that from a file of its own whenever it sends or restores a snapshot, and has no checksum for
+// it: with a flipped bit in the index a follower would lack entries, and with one in the members a node could count
+// itself for a majority.
 var keySnapshotMeta = []byte("SnapshotMeta")
 
 // describe returns what the stable store has of a snapshot.

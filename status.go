@@ -103,8 +103,8 @@ func (s *Store) Ready() error {
 	return nil
 }
 
-// commitIndex returns the index up to which this node knows that the log is committed. Raft itself does not know it of a
-// snapshot that it has read at its start.
+// commitIndex returns the index up to which this node knows that the log is committed. Raft itself does not know it of
+// a snapshot that it has read at its start.
 func commitIndex(r *raft.Raft) uint64 { return max(r.CommitIndex(), r.AppliedIndex()) }
 
 // members returns Raft's newest configuration, empty before there is one.

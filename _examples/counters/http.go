@@ -104,23 +104,15 @@ func (a *api) backup(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	consistency, err := readConsistency(a.store, query)
-	if err != nil {
-		return err
-	}
 	if err := readState(w, r, a.store, query, func() {}); err != nil {
 		return err
 	}
 	state := newMachine()
 	capture := func() { state.values = maps.Clone(a.counters.values) }
-	if consistency == Stale {
-		err = a.store.CaptureAll(r.Context(), capture, func(command []byte, at time.Time) error {
-			_, err := state.Apply(command, at)
-			return err
-		})
-	} else {
-		a.store.Capture(capture)
-	}
+	err = captureState(r, a.store, query, capture, func(command []byte, at time.Time) error {
+		_, err := state.Apply(command, at)
+		return err
+	})
 	if err != nil {
 		return err
 	}
