@@ -31,7 +31,7 @@ func TestProcessStopsWithoutALeader(t *testing.T) {
 	for _, timeout := range []string{"1s", "2s", "8s"} {
 		t.Run(timeout, func(t *testing.T) {
 			t.Parallel()
-			p := newProcs(t, map[string]string{"SHUTDOWN_TIMEOUT": timeout})[0]
+			p := newProcs(t, map[string]string{"SHUTDOWN_TIMEOUT": timeout, "KV_STORE": storeMemory})[0] // it stops at once
 			p.start()
 			p.await(http.StatusOK, http.MethodGet, "/livez", "")
 			answers := askAll(p, 4)
